@@ -1,0 +1,53 @@
+"""python -m lazyorpo_lib: a run, or its plan, from a terminal. Every setting of `settings.py` is a flag.
+
+Exit status: 0 done; 2 the user's mistake, one line on stderr; 130 interrupted, with a checkpoint saved.
+"""
+
+import argparse
+import os
+import sys
+
+from .settings import FIELDS, UserError, coerce, from_environment, resolve
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m lazyorpo_lib", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for name, field in FIELDS.items():
+        meta = field.metadata
+        allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+        parser.add_argument(
+            "--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, metavar=field.type.__name__,
+            help=f"{meta['help']}{allowed}. Default: {field.default if field.default != '' else 'empty'}".replace("%", "%%"),
+        )  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    flags = vars(_parser().parse_args(arguments))
+    flags = {name: coerce(name, value) for name, value in flags.items()}
+    layers = [("env", from_environment()), ("flag", flags)]
+    resolve(layers)  # mistakes are told before anything heavy is imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from . import model, run
+
+    settings, sources, why = resolve(layers, gpu_gib=model.this_machine().gpu_gib)
+    print(why[0].upper() + why[1:] + ".")
+    done = run.execute(settings, sources)
+    print(f"Everything is in {done.folder}")
+    return 130 if done.interrupted else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"lazyorpo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lazyorpo: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,157 @@
+"""What happens around an optimizer step: stopping, progress, the check that gradients are finite.
+
+Callbacks of transformers' Trainer; they compute no loss and write no files but the removal of STOP.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+BAD_STEPS_ALLOWED = 3
+
+
+def memory_gib(device) -> float:
+    """Peak memory so far: of the GPU as its allocator reserved it, else of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    import psutil
+
+    process = psutil.Process().memory_info()
+    return max(getattr(process, "peak_wset", 0), process.rss) / 2**30
+
+
+class StepWindow:
+    """Sums since the last logged row. They stay on the device until one is written: no step waits for them."""
+
+    def __init__(self):
+        self.sums, self.tokens, self.start = None, 0, time.monotonic()
+
+    def add(self, sums: Tensor, tokens: int) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += tokens
+
+    def take(self) -> tuple[Tensor, int, float]:
+        now = time.monotonic()
+        out = self.sums, self.tokens, max(now - self.start, 1e-9)
+        self.sums, self.tokens, self.start = None, 0, now
+        return out
+
+
+class StepGuard(TrainerCallback):
+    """Before each optimizer step: are the gradients finite? The one look at the device a step."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._window = StepWindow()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer = self.trainer
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if torch.isfinite(norm).item():
+            trainer._bad_in_a_row = 0
+            return
+        scaler = trainer.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > 1:
+            return  # fp16: the scaler skips the step and tries a smaller scale; that is its ordinary work
+        step, rows = state.global_step + 1, trainer._rows_of_step
+        trainer.bad_steps.append({"step": step, "rows": rows})
+        warnings.warn(f"step {step}: the gradient is not finite; skipped. Dataset rows: {rows}", stacklevel=2)
+        if scaler is None:
+            model.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
+        trainer._bad_in_a_row += 1
+        if trainer._bad_in_a_row >= BAD_STEPS_ALLOWED:
+            trainer.stop_reason = (
+                f"{BAD_STEPS_ALLOWED} steps in a row had gradients that are not finite (last: step {step}, dataset rows {rows}); "
+                "try a lower learning_rate or precision=float32"
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stop_reason:
+            control.should_training_stop = control.should_save = True
+
+
+class Stop(TrainerCallback):
+    """Ends training at the end of a step, with a checkpoint, when asked to: by an interrupt (the first one; a second one
+    acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
+
+    Attributes:
+        reason: why training was stopped; empty while it was not. asked: whether somebody asked, and not the clock.
+    """
+
+    def __init__(self, file: Path, max_minutes: float = 0.0):
+        self.file, self.max_minutes, self.reason, self.asked = file, max_minutes, "", False
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Take the signals over for the time of training; only a main thread can."""
+        self.reason, self.asked, self._began = "", False, time.monotonic()
+        self.file.unlink(missing_ok=True)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _signal(self, number, frame):
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.file.exists():
+            self.reason, self.asked = f"the file {self.file.name} was found", True
+            self.file.unlink(missing_ok=True)
+        elif self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
+            self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
+        if self.reason and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
+
+
+def in_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+
+
+def progress_bar(total: int | None, unit: str, **options) -> tqdm:
+    """A bar in a notebook or on a terminal; none where the output goes to a file."""
+    return tqdm(total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options)
+
+
+class Progress(TrainerCallback):
+    """One bar for training: steps, pairs, time left, memory."""
+
+    def __init__(self, pairs_per_step: int):
+        self.pairs_per_step, self.bar = pairs_per_step, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = progress_bar(state.max_steps, "steps", initial=state.global_step, desc="training")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            if state.global_step % 10 == 1 or state.global_step == state.max_steps:
+                pairs = state.global_step * self.pairs_per_step
+                self.bar.set_postfix_str(f"{pairs:,} pairs, {memory_gib(args.device):.1f} GiB", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,121 @@
+"""Is it better: figures on held-out pairs with intervals over the pairs, and answers of base and tuned model side by side.
+
+It trains nothing, draws nothing, and asks no judge. One model is in memory: the base answers with the adapter switched off.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import start_batch
+from .trainer import SUMS
+
+DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")  # of the demo set: the answer, then one line of reason
+COLUMNS = {name: SUMS.index(name) for name in SUMS}
+
+
+def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean, over pairs drawn with replacement. `values`: (pairs,)."""
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def measures(table: Tensor, chosen_shorter: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of each held-out pair by name, from the trainer's `pair_tables`; a pair that a figure does not speak of is NaN.
+
+    Args:
+        table: (pairs, len(SUMS)).
+        chosen_shorter: (pairs,) bool, whether chosen is the shorter answer, in tokens.
+    """
+    t = table.double().numpy()
+    accuracy = t[:, COLUMNS["accuracy"]]
+    return {
+        "accuracy": accuracy,
+        "accuracy_chosen_shorter": np.where(chosen_shorter, accuracy, np.nan),
+        "accuracy_chosen_longer": np.where(~chosen_shorter, accuracy, np.nan),
+        "log_odds_chosen": t[:, COLUMNS["log_odds_chosen"]],
+        "log_odds_rejected": t[:, COLUMNS["log_odds_rejected"]],
+        "log_odds_ratio": t[:, COLUMNS["log_odds_chosen"]] - t[:, COLUMNS["log_odds_rejected"]],
+        "nll": t[:, COLUMNS["nll"]] / t[:, COLUMNS["nll_tokens"]],
+    }
+
+
+def compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
+    """{figure: {pairs, before, before_interval, after, after_interval, change, change_interval, more_than_noise}};
+    the change is taken pair by pair, so that what pairs have in common cancels."""
+    out = {}
+    for name in before:
+        keep = ~np.isnan(before[name])
+        if not keep.any():
+            continue
+        b, a = before[name][keep], after[name][keep]
+        low, high = interval(a - b)
+        out[name] = {
+            "pairs": int(keep.sum()),
+            "before": float(b.mean()),
+            "before_interval": interval(b),
+            "after": float(a.mean()),
+            "after_interval": interval(a),
+            "change": float((a - b).mean()),
+            "change_interval": (low, high),
+            "more_than_noise": bool(low > 0 or high < 0),
+        }
+    return out
+
+
+def verdict(comparison: dict[str, dict]) -> str:
+    """The held-out result in one sentence."""
+    c = comparison["accuracy"]
+    low, high = c["change_interval"]
+    words = (
+        "more than noise" if c["more_than_noise"] else "within the noise of so few pairs: hold out more, or train longer"
+    )
+    return (
+        f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
+        f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): {words}."
+    )
+
+
+@torch.no_grad()
+def answers(
+    model, tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int],
+    batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None,
+) -> list[str]:  # fmt: skip
+    """Greedy answers, in the order of the prompts.
+
+    Args:
+        prompts: token ids, from `Encoder.prompt_ids`.
+        max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
+        end_ids: tokens that end an answer.
+    """
+    start_batch(None)
+    training, device = model.training, model.get_input_embeddings().weight.device
+    model.eval()
+    texts: dict[int, str] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in some)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in some], device=device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some], device=device)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None,
+            top_k=None, use_cache=True, eos_token_id=list(end_ids), pad_token_id=pad,
+        )  # fmt: skip
+        for i, row in zip(some, out[:, width:].tolist(), strict=True):
+            length = next((k for k, token in enumerate(row) if token in end_ids), None)
+            text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+            texts[i] = text if length is not None else text + "…"
+        on_batch(len(some))
+    model.train(training)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def habit_share(texts: Sequence[str]) -> float:
+    """Share of answers with the demo set's habit: the answer on the first line, then one line that begins with "Why:"."""
+    return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)

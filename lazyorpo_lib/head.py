@@ -1,0 +1,174 @@
+"""Log-probabilities of the scored tokens from hidden states, without ever holding the logits.
+
+`token_logps` is the maths; `LanguageModelHead` finds a model's output layer and what is done to its logits.
+It runs no model body and knows no layout: hidden states in, one number a token out.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not faster on CPU
+
+
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target] for each token, in blocks.
+
+    A frozen weight (LoRA, QLoRA) stores d logp / d hidden in the forward, so the backward needs no logits at all;
+    a trained one recomputes its blocks. Matrix products run in the dtype of `weight` (autocast's, where
+    it is on); softmax and sums in float32.
+
+    Args:
+        hidden: (M, H). weight: (V, H). targets: (M,) int64. bias: (V,).
+        softcap: cap(z) = softcap * tanh(z / softcap), 0 for none (Gemma 2).
+        scale: factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+
+    Returns:
+        (M,) float32, nats.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    else:
+        dtype = weight.dtype
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    function = _TrainedHead if trained else _FrozenHead
+    with torch.autocast(hidden.device.type, enabled=False):
+        return function.apply(hidden.to(dtype), weight.to(dtype), bias, targets, softcap, scale)
+
+
+def _logits(hidden, weight, bias, softcap, scale):
+    """One block of logits in float32 (m, V), and d capped / d raw where there is soft-capping, else None."""
+    logits = (hidden @ weight.T).float()
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if not softcap:
+        return logits, None
+    t = torch.tanh_(logits.div_(softcap))
+    slope = 1 - t * t
+    return t.mul_(softcap), slope
+
+
+def _blocks(weight: Tensor, tokens: int):
+    rows = max(16, BLOCK_BYTES // (4 * weight.shape[0]))
+    return (slice(i, i + rows) for i in range(0, tokens, rows))
+
+
+def _block_gradient(logits, slope, targets, scale):
+    """d logp / d (hidden @ weight.T + bias) of a block (m, V); `logits` come as log-softmax and are overwritten."""
+    gradient = logits.exp_().neg_()
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(gradient[:, :1]))
+    if slope is not None:
+        gradient *= slope
+    return gradient.mul_(scale) if scale != 1.0 else gradient
+
+
+def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
+    """The log-probabilities (M,), block by block; fills `jacobian` (M, H) with d logp / d hidden where it is given."""
+    logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for s in _blocks(weight, len(targets)):
+        logits, slope = _logits(hidden[s], weight, bias, softcap, scale)
+        logits = torch.log_softmax(logits, dim=-1)
+        logps[s] = logits.gather(1, targets[s, None])[:, 0]
+        if jacobian is not None:
+            jacobian[s] = _block_gradient(logits, slope, targets[s], scale).to(weight.dtype) @ weight
+    return logps
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale):
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(jacobian)
+        return _forward(hidden, weight, bias, targets, softcap, scale, jacobian)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (jacobian,) = ctx.saved_tensors
+        # The product is taken in float32: fp16's loss scaling makes `grad` too large for the 16-bit type.
+        return (jacobian.float() * grad[:, None]).to(jacobian.dtype), None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.softcap, ctx.scale = softcap, scale
+        return _forward(hidden, weight, bias, targets, softcap, scale, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for s in _blocks(weight, len(targets)):
+            logits, slope = _logits(hidden[s], weight, bias, ctx.softcap, ctx.scale)
+            gradient = _block_gradient(torch.log_softmax(logits, dim=-1), slope, targets[s], ctx.scale)
+            gradient *= grad[s, None]
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
+            grad_hidden[s] = gradient @ weight
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, hidden[s])
+            else:
+                grad_weight += gradient.T @ hidden[s]
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+
+
+class ScoringForward:
+    """Gives a causal LM a second way of being called: `model(input_ids=…, hidden_index=…, targets=…)` returns the
+    log-probability of each target in place of logits.
+
+    It replaces `forward` on the one instance, so that everything wrapped around it (PEFT, DDP, FSDP, autocast) acts as
+    for any forward. The model's own forward still runs (and adds what it adds, such as a router loss), asked for the
+    logits of one position; the hidden states are caught where they leave the body.
+
+    Args:
+        model: a transformers causal LM, unwrapped.
+
+    Attributes:
+        plain: whether `token_logps` stands in for the output layer. Where it cannot (an adapter on the head, an unknown
+            class; `check` decides), the model's own logits are used, at the scored positions alone.
+    """
+
+    def __init__(self, model):
+        config = model.config.get_text_config()
+        self.model, self.original = model, model.forward
+        body = model.get_decoder()
+        self.plain = type(model.get_output_embeddings()) is torch.nn.Linear
+        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.router_loss = float(getattr(config, "router_aux_loss_coef", None) or 0.0)
+        self.hidden = None
+        (model.model if body is model else body).register_forward_hook(self._catch)  # Llama 4 names itself
+        model.forward = self
+
+    def _catch(self, module, args, output):
+        self.hidden = output[0]
+
+    def __call__(self, *args, hidden_index=None, targets=None, **kwargs):
+        if targets is None:
+            return self.original(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        router = self.router_loss and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
+        if router:  # transformers' router loss cannot read a dense mask, so gpt-oss goes without
+            kwargs["output_router_logits"] = True
+        keep = 1 if self.plain else 0
+        out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
+        hidden, self.hidden = self.hidden, None
+        if self.plain:
+            layer = self.model.get_output_embeddings()
+            hidden = hidden.flatten(0, 1).index_select(0, hidden_index)
+            logps = token_logps(
+                hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale
+            )
+        else:
+            logits = out.logits.flatten(0, 1).index_select(0, hidden_index).float()
+            logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+        router_loss = getattr(out, "aux_loss", None) if router else None
+        return {"logps": logps, "router_loss": None if router_loss is None else self.router_loss * router_loss}

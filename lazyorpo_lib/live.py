@@ -1,0 +1,305 @@
+"""The live picture of a run: the log-odds of chosen and rejected part, beside nll, or_loss and accuracy.
+
+The only module that imports matplotlib, and never pyplot: one Figure whose artists are kept and given new data, so it
+touches no global state. A notebook sees one image output, updated in place; elsewhere the picture is a file.
+It computes no metric and reads the curves with `history.reading`.
+"""
+
+import io
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import BoxStyle, FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from . import history
+
+MAX_POINTS = 600  # a line; longer histories are averaged down
+FILE_SECONDS = 30.0  # between two writes of the file while training goes on
+INCHES, DPI = (10, 4.6), 160
+METADATA = {"image/png": {"width": 1000, "height": 460}}  # CSS pixels: the output keeps its height when updated
+CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
+INK, QUIET, FAINT, PAPER = "#222222", "#666666", "#E6E6E3", "#FBFBF9"  # its own light paper, for dark themes too
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
+    "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.edgecolor": "#BDBDB8",
+    "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
+}  # fmt: skip
+KEPT = {"step", "learning_rate", *history.CURVES, *(f"eval_{name}" for name in history.CURVES)}
+
+
+def _thin(rows):
+    """At most `MAX_POINTS` rows: neighbours averaged, at the step of the last of them."""
+    size = math.ceil(len(rows) / MAX_POINTS)
+    return rows if size <= 1 else [_mean(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _mean(rows):
+    seen = {name: history.values(rows, name) for name in {name: None for row in rows for name in row}}
+    means = {name: sum(found) / len(found) if found else None for name, found in seen.items()}
+    return means | {"step": rows[-1]["step"]}
+
+
+def _points(rows, name):
+    points = [(row["step"], row[name]) for row in rows if history.values([row], name)]
+    return np.array(points, dtype=float).reshape(-1, 2)
+
+
+def _smooth(values):
+    """A Gaussian mean over a thirtieth of the curve, without lag, its window cut at both ends."""
+    if len(values) < 3:
+        return values
+    sigma = max(1.0, len(values) / 30)
+    reach = min(math.ceil(3 * sigma), (len(values) - 1) // 2)
+    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+class _Curve:
+    """One quantity over the steps: faint points, a smoothed line, hollow held-out marks, a label at the line's end."""
+
+    def __init__(self, axes, name, color=INK, style="-", label="{:.2f}"):
+        self.name, self.text, self.end = name, label, None
+        (self.dots,) = axes.plot([], [], ".", color=color, alpha=0.28, markersize=4.5, markeredgewidth=0)
+        (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
+        (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
+        self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
+        self.label = axes.annotate("", (1, 0), (8, 0), "axes fraction", "offset points", color=color, va="center")
+        self.label.set_weight("bold")
+
+    def show(self, train, held_out):
+        """Take in the rows; returns the values that the axes must hold, single outliers left out."""
+        dots, marks = _points(train, self.name), _points(held_out, f"eval_{self.name}")
+        smooth = _smooth(dots[:, 1])
+        self.dots.set_data(*dots.T)
+        self.line.set_data(dots[:, 0], smooth)
+        self.held_out.set_data(*marks.T)
+        self.held_out.set_markevery(math.ceil(len(marks) / 25) or 1)
+        self.end = next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
+        self.label.set_text("" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}"))
+        return [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
+
+
+class _Picture:
+    """The figure and its artists, made once; `png` gives them new data."""
+
+    def __init__(self):
+        self.figure = Figure(figsize=INCHES, facecolor="none")
+        self.canvas = FigureCanvasAgg(self.figure)
+        rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
+        paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1], zorder=-1)
+        paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure)
+        self.figure.add_artist(paper)
+        text = self.figure.text
+        self.title = text(0.03, 0.92, "", size=12.5, weight="bold", va="center", parse_math=False)
+        self.status = text(0.97, 0.92, "", size=10, color=QUIET, ha="right", va="center")
+        self.reading = text(0.03, 0.06, "", size=10.5, va="center")
+        self.key = text(0.558, 0.815, "", size=7.5, color=QUIET, ha="right")
+        text(0.925, 0.585, "- - ln 2: no preference", size=7.5, color=QUIET, ha="right")
+        self.main = self._add_axes((0.058, 0.205, 0.5, 0.59), "log-odds (nats)", 6)
+        (self.between,) = self.main.fill([0], [0], color=CHOSEN, alpha=0.13, linewidth=0)
+        self.nll = self._add_axes((0.705, 0.665, 0.22, 0.13), "nll (nats per token)", 2, labelbottom=False)
+        self.odds = self._add_axes((0.705, 0.435, 0.22, 0.13), "or_loss (nats)", 2, labelbottom=False)
+        self.accuracy = self._add_axes((0.705, 0.205, 0.22, 0.13), "accuracy (share of pairs)", 2)
+        self.accuracy.set_yticks([0, 0.5, 1])
+        for axes, level in ((self.odds, math.log(2)), (self.accuracy, 0.5)):
+            axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+        self.curves = {
+            self.main: [
+                _Curve(self.main, "log_odds_chosen", CHOSEN, label="chosen\n{:+.2f}"),
+                _Curve(self.main, "log_odds_rejected", REJECTED, (0, (4, 1.3)), "rejected\n{:+.2f}"),
+            ],
+            self.nll: [_Curve(self.nll, "nll")],
+            self.odds: [_Curve(self.odds, "or_loss")],
+            self.accuracy: [_Curve(self.accuracy, "accuracy")],
+        }
+
+    def _add_axes(self, box, heading, ticks, labelbottom=True):
+        axes = self.figure.add_axes(box)
+        axes.set_title(heading, loc="left", size=9.5, y=1, pad=6)  # a fixed y spares a layout at every draw
+        axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=[1, 2, 5, 10], integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+        axes.tick_params(labelbottom=labelbottom)
+        axes.set_xlabel("optimizer step" if labelbottom else "")
+        return axes
+
+    def png(self, train, held_out, title, status, dpi) -> bytes:
+        train, held_out = _thin(train), _thin(held_out)
+        self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
+        self.status.set_text(status)
+        self.reading.set_text(history.reading(train + held_out).capitalize())
+        self.key.set_text("\N{WHITE CIRCLE} held-out pairs" if held_out else "")
+        steps = [row["step"] for row in train + held_out] or [0]
+        first, last = min(steps), max(*steps, min(steps) + 1)
+        side = 0.01 * (last - first)
+        for axes, curves in self.curves.items():
+            seen = [value for curve in curves for value in curve.show(train, held_out)]
+            seen += {self.odds: [math.log(2)], self.accuracy: [0.0, 1.0]}.get(axes, []) or ([] if seen else [0.0])
+            room = 0.06 * (max(seen) - min(seen)) or 0.5
+            axes.set_ylim(min(seen) - room, max(seen) + room)
+            axes.set_xlim(first - side, last + side)
+            _place_labels(axes, curves)
+        chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
+        self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
+        self.figure.set_dpi(dpi)
+        self.canvas.draw()
+        image, buffer = Image.fromarray(np.asarray(self.canvas.buffer_rgba())), io.BytesIO()
+        image.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "png")  # a quarter of the bytes
+        return buffer.getvalue()
+
+
+def _place_labels(axes, curves):
+    """Put each label at the height of its line's end, two of them never on each other and inside the axes."""
+    (low, high), apart = axes.get_ylim(), 0.15
+    shown = sorted((curve for curve in curves if curve.end is not None), key=lambda curve: curve.end)
+    heights = [(curve.end - low) / (high - low) for curve in shown]
+    if len(shown) == 2 and heights[1] - heights[0] < apart:
+        middle = min(max(sum(heights) / 2, apart), 1 - apart)
+        heights = [middle - apart / 2, middle + apart / 2]
+    for curve, height in zip(shown, heights, strict=True):
+        curve.label.xy = (1, height)
+
+
+def draw(rows: list[dict], path=None, *, title: str = "", dpi: int = DPI) -> bytes:
+    """The picture of a history as PNG bytes, also written to `path` where one is given."""
+    live = LivePlot(path, title=title, show=False)
+    for row in rows:
+        live._add(row)
+    png = live._png(f"step {live._last_step:,}", dpi)
+    if path:
+        history.write_atomically(path, png)
+    return png
+
+
+def show_progress(folder) -> None:
+    """Show how far the run in this folder is, from its `history.jsonl`: after a lost tab, or from a second kernel."""
+    path = Path(folder) / "history.jsonl"
+    rows = history.read(path)
+    if not rows:
+        print(f"No step is logged in {folder} yet.")
+        return
+    if display := _kernel_display():
+        display(_bundle(draw(rows, title=Path(folder).name)), raw=True, metadata=METADATA)
+    age = _duration(time.time() - path.stat().st_mtime)
+    print(f"Step {rows[-1]['step']:,}, written {age} ago. {history.reading(rows).capitalize()}.")
+
+
+def _kernel_display():
+    """IPython's `display` where a notebook kernel runs, else None."""
+    ipython = sys.modules.get("IPython")
+    return ipython.display.display if ipython and getattr(ipython.get_ipython(), "kernel", None) else None
+
+
+def _bundle(png):
+    return {"image/png": png, "text/plain": "LazyORPO live plot"}  # constant: nbval compares the text
+
+
+def _duration(seconds):
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class LivePlot:
+    """The picture of a run while it goes on; a drawing error is logged once and ends the drawing, never the run.
+
+    It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the time
+    so far, so that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the time.
+
+    Args:
+        path: the file of the picture; None: no file.
+        title: heading of the picture.
+        total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
+        show: display it where a notebook kernel runs.
+        clock: seconds that never go back.
+
+    `drawn` counts the pictures, `cost_seconds` is the wall time that they took.
+    """
+
+    def __init__(
+        self, path: Path | None, *, title: str = "", total_steps: int = 0, show: bool = True, min_seconds: float = 2.0,
+        max_share: float = 0.03, clock=time.monotonic,
+    ):  # fmt: skip
+        self.path, self.title, self.total_steps = path, title, total_steps
+        self.min_seconds, self.max_share, self.clock = min_seconds, max_share, clock
+        self.drawn, self.cost_seconds = 0, 0.0
+        self._display = _kernel_display() if show else None
+        self._off = not (path or self._display)
+        self._train, self._held_out, self._last_step = [], [], 0
+        self._handle = self._picture = self._first = None
+        self._began, self._drawn_at, self._written_at = clock(), -math.inf, -math.inf
+
+    def update(self, row: dict) -> None:
+        """Take in one row of the history, of training or of an evaluation; draws when it is time to."""
+        self._guard(self._update, row)
+
+    def close(self) -> None:
+        """Draw the end of the run and write the file."""
+        self._guard(self._draw, True)
+
+    def _guard(self, work, argument):
+        try:
+            if not self._off:
+                work(argument)
+        except Exception as error:  # a picture is never worth a run
+            self._off = True
+            name = type(error).__name__
+            logging.getLogger(__name__).warning("The live picture is off (%s: %s); training goes on.", name, error)
+
+    def _update(self, row):
+        self._add(row)
+        now = self.clock()
+        if self._first is None and not history.is_evaluation(row):
+            self._first = row["step"], now
+        if self._due(now):
+            self._draw(False)
+
+    def _add(self, row):
+        rows = self._held_out if history.is_evaluation(row) else self._train
+        rows.append({name: value for name, value in row.items() if name in KEPT})
+        self._last_step = max(self._last_step, row["step"])
+
+    def _due(self, now):
+        if not self.drawn:
+            return True
+        run = now - self._began
+        gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
+        cost_with_next = self.cost_seconds * (1 + 1 / self.drawn)
+        return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
+
+    def _draw(self, final):
+        began = self.clock()
+        png = self._png(self._status(began, final))
+        if self._display and self._handle:
+            self._handle.update(_bundle(png), raw=True, metadata=METADATA)
+        elif self._display:
+            self._handle = self._display(_bundle(png), raw=True, metadata=METADATA, display_id=True)
+        if self.path and (final or began - self._written_at >= FILE_SECONDS):
+            history.write_atomically(self.path, png)
+            self._written_at = began
+        self._drawn_at = self.clock()
+        self.cost_seconds += self._drawn_at - began
+        self.drawn += 1
+
+    def _png(self, status, dpi=DPI):
+        with matplotlib.rc_context(STYLE):
+            self._picture = self._picture or _Picture()
+            return self._picture.png(self._train, self._held_out, self.title, status, dpi)
+
+    def _status(self, now, final):
+        text = f"step {self._last_step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
+        first, since = self._first or (self._last_step, now)
+        done, left = self._last_step - first, self.total_steps - self._last_step
+        if final:
+            return f"{text} \N{MIDDLE DOT} {_duration(now - self._began)}"
+        return f"{text} \N{MIDDLE DOT} {_duration(left * (now - since) / done)} left" if done and left > 0 else text

@@ -1,0 +1,387 @@
+"""One run, from settings to a finished folder. Notebook and command line both call this.
+
+`Run` holds the stages in the order in which the notebook shows them; `execute` goes through all of them. It decides what is
+computed and where it is written; the parts do the computing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from . import __version__, card, data, evaluate, history, model, trainer
+from .callbacks import Progress, Stop, memory_gib, progress_bar
+from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from .live import LivePlot
+from .settings import FIELDS, Settings, UserError
+
+# Settings that change where and how a run is carried out, but not what comes out of it.
+NOT_THE_RESULT = {
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_steps", "keep_checkpoints",
+    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "tokens_per_batch", "checkpointed_layers",
+}  # fmt: skip
+_locks: dict[Path, object] = {}  # folders this process is at work in
+
+
+class Run:
+    """One run and its folder.
+
+    Args:
+        settings, sources: from `settings.resolve`.
+        show: how a line of text is shown.
+
+    Raises:
+        UserError: the folder cannot be written, is in use, or holds a run with other settings.
+    """
+
+    def __init__(self, settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print):
+        self.settings, self.sources = settings, sources
+        self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
+        self.show = show if self.main else lambda text: None
+        self.machine = model.this_machine()
+        self.dtype, self.precision_reason = model.pick_precision(settings.precision, self.machine)
+        self.folder, self.started = _folder(settings), time.time()
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes)
+        if self.main:
+            _claim(self.folder)
+        self.fingerprint = fingerprint(settings)
+        older = read_json(self.folder / "settings.json")
+        self._agree_with(older)
+        self.interrupted = False
+        self.finished = bool((read_json(self.folder / "summary.json") or {}).get("finished"))
+        self._write("settings.json", {
+            "version": __version__, "fingerprint": self.fingerprint,
+            "settings": dataclasses.asdict(settings), "sources": sources,
+        })  # fmt: skip
+        self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}")
+
+    def _write(self, name: str, content) -> None:
+        if self.main:
+            history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+
+    def _agree_with(self, older: dict | None) -> None:
+        if older and older["fingerprint"] != self.fingerprint:
+            now = dataclasses.asdict(self.settings)
+            other = [
+                f"{name} was {older['settings'].get(name)!r}, is {now[name]!r}"
+                for name in FIELDS
+                if name not in NOT_THE_RESULT and older["settings"].get(name) != now[name]
+            ]
+            raise UserError(
+                f"{self.folder} holds a run with other settings ({'; '.join(other) or 'another version of the kit'}): "
+                "choose another output_dir, or delete that folder."
+            )
+        if older and self.settings.resume == "never":
+            raise UserError(f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto.")
+
+    # Pairs.
+
+    def load_pairs(self) -> data.Report:
+        """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
+        s = self.settings
+        self.tokenizer = model.load_tokenizer(s.base_model)
+        for note in prepare_tokenizer(self.tokenizer):
+            self.show(note[0].upper() + note[1:] + ".")
+        self.encoder = Encoder(
+            self.tokenizer, max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong
+        )
+        rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
+        pairs, digest = PairFile(), hashlib.sha256()
+        draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
+        with open(draft, "w", encoding="utf-8") as dropped, progress_bar(None, "pairs", desc="cleaning") as bar:
+            cleaned, self.report = data.clean(
+                rows, columns=s.columns, on_drop=lambda row: dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
+            )
+
+            def kept():
+                for pair, encoded in self.encoder.encode(cleaned):
+                    bar.update()
+                    if isinstance(encoded, str):
+                        self.report.drop(pair.index, encoded, pair)
+                    else:
+                        pairs.append(encoded)
+                        digest.update(repr(encoded).encode())
+                        yield pair
+
+            train, held_out = data.split_held_out(kept(), s.eval_pairs, s.seed)
+        if self.main:
+            draft.replace(self.folder / "dropped.jsonl")
+        if not train:
+            raise UserError(
+                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): see {self.folder / 'dropped.jsonl'}."
+            )
+        self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, held_out)
+        self.texts = self._texts_of(rows, [p.index for p in self.eval_pairs] or [pairs[0].index])
+        self._report_tokens(pairs, digest.hexdigest())
+        self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(held_out):,} held out.")
+        return self.report
+
+    def _texts_of(self, rows, indexes: list[int]) -> list[data.Pair]:
+        """The held-out pairs as text. They are read once more, for which they are is known only at the end."""
+        columns, wanted, found = data.parse_columns(self.settings.columns), set(indexes), {}
+        for index, row in rows:
+            if index in wanted:
+                found[index] = data.to_pair(index, row, columns)
+                if len(found) == len(wanted):
+                    break
+        return [found[i] for i in indexes]
+
+    def _report_tokens(self, pairs: PairFile, digest: str) -> None:
+        older = read_json(self.folder / "data_report.json")
+        if older and older.get("digest") != digest and trainer.checkpoints(self.folder):
+            raise UserError(
+                f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} began: choose another "
+                "output_dir, or bring the old dataset back."
+            )
+        lengths = pairs.lengths_of_sides()
+        tokens = {
+            side: {"mean": float(n.mean()), "p50": float(np.median(n)), "p95": float(np.quantile(n, 0.95)), "max": int(n.max())}
+            for side, n in lengths.items()
+        }
+        figures = {"train": len(self.train_pairs), "held_out": len(self.eval_pairs), "tokens": tokens, "digest": digest}
+        self._write("data_report.json", self.report.as_dict() | figures)
+
+    # Model.
+
+    def load_model(self) -> None:
+        """Load the base model with what is to be trained, and the trainer around it."""
+        s = self.settings
+        if self.finished:
+            self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
+            return
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
+        self.method = "lora" if s.method == "auto" else s.method
+        self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
+        self.trainer = trainer.OrpoTrainer(
+            self.model, arguments, s, self.train_pairs, self.eval_pairs,
+            tokens_per_batch=4096 if s.tokens_per_batch == "auto" else s.tokens_per_batch,
+            checkpointed_layers=0 if s.checkpointed_layers == "auto" else s.checkpointed_layers,
+            on_row=self._on_row, callbacks=[self.stop, Progress(s.pairs_per_step)],
+        )  # fmt: skip
+        scorer = self.trainer.scorer
+        self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
+        self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
+
+    def example_loss(self) -> dict[str, float]:
+        """The loss terms of a few held-out pairs as the model stands."""
+        pairs = [self.eval_pairs[i] for i in range(min(4, len(self.eval_pairs)))] or [self.train_pairs[0]]
+        sums = self.trainer.pair_tables(pairs).sum(0).tolist()
+        return trainer.averages(sums, self.settings.objective, self.settings.or_weight)
+
+    # Training.
+
+    def train(self) -> None:
+        """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the newest complete
+        checkpoint; after a stop it returns as after an end."""
+        if self.finished:
+            return
+        found = trainer.checkpoints(self.folder)
+        last = int(found[-1].name.split("-")[1]) if found else -1
+        rows = self.folder / "history.jsonl"
+        if self.main:
+            history.truncate_after(rows, last)
+        self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
+        for row in history.read(rows):
+            self.plot.update(row)
+        if found:
+            self.show(f"Going on from step {last}.")
+        with self.stop.listening(), _quiet():
+            try:
+                if not found:
+                    self._look("before")
+                self.training_began = time.monotonic()
+                self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+                self.training_seconds = time.monotonic() - self.training_began
+                self._look("after")
+            finally:
+                self.plot.close()
+        self.stopped = self.trainer.stop_reason or self.stop.reason
+        self.interrupted = bool(self.trainer.stop_reason) or self.stop.asked
+        if self.stopped:
+            self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
+        self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")
+
+    def _steps(self) -> int:
+        s = self.settings
+        a_pass = max(1, math.ceil(len(self.train_pairs) / s.pairs_per_step))
+        return s.max_steps or math.ceil(a_pass * s.epochs)
+
+    def _title(self) -> str:
+        return f"{self.settings.base_model.rstrip('/').split('/')[-1]} on {self.settings.dataset.split('/')[-1]}"
+
+    def _on_row(self, row: dict) -> None:
+        history.append(self.folder / "history.jsonl", row)
+        self.plot.update(row)
+
+    def _look(self, when: str) -> None:
+        """Figures and answers on the held-out pairs, `before` or `after` training; kept in held_out.json."""
+        if not len(self.eval_pairs):
+            return
+        pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
+        with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
+            table = self.trainer.pair_tables(pairs, bar.update)
+        row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
+        self.trainer.log({f"eval_{name}": value for name, value in row.items()})
+        some = min(self.settings.answers, len(pairs))
+        with progress_bar(some, "answers", desc=f"answers {when}") as bar:
+            texts = evaluate.answers(
+                self.trainer.model, self.tokenizer, [p.prompt for p in pairs[:some]], max_tokens=self.settings.answer_tokens,
+                end_ids=self._end_ids(), on_batch=bar.update,
+            )  # fmt: skip
+        known = read_json(self.folder / "held_out.json") or {}
+        self._write("held_out.json", known | {
+            "columns": trainer.SUMS,
+            "prompts": [self.texts[i].prompt[-1]["content"] for i in range(some)],
+            "chosen_shorter": [len(p.chosen) < len(p.rejected) for p in pairs],
+            when: {"pairs": table.tolist(), "answers": texts},
+        })  # fmt: skip
+
+    def _end_ids(self) -> list[int]:
+        own = self.tokenizer.eos_token_id
+        return sorted({self.train_pairs[0].chosen[-1]} | ({own} if own is not None else set()))
+
+    # The end.
+
+    def finish(self) -> dict:
+        """Save the model, summary.json and the card; returns the summary."""
+        if self.finished:
+            return read_json(self.folder / "summary.json")
+        state, stopped = self.trainer.state, self.stopped
+        if self.main:
+            self.model.generation_config.eos_token_id = self._end_ids()
+            with _quiet():
+                model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model)
+        summary = {
+            "finished": not stopped,
+            "why": stopped or "every step was taken",
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0.0, 4),
+            "method": self.method,
+            "layout": self.trainer.scorer.rung,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": self.machine.name,
+            "minutes": round((time.time() - self.started) / 60, 3),
+            "training_minutes": round(self.training_seconds / 60, 3),
+            "peak_memory_gib": round(memory_gib(self.trainer.args.device), 3),
+            "bad_steps": self.trainer.bad_steps,
+            "out_of_memory": self.trainer.oom_notes,
+            "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
+            **self.held_out_results(),
+        }
+        self._write("summary.json", summary)
+        if self.main:
+            (self.folder / "README.md").write_text(card.write_card(self.folder), encoding="utf-8")
+            if not stopped:
+                trainer.remove_checkpoints(self.folder)
+        self.finished = not stopped
+        return summary
+
+    def held_out_results(self) -> dict:
+        """What the held-out pairs say, from held_out.json: figures with intervals, the verdict, the demo's habit."""
+        kept = read_json(self.folder / "held_out.json") or {}
+        if not {"before", "after"} <= kept.keys():
+            return {}
+        shorter = np.array(kept["chosen_shorter"])
+        sides = [evaluate.measures(torch.tensor(kept[when]["pairs"]), shorter) for when in ("before", "after")]
+        figures = evaluate.compare(*sides)
+        results = {
+            "accuracy_before": figures["accuracy"]["before"],
+            "accuracy_after": figures["accuracy"]["after"],
+            "verdict": evaluate.verdict(figures),
+            "held_out": figures,
+        }
+        if self.settings.dataset == "demo":
+            for when in ("before", "after"):
+                results[f"habit_{when}"] = evaluate.habit_share(kept[when]["answers"])
+        return results
+
+    def answers(self) -> list[dict[str, str]]:
+        """Held-out prompts with the answers of the base and of the tuned model."""
+        kept = read_json(self.folder / "held_out.json") or {}
+        if not {"before", "after"} <= kept.keys():
+            return []
+        columns = kept["prompts"], kept["before"]["answers"], kept["after"]["answers"]
+        return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print) -> Run:
+    """A whole run."""
+    run = Run(settings, sources, show=show)
+    run.load_pairs()
+    run.load_model()
+    run.train()
+    summary = run.finish()
+    show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
+    return run
+
+
+def fingerprint(settings: Settings) -> str:
+    """Short digest of everything in the settings that shapes the result."""
+    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _folder(settings: Settings) -> Path:
+    """The run's folder, made and writable."""
+    if settings.output_dir != "auto":
+        folder = Path(settings.output_dir).expanduser()
+    else:
+        homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
+        home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
+        names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
+        folder = home / "-".join([*names, fingerprint(settings)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder.") from None
+    return folder.resolve()
+
+
+def _claim(folder: Path) -> None:
+    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        return
+    if folder in _locks:
+        return
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
+    _locks[folder] = lock
+
+
+def read_json(path: Path) -> dict | None:
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' own bars: one more appears at every checkpoint."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

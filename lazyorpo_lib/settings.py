@@ -1,0 +1,248 @@
+"""Every setting of a run: default, unit, limits, where its value came from; and the presets.
+
+Standard library only. It decides no hardware question: `preset="auto"` is resolved by `pick_preset`,
+which is told what the machine has; "auto" values of single settings are resolved where they are used.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+from dataclasses import dataclass, field
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one sentence saying what was given, what is allowed and what to do."""
+
+
+def _setting(default, help, *, choices=(), low=None, high=None, auto=False):
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices), "low": low, "high": high, "auto": auto},
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run. The same names serve the notebook's parameter cell, the panel,
+    `LAZYORPO_<NAME>` in the environment and `--name-with-dashes` on the command line."""
+
+    base_model: str = _setting(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
+    )
+    dataset: str = _setting(
+        "demo", "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file"
+    )
+    epochs: float = _setting(1.0, "passes over the training pairs", low=0.001, high=1000)
+    learning_rate: float = _setting(
+        5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", low=0, high=1
+    )
+    preset: str = _setting(
+        "auto",
+        "named set of values that lies under everything set explicitly",
+        choices=("auto", "demo", "tiny", "colab-t4", "phi2-article", "llama2", "mistral-orpo-beta"),
+    )
+    objective: str = _setting(
+        "orpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)", choices=("orpo", "sft", "dpo")
+    )
+    or_weight: float = _setting(
+        0.1, "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models", low=0, high=100
+    )
+    dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", low=0, high=100)
+    nll_over: str = _setting(
+        "answer", "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)", choices=("answer", "prompt+answer")
+    )
+    method: str = _setting(
+        "auto", "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)", choices=("auto", "full", "lora", "qlora")
+    )
+    lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", low=1, high=1024)
+    lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", low=1, high=4096)
+    lora_dropout: float = _setting(0.0, "share of adapter inputs dropped while training", low=0, high=0.9)
+    max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", low=1, high=1_000_000)
+    max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", low=2, high=2_000_000)
+    overlong: str = _setting(
+        "drop", "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)", choices=("drop", "truncate")
+    )
+    columns: str = _setting("", "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape")
+    pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", low=1, high=65536)
+    tokens_per_batch: int = _setting(
+        "auto", "tokens computed at once (a step is split into such batches; the result does not depend on it), or auto", low=16, high=100_000_000, auto=True
+    )
+    checkpointed_layers: int = _setting(
+        "auto", "layers whose activations are recomputed in the backward: less memory, more time; or auto", low=0, high=100_000, auto=True
+    )
+    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", low=0, high=1_000_000)
+    lr_schedule: str = _setting(
+        "cosine", "learning rate after warmup", choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup")
+    )
+    optimizer: str = _setting(
+        "adamw", "optimizer; 8-bit states need bitsandbytes",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"),
+    )
+    weight_decay: float = _setting(0.0, "AdamW's weight decay", low=0, high=10)
+    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", low=1e-6, high=1e6)
+    precision: str = _setting(
+        "auto", "number format of the computation; auto chooses by capability and says why", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", low=0, high=100_000_000)
+    max_minutes: float = _setting(0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000)
+    max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", low=0, high=1_000_000_000)
+    eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", low=0, high=1_000_000)
+    eval_every_steps: int = _setting(0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", low=0, high=100_000_000)
+    answers: int = _setting(3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000)
+    answer_tokens: int = _setting(128, "longest generated answer, tokens", low=1, high=8192)
+    watch_every_steps: int = _setting(0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000)
+    log_every_steps: int = _setting(1, "steps between rows of the history", low=1, high=1_000_000)
+    save_every_steps: int = _setting(100, "steps between checkpoints; 0: only when stopped", low=0, high=100_000_000)
+    keep_checkpoints: int = _setting(2, "newest checkpoints kept", low=1, high=1000)
+    seed: int = _setting(42, "seed of the data order, adapters and dropout", low=0, high=2**32 - 1)
+    output_dir: str = _setting("auto", "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset")
+    resume: str = _setting(
+        "auto", "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an empty folder", choices=("auto", "never")
+    )
+    save_to: str = _setting("local", "drive: also copy finished checkpoints and the model to Google Drive (Colab)", choices=("local", "drive"))
+    report_to: str = _setting("none", "experiment tracker beside the run's own files", choices=("none", "wandb", "tensorboard", "trackio"))
+    hub_repo: str = _setting("", "hub repository to push the finished model to (private); empty: nothing is uploaded")
+    liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
+
+    def __post_init__(self):
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise UserError(
+                f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}: "
+                "prompt plus answer must be longer than the prompt alone; raise max_tokens or lower max_prompt_tokens."
+            )
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}
+
+# Sources: the article (see README); arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
+PRESETS = {
+    "demo": dict(
+        method="lora", or_weight=0.5, pairs_per_step=4, max_steps=24, max_tokens=256, max_prompt_tokens=128, warmup_steps=2,
+        eval_pairs=40, answers=40, answer_tokens=48, save_every_steps=0,
+    ),
+    "tiny": dict(
+        base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4, max_steps=6,
+        max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8, max_tokens=512, max_prompt_tokens=256, save_every_steps=3,
+    ),
+    "colab-t4": dict(
+        base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora", learning_rate=5e-5, or_weight=0.25,
+        max_pairs=1000, max_tokens=1024, max_prompt_tokens=512, warmup_steps=10, eval_pairs=64, save_every_steps=50,
+    ),
+    "phi2-article": dict(
+        base_model="microsoft/phi-2", dataset="argilla/dpo-mix-7k", method="full", epochs=1.0, learning_rate=5e-6,
+        or_weight=0.25, warmup_steps=100, max_prompt_tokens=128, max_tokens=2048, pairs_per_step=4, optimizer="paged_adamw_32bit",
+    ),
+    "llama2": dict(
+        base_model="meta-llama/Llama-2-7b-hf", dataset="argilla/ultrafeedback-binarized-preferences-cleaned", method="full",
+        epochs=10.0, learning_rate=8e-6, or_weight=0.2, warmup_steps=200, pairs_per_step=32, max_prompt_tokens=1024,
+        max_tokens=2048, optimizer="paged_adamw_32bit",
+    ),
+    "mistral-orpo-beta": dict(
+        base_model="mistralai/Mistral-7B-v0.1", dataset="argilla/ultrafeedback-binarized-preferences-cleaned", method="full",
+        epochs=5.0, learning_rate=5e-6, or_weight=0.1, warmup_steps=200, lr_schedule="inverse_sqrt", pairs_per_step=32,
+        max_prompt_tokens=1792, max_tokens=2048, optimizer="paged_adamw_32bit",
+    ),
+}  # fmt: skip
+
+
+def coerce(name: str, value):
+    """The one typed door for a setting's value, whatever it came as ("5e-6", 2.0 for an int, "False").
+
+    Raises:
+        UserError: unknown name (the nearest known one is named), wrong type, out of limits, not a choice.
+    """
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
+    meta, kind = FIELDS[name].metadata, FIELDS[name].type
+    if meta["auto"] and str(value).strip().lower() == "auto":
+        return "auto"
+    try:
+        out = _to_type(kind, value)
+    except (ValueError, TypeError, OverflowError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        extra = " or 'auto'" if meta["auto"] else ""
+        raise UserError(f"{name} is {value!r}, but must be {wanted}{extra}: {meta['help']}.") from None
+    if meta["choices"] and out not in meta["choices"]:
+        raise UserError(f"{name} is {value!r}, but must be one of {', '.join(meta['choices'])}.")
+    low, high = meta["low"], meta["high"]
+    if low is not None and not low <= out <= high:
+        raise UserError(f"{name} is {value!r}, but must lie between {low:g} and {high:g}: {meta['help']}.")
+    return out
+
+
+def _to_type(kind, value):
+    if kind is str:
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError
+        return os.fspath(value).strip()
+    if kind is bool:
+        text = str(value).strip().lower()
+        if text in ("true", "1", "yes", "on"):
+            return True
+        if text in ("false", "0", "no", "off"):
+            return False
+        raise ValueError
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    if kind is int:
+        if number != int(number):
+            raise ValueError
+        return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
+    return number
+
+
+def from_environment(environ=None) -> dict:
+    """The `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error, so that no typo is silent."""
+    environ = os.environ if environ is None else environ
+    found = {}
+    for key, value in environ.items():
+        if key.startswith("LAZYORPO_"):
+            name = key.removeprefix("LAZYORPO_").lower()
+            found[name] = coerce(name, value)
+    return found
+
+
+def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
+    """What `preset="auto"` stands for, and why.
+
+    Args:
+        explicit: the settings that somebody set, by name.
+        gpu_gib: memory of the GPU at hand, GiB; 0 without one.
+    """
+    if gpu_gib and not {"base_model", "dataset"} & explicit.keys():
+        return "colab-t4", f"a GPU with {gpu_gib:.0f} GiB and no model or dataset chosen: a run of about 15 minutes"
+    if not {"base_model", "dataset"} & explicit.keys():
+        return "demo", "no GPU and no model or dataset chosen: the demo, a few minutes on a CPU"
+    return "", "a model or dataset was chosen, so every other setting keeps its default"
+
+
+def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Settings, dict, str]:
+    """Put the layers of settings together; later layers win.
+
+    Args:
+        layers: (source, {name: value}) from weakest to strongest, e.g. [("env", …), ("cell", …), ("panel", …)].
+            The defaults and the preset lie under all of them.
+        gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
+
+    Returns:
+        the settings; where each value came from, {name: source}; one sentence on the preset.
+    """
+    explicit, sources = {}, {}
+    for source, values in layers:
+        for name, value in values.items():
+            explicit[name], sources[name] = coerce(name, value), source
+    preset, why = explicit.get("preset", "auto"), "chosen"
+    if preset == "auto":
+        preset, why = pick_preset(explicit, gpu_gib)
+    values = DEFAULTS | PRESETS.get(preset, {}) | explicit
+    sources = {name: f"preset {preset}" for name in PRESETS.get(preset, {})} | sources
+    values["preset"] = preset or "auto"
+    settings = Settings(**values)
+    return settings, {name: sources.get(name, "default") for name in FIELDS}, f"preset {preset or 'none'}: {why}"

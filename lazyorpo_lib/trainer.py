@@ -1,0 +1,360 @@
+"""OrpoTrainer: transformers' Trainer, with steps made of token-budget micro-batches of pairs.
+
+Optimizers, schedules, mixed precision, checkpoints, resume, trackers and many GPUs are the Trainer's and accelerate's.
+Here: one batch of its data loader is all the pairs of an optimizer step; the step splits them into micro-batches, and its
+loss does not depend on how (nll exact in tokens, the odds term exact in pairs, over all ranks). It draws and prints nothing.
+"""
+
+import contextlib
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import PairScorer
+from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
+from .callbacks import StepGuard, StepWindow, memory_gib
+from .head import ScoringForward
+from .loss import dpo_loss, odds_ratio_loss
+from .model import adapters_off, causal_lm
+from .settings import Settings, UserError
+
+SUMS = ("nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected", "accuracy", "dpo", "pairs")
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
+
+
+def pair_table(logps: Tensor, batch: Batch, reference: Tensor | None = None, dpo_beta: float = 0.1) -> Tensor:
+    """What is known of each pair, one column a name of SUMS: (B, len(SUMS)) float32, with gradient.
+
+    Args:
+        logps: (M,) log-probability of each scored token.
+        reference: (B, 2) summed log-probabilities of chosen and rejected under DPO's frozen reference.
+    """
+    b = len(batch.pairs)
+    sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps.float())
+    chosen, rejected, prompt = sums.view(3, b)
+    chosen_tokens, rejected_tokens, prompt_tokens = batch.lengths.view(3, b)
+    logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
+    odds = odds_ratio_loss(logp_chosen, logp_rejected)
+    dpo = torch.zeros_like(chosen) if reference is None else dpo_loss(chosen, rejected, *reference.T, dpo_beta)
+    return torch.stack(
+        [-(chosen + prompt), chosen_tokens + prompt_tokens, odds.or_loss, odds.log_odds_chosen, odds.log_odds_rejected,
+         logp_chosen, logp_rejected, (odds.log_odds_ratio > 0).float(), dpo, torch.ones_like(dpo)], dim=1,
+    )  # fmt: skip
+
+
+def averages(sums: Sequence[float], objective: str, or_weight: float) -> dict[str, float]:
+    """The metrics of a set of pairs from the column sums of its `pair_table`."""
+    total = dict(zip(SUMS, sums, strict=True))
+    pairs = max(total.pop("pairs"), 1.0)
+    nll = total.pop("nll") / max(total.pop("nll_tokens"), 1.0)
+    row = {"nll": nll} | {name: value / pairs for name, value in total.items()}
+    row["log_odds_ratio"] = row["log_odds_chosen"] - row["log_odds_rejected"]
+    dpo = row.pop("dpo")
+    row["loss"] = dpo if objective == "dpo" else nll + (or_weight * row["or_loss"] if objective == "orpo" else 0.0)
+    return row
+
+
+def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, output_dir: Path) -> TrainingArguments:
+    """Our settings in the Trainer's words."""
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=1,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        optim=OPTIMIZERS.get(settings.optimizer, settings.optimizer),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device == "cpu",
+        logging_steps=settings.log_every_steps,
+        logging_nan_inf_filter=False,  # it hides a NaN behind old losses
+        eval_strategy="steps" if settings.eval_every_steps and settings.eval_pairs else "no",
+        eval_steps=settings.eval_every_steps or None,
+        save_strategy="steps" if settings.save_every_steps else "no",
+        save_steps=settings.save_every_steps or 500,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=settings.report_to,
+        use_liger_kernel=settings.liger_kernel,
+    )
+    _ = args.device
+    args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would cut a packed row in two; many GPUs are accelerate's
+    return args
+
+
+def checkpoint_layers(model, count: int) -> int:
+    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); returns how many."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if count and layers:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count
+    return min(count, len(layers))
+
+
+class OrpoTrainer(Trainer):
+    """Trains a causal LM on encoded pairs.
+
+    Args:
+        model: from `model.load_for_training`.
+        settings: learning rate, or_weight and so on.
+        train_pairs, eval_pairs: anything with a length that gives an EncodedPair for an index.
+        tokens_per_batch: tokens computed at once.
+        checkpointed_layers: layers whose activations are recomputed.
+        on_row: called on the first process with every row of the history.
+    """
+
+    loss_is_scaled_for_ga = True  # the step's loss is whole; nothing divides it again
+
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        settings: Settings,
+        train_pairs: Sequence[EncodedPair],
+        eval_pairs: Sequence[EncodedPair] = (),
+        *,
+        tokens_per_batch: int,
+        checkpointed_layers: int = 0,
+        on_row: Callable[[dict], None] = lambda row: None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.settings, self.on_row = settings, on_row
+        self.tokens_per_batch, self.oom_notes = tokens_per_batch, []
+        # Before the Trainer wraps anything: the probe runs the bare model.
+        self.scorer = PairScorer(ScoringForward(causal_lm(model)))
+        self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
+        self.bad_steps, self.stop_reason, self._bad_in_a_row, self._rows_of_step = [], "", 0, []
+        self._reference: dict[int, Tensor] = {}
+        self._window = StepWindow()
+        super().__init__(
+            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, data_collator=_as_step,
+            callbacks=[StepGuard(self), *callbacks],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.sampler = None
+
+    # Data: one batch of the loader = this rank's pairs of one optimizer step.
+
+    def get_train_dataloader(self) -> DataLoader:
+        pairs = self.train_dataset
+        lengths = pairs.lengths if hasattr(pairs, "lengths") else [p.tokens(self.scorer.layout) for p in pairs]
+        self.sampler = StepSampler(
+            lengths, self.settings.pairs_per_step, seed=self.settings.seed,
+            rank=self.args.process_index, world=self.args.world_size,
+        )  # fmt: skip
+        return DataLoader(pairs, batch_sampler=self.sampler, collate_fn=_as_step)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the Trainer's own guess knows neither shared prompts nor adapters
+
+    # The step.
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        pairs = inputs["pairs"]
+        self._rows_of_step = [p.index for p in pairs]
+        if self.settings.objective == "dpo":
+            self._remember_reference(pairs)
+        model.train()
+        while True:
+            try:
+                return self._forward_backward(model, pairs)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or self.args.world_size > 1:
+                    raise
+                message = str(error).splitlines()[0][:160]
+            # Outside the except block, so that the traceback no longer holds the failed step's tensors.
+            model.zero_grad(set_to_none=True)
+            self._use_less_memory(pairs, message)
+
+    def _forward_backward(self, model, pairs: list[EncodedPair]) -> Tensor:
+        settings, world = self.settings, self.args.world_size
+        micro_batches = self._micro_batches(pairs)
+        total_pairs = self._over_ranks(len(pairs))
+        nll_tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * (settings.nll_over != "answer") for p in pairs)
+        nll_tokens = self._over_ranks(nll_tokens)
+        step_loss = torch.zeros((), device=self.args.device)
+        sums = torch.zeros(len(SUMS), device=self.args.device)
+        for k, (micro, weight) in enumerate(micro_batches):
+            batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
+            last = k == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
+                out = model(**self.scorer.inputs(batch))
+                table = pair_table(out["logps"], batch, self._reference_of(micro), settings.dpo_beta)
+                column = dict(zip(SUMS, table.sum(0).unbind(), strict=True))
+                if settings.objective == "dpo":
+                    loss = column["dpo"] / total_pairs
+                else:
+                    or_weight = settings.or_weight if settings.objective == "orpo" else 0.0
+                    loss = column["nll"] / nll_tokens + or_weight * column["or_loss"] / total_pairs
+                if out["router_loss"] is not None:
+                    loss = loss + out["router_loss"] * len(micro) / total_pairs
+                # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
+                self.accelerator.backward(loss * weight * world)
+            step_loss += loss.detach() * weight
+            sums += table.detach().sum(0) * weight
+        self._window.add(sums, sum(len(b) for p in pairs for b in p[1:]))
+        return step_loss * world  # the Trainer averages what it logs over ranks
+
+    def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
+        batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
+        if self.args.world_size > 1:
+            # FSDP gathers weights in every forward, so every rank must run as many; the extra ones weigh nothing.
+            most = self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max().item()
+            batches = [([min(pairs, key=lambda p: p.tokens())], 0.0)] * (most - len(batches)) + batches
+        return batches
+
+    def _over_ranks(self, count: int) -> int:
+        if self.args.world_size == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device)).item())
+
+    def _use_less_memory(self, pairs: list[EncodedPair], message: str) -> None:
+        """After an out-of-memory: half the token budget; once single pairs are left, more checkpointed layers."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        largest = max(split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout), key=len)
+        layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
+        if len(largest) > 1:
+            self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
+            change = f"tokens_per_batch is now {self.tokens_per_batch}"
+        elif self.checkpointed_layers < layers:
+            more = self.checkpointed_layers + max(1, math.ceil((layers - self.checkpointed_layers) / 2))
+            self.checkpointed_layers = checkpoint_layers(self.model, more)
+            change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
+        else:
+            raise UserError(
+                f"Out of memory in step {self.state.global_step + 1} on a single pair with every layer checkpointed ({message}); "
+                "lower max_tokens, or choose method=qlora, or a smaller base_model."
+            )
+        note = f"step {self.state.global_step + 1}: out of memory; {change}; the step is repeated with the same result"
+        self.oom_notes.append(note)
+        warnings.warn(note, stacklevel=2)
+
+    # DPO's reference: the model before training, its sums computed once for each pair.
+
+    def _remember_reference(self, pairs: Sequence[EncodedPair]) -> None:
+        missing = [p for p in pairs if p.index not in self._reference]
+        if missing and not hasattr(self.model, "disable_adapter"):
+            raise RuntimeError("full tuning: remember_reference() must run before the first step")
+        self.remember_reference(missing)
+
+    def remember_reference(self, pairs: Sequence[EncodedPair]) -> None:
+        """Keep the summed log-probabilities of `pairs` under the untrained model, for objective="dpo"."""
+        with adapters_off(self.model), torch.no_grad():
+            for batch, logps in self._score(pairs):
+                b = len(batch.pairs)
+                sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
+                self._reference |= {p.index: s for p, s in zip(batch.pairs, sums[: 2 * b].view(2, b).T, strict=True)}
+
+    def _reference_of(self, pairs: Sequence[EncodedPair]) -> Tensor | None:
+        return torch.stack([self._reference[p.index] for p in pairs]) if self.settings.objective == "dpo" else None
+
+    # Evaluation.
+
+    def _score(self, pairs: Sequence[EncodedPair]):
+        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode."""
+        model, training = self.model_wrapped, self.model.training
+        model.eval()
+        try:
+            for micro in split_by_tokens(list(pairs), self.tokens_per_batch, self.scorer.layout):
+                batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(self.args.device)
+                with torch.no_grad(), self.accelerator.autocast():
+                    logps = model(**self.scorer.inputs(batch))["logps"]
+                yield batch, logps
+        finally:
+            model.train(training)
+
+    def pair_tables(self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None) -> Tensor:
+        """`pair_table` of each pair in the order given, (len(pairs), len(SUMS)) on the CPU. Every rank computes all."""
+        rows = {}
+        for batch, logps in self._score(pairs):
+            rows |= dict(zip([p.index for p in batch.pairs], pair_table(logps, batch).cpu(), strict=True))
+            on_batch(len(batch.pairs))
+        return torch.stack([rows[p.index] for p in pairs])
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        sums = self.pair_tables(pairs).sum(0).tolist()
+        row = averages(sums, "orpo", self.settings.or_weight)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in row.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # What is written down.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums, tokens, seconds = self._window.take()
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums)
+                tokens = self._over_ranks(tokens)
+            row = averages(sums.tolist(), self.settings.objective, self.settings.or_weight)
+            row |= {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
+            row["pairs_per_second"], row["tokens_per_second"] = sums[-1].item() / seconds, tokens / seconds
+            row["memory_gib"] = memory_gib(self.args.device)
+            logs = row
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
+            self.on_row({"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6)} | logs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As the Trainer's, but a checkpoint appears under its name complete or not at all."""
+        home, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        scratch = home / ".saving"
+        self.args.output_dir = str(scratch)
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            self.stop_reason = f"the checkpoint of step {self.state.global_step} could not be written ({error})"
+            raise UserError(
+                f"{self.stop_reason[0].upper()}{self.stop_reason[1:]}; make room, then run again: it goes on from the last "
+                "complete checkpoint."
+            ) from None
+        finally:
+            self.args.output_dir = str(home)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith("the checkpoint"):
+                    shutil.rmtree(home / name, ignore_errors=True)
+                    (scratch / name).rename(home / name)
+                shutil.rmtree(scratch, ignore_errors=True)
+        if self.args.should_save:
+            for old in checkpoints(home)[: -self.settings.keep_checkpoints]:
+                shutil.rmtree(old.rename(home / ".old"), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [c for c in Path(folder).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
+    return sorted((c for c in found if (c / "trainer_state.json").is_file()), key=lambda c: int(c.name.split("-")[1]))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove them all, at the end of a finished run."""
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _as_step(pairs: list[EncodedPair]) -> dict:
+    return {"pairs": pairs}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
