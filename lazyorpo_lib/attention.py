@@ -156,7 +156,9 @@ def _varlen_agrees(query, key, value) -> bool:
     spans = [Span(0, 9, 7, 5), Span(21, 3, 2, 6)]
     n, saved, results = 32, _row, []
     with torch.enable_grad(), torch.random.fork_rng(devices=[query.device]):
-        inputs = [torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)]
+        inputs = [
+            torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)
+        ]
         for path in (lambda q, k, v: attention(None, q, k, v, None)[0], lambda q, k, v: _varlen(q, k, v, None, None)):
             _row = _Row(spans)
             leaves = [x.clone().requires_grad_() for x in inputs]
@@ -186,7 +188,9 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
 
     def additive(mask):
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[
+            None, None
+        ]
 
     masks = {"full_attention": additive(allowed)}
     if window:
@@ -305,7 +309,8 @@ class _Probe:
 
     def _mismatch(self) -> str:
         batch, moved = (
-            self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device)) for pairs in (self.pairs, self.other)
+            self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))
+            for pairs in (self.pairs, self.other)
         )
         if (error := (batch - self.truth).abs().max().item()) > self.tolerance:
             return f"differs from separate forwards by {error:.2g} nats"

@@ -86,18 +86,26 @@ def clean(
     return _keep(rows, mapping, _contradicted(rows, mapping), report), report
 
 
+def _try(index, row, mapping):
+    """(pair, "") or (None, reason)."""
+    try:
+        return to_pair(index, row, mapping), ""
+    except BadRow as bad:
+        return None, str(bad)
+
+
 def _contradicted(rows, mapping):
     rest = iter(rows)
     first = list(itertools.islice(rest, FIRST_ROWS))
-    _check_shape(first, mapping)
+    if first:
+        _check_shape(first, mapping)
     ranked, contradicted = {}, set()
     for index, row in itertools.chain(first, rest):
-        try:
-            answers, order = _digest(to_pair(index, row, mapping))
-        except BadRow:
-            continue
-        if ranked.setdefault(answers, order) != order:
-            contradicted.add(answers)
+        pair, _ = _try(index, row, mapping)
+        if pair:
+            answers, order = _digest(pair)
+            if ranked.setdefault(answers, order) != order:
+                contradicted.add(answers)
     return contradicted
 
 
@@ -105,15 +113,12 @@ def _keep(rows, mapping, contradicted, report):
     seen = set()
     for index, row in rows:
         report.read += 1
-        try:
-            pair = to_pair(index, row, mapping)
+        pair, reason = _try(index, row, mapping)
+        if pair:
             answers, _ = _digest(pair)
-            if answers in contradicted:
-                raise BadRow("contradiction")
-            if answers in seen:
-                raise BadRow("duplicate")
-        except BadRow as bad:
-            report.drop(index, str(bad), row)
+            reason = "contradiction" if answers in contradicted else "duplicate" if answers in seen else ""
+        if reason:
+            report.drop(index, reason, row)
             continue
         seen.add(answers)
         report.add(pair)
@@ -121,18 +126,14 @@ def _keep(rows, mapping, contradicted, report):
 
 
 def _check_shape(first, mapping):
-    names = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
-    found = f"the columns found are {', '.join(map(repr, names[:40])) or 'none, for its rows are not objects'}"
+    rows = [(index, row) for index, row in first if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    named = ", ".join(repr(json_safe(name)) for name in names[:40])
+    found = f"the columns found are {named or 'none, for its rows are not objects'}"
     for name, column in mapping.items():
-        if first and column not in names:
+        if column not in names:
             raise UserError(f"columns says {name}={column}, but {found}; {MAPPING}.")
-    for index, row in first:
-        try:
-            return to_pair(index, row, mapping)
-        except BadRow as bad:
-            if isinstance(row, dict) and str(bad) != "unknown_shape":
-                return None
-    if first:
+    if all(_try(index, row, mapping)[1] == "unknown_shape" for index, row in rows):
         raise UserError(f"None of the first {len(first)} rows is a pair of a known shape: {found}; {MAPPING}.")
 
 
@@ -143,11 +144,12 @@ def _hash(text):
 def _digest(pair):
     """The prompt with its two answers in either order, 16 bytes; and which of the two orders it is."""
     chosen, rejected = _hash(pair.chosen).hex(), _hash(pair.rejected).hex()
-    return _hash(json.dumps([pair.prompt, *sorted((chosen, rejected))])), chosen < rejected
+    turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
+    return _hash("".join([*sorted((chosen, rejected)), *turns])), chosen < rejected
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """"prompt=a,chosen=b,rejected=c" -> {"prompt": "a", …}; "" -> {}. Raises UserError."""
+    """{"prompt": "a", …} of "prompt=a,chosen=b,rejected=c[,system=d]"; {} of "". Raises UserError on anything else."""
     mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
     known = mapping.keys() <= {"prompt", "chosen", "rejected", "system"} <= mapping.keys() | {"system"}
     if columns.strip() and not (known and len(mapping) == columns.count("=") == columns.count(",") + 1):
@@ -246,7 +248,9 @@ def _turns(cell, role):
 def _message(item):
     if not isinstance(item, dict):
         raise BadRow("malformed")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    # a table that mixes both styles holds all four names in each message, two of them null
+    role = item["role"] if item.get("role") is not None else item.get("from")
+    content = item["content"] if item.get("content") is not None else item.get("value")
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRow("malformed")
     if role.strip().lower() not in ROLES:

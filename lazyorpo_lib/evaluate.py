@@ -72,7 +72,9 @@ def verdict(comparison: dict[str, dict]) -> str:
     c = comparison["accuracy"]
     low, high = c["change_interval"]
     words = (
-        "more than noise" if c["more_than_noise"] else "within the noise of so few pairs: hold out more, or train longer"
+        "more than noise"
+        if c["more_than_noise"]
+        else "within the noise of so few pairs: hold out more, or train longer"
     )
     return (
         f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "

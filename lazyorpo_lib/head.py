@@ -11,7 +11,13 @@ BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target] for each token, in blocks.
 
@@ -164,9 +170,7 @@ class ScoringForward:
         if self.plain:
             layer = self.model.get_output_embeddings()
             hidden = hidden.flatten(0, 1).index_select(0, hidden_index)
-            logps = token_logps(
-                hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale
-            )
+            logps = token_logps(hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale)
         else:
             logits = out.logits.flatten(0, 1).index_select(0, hidden_index).float()
             logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]

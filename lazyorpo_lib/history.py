@@ -20,7 +20,7 @@ ENOUGH_POINTS = 10  # logged steps before `reading` judges
 
 def append(path, row: dict) -> None:
     """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
-    line = json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n"
+    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
     with open(path, "a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

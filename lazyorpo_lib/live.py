@@ -160,7 +160,7 @@ class _Picture:
 def _place_labels(axes, curves):
     """Put each label at the height of its line's end, two of them never on each other and inside the axes."""
     (low, high), apart = axes.get_ylim(), 0.15
-    shown = sorted((curve for curve in curves if curve.end is not None), key=lambda curve: curve.end)
+    shown = sorted((curve for curve in curves[::-1] if curve.end is not None), key=lambda curve: curve.end)
     heights = [(curve.end - low) / (high - low) for curve in shown]
     if len(shown) == 2 and heights[1] - heights[0] < apart:
         middle = min(max(sum(heights) / 2, apart), 1 - apart)

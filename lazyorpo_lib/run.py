@@ -63,7 +63,9 @@ class Run:
             "version": __version__, "fingerprint": self.fingerprint,
             "settings": dataclasses.asdict(settings), "sources": sources,
         })  # fmt: skip
-        self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}")
+        self.show(
+            f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}"
+        )
 
     def _write(self, name: str, content) -> None:
         if self.main:
@@ -82,7 +84,9 @@ class Run:
                 "choose another output_dir, or delete that folder."
             )
         if older and self.settings.resume == "never":
-            raise UserError(f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto.")
+            raise UserError(
+                f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
+            )
 
     # Pairs.
 
@@ -145,7 +149,12 @@ class Run:
             )
         lengths = pairs.lengths_of_sides()
         tokens = {
-            side: {"mean": float(n.mean()), "p50": float(np.median(n)), "p95": float(np.quantile(n, 0.95)), "max": int(n.max())}
+            side: {
+                "mean": float(n.mean()),
+                "p50": float(np.median(n)),
+                "p95": float(np.quantile(n, 0.95)),
+                "max": int(n.max()),
+            }
             for side, n in lengths.items()
         }
         figures = {"train": len(self.train_pairs), "held_out": len(self.eval_pairs), "tokens": tokens, "digest": digest}
@@ -157,7 +166,9 @@ class Run:
         """Load the base model with what is to be trained, and the trainer around it."""
         s = self.settings
         if self.finished:
-            self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
+            self.show(
+                "This run is finished; its results follow. Change a setting, or delete its folder, to train anew."
+            )
             return
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
         self.method = "lora" if s.method == "auto" else s.method
@@ -193,7 +204,9 @@ class Run:
         rows = self.folder / "history.jsonl"
         if self.main:
             history.truncate_after(rows, last)
-        self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
+        self.plot = LivePlot(
+            self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps()
+        )
         for row in history.read(rows):
             self.plot.update(row)
         if found:
@@ -211,7 +224,9 @@ class Run:
         self.stopped = self.trainer.stop_reason or self.stop.reason
         self.interrupted = bool(self.trainer.stop_reason) or self.stop.asked
         if self.stopped:
-            self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
+            self.show(
+                f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there."
+            )
         self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")
 
     def _steps(self) -> int:
@@ -349,7 +364,9 @@ def _folder(settings: Settings) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder.") from None
+        raise UserError(
+            f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder."
+        ) from None
     return folder.resolve()
 
 
@@ -365,7 +382,9 @@ def _claim(folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
+        raise UserError(
+            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
+        ) from None
     _locks[folder] = lock
 
 

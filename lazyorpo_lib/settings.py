@@ -31,7 +31,8 @@ class Settings:
         "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
     )
     dataset: str = _setting(
-        "demo", "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file"
+        "demo",
+        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file",
     )
     epochs: float = _setting(1.0, "passes over the training pairs", low=0.001, high=1000)
     learning_rate: float = _setting(
@@ -43,17 +44,26 @@ class Settings:
         choices=("auto", "demo", "tiny", "colab-t4", "phi2-article", "llama2", "mistral-orpo-beta"),
     )
     objective: str = _setting(
-        "orpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)", choices=("orpo", "sft", "dpo")
+        "orpo",
+        "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)",
+        choices=("orpo", "sft", "dpo"),
     )
     or_weight: float = _setting(
-        0.1, "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models", low=0, high=100
+        0.1,
+        "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models",
+        low=0,
+        high=100,
     )
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", low=0, high=100)
     nll_over: str = _setting(
-        "answer", "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)", choices=("answer", "prompt+answer")
+        "answer",
+        "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)",
+        choices=("answer", "prompt+answer"),
     )
     method: str = _setting(
-        "auto", "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)", choices=("auto", "full", "lora", "qlora")
+        "auto",
+        "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)",
+        choices=("auto", "full", "lora", "qlora"),
     )
     lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", low=1, high=1024)
     lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", low=1, high=4096)
@@ -61,47 +71,85 @@ class Settings:
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", low=1, high=1_000_000)
     max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", low=2, high=2_000_000)
     overlong: str = _setting(
-        "drop", "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)", choices=("drop", "truncate")
+        "drop",
+        "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
+        choices=("drop", "truncate"),
     )
-    columns: str = _setting("", "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape")
+    columns: str = _setting(
+        "", "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape"
+    )
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", low=1, high=65536)
     tokens_per_batch: int = _setting(
-        "auto", "tokens computed at once (a step is split into such batches; the result does not depend on it), or auto", low=16, high=100_000_000, auto=True
+        "auto",
+        "tokens computed at once (a step is split into such batches; the result does not depend on it), or auto",
+        low=16,
+        high=100_000_000,
+        auto=True,
     )
     checkpointed_layers: int = _setting(
-        "auto", "layers whose activations are recomputed in the backward: less memory, more time; or auto", low=0, high=100_000, auto=True
+        "auto",
+        "layers whose activations are recomputed in the backward: less memory, more time; or auto",
+        low=0,
+        high=100_000,
+        auto=True,
     )
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", low=0, high=1_000_000)
     lr_schedule: str = _setting(
-        "cosine", "learning rate after warmup", choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup")
+        "cosine",
+        "learning rate after warmup",
+        choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup"),
     )
     optimizer: str = _setting(
-        "adamw", "optimizer; 8-bit states need bitsandbytes",
+        "adamw",
+        "optimizer; 8-bit states need bitsandbytes",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"),
     )
     weight_decay: float = _setting(0.0, "AdamW's weight decay", low=0, high=10)
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", low=1e-6, high=1e6)
     precision: str = _setting(
-        "auto", "number format of the computation; auto chooses by capability and says why", choices=("auto", "bfloat16", "float16", "float32")
+        "auto",
+        "number format of the computation; auto chooses by capability and says why",
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", low=0, high=100_000_000)
-    max_minutes: float = _setting(0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000)
+    max_minutes: float = _setting(
+        0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000
+    )
     max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", low=0, high=1_000_000_000)
     eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", low=0, high=1_000_000)
-    eval_every_steps: int = _setting(0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", low=0, high=100_000_000)
-    answers: int = _setting(3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000)
+    eval_every_steps: int = _setting(
+        0,
+        "evaluate on the held-out pairs every so many steps; 0: before and after training only",
+        low=0,
+        high=100_000_000,
+    )
+    answers: int = _setting(
+        3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000
+    )
     answer_tokens: int = _setting(128, "longest generated answer, tokens", low=1, high=8192)
-    watch_every_steps: int = _setting(0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000)
+    watch_every_steps: int = _setting(
+        0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000
+    )
     log_every_steps: int = _setting(1, "steps between rows of the history", low=1, high=1_000_000)
     save_every_steps: int = _setting(100, "steps between checkpoints; 0: only when stopped", low=0, high=100_000_000)
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", low=1, high=1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", low=0, high=2**32 - 1)
-    output_dir: str = _setting("auto", "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset")
-    resume: str = _setting(
-        "auto", "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an empty folder", choices=("auto", "never")
+    output_dir: str = _setting(
+        "auto", "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset"
     )
-    save_to: str = _setting("local", "drive: also copy finished checkpoints and the model to Google Drive (Colab)", choices=("local", "drive"))
-    report_to: str = _setting("none", "experiment tracker beside the run's own files", choices=("none", "wandb", "tensorboard", "trackio"))
+    resume: str = _setting(
+        "auto",
+        "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an empty folder",
+        choices=("auto", "never"),
+    )
+    save_to: str = _setting(
+        "local",
+        "drive: also copy finished checkpoints and the model to Google Drive (Colab)",
+        choices=("local", "drive"),
+    )
+    report_to: str = _setting(
+        "none", "experiment tracker beside the run's own files", choices=("none", "wandb", "tensorboard", "trackio")
+    )
     hub_repo: str = _setting("", "hub repository to push the finished model to (private); empty: nothing is uploaded")
     liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
 

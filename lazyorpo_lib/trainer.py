@@ -26,7 +26,18 @@ from .loss import dpo_loss, odds_ratio_loss
 from .model import adapters_off, causal_lm
 from .settings import Settings, UserError
 
-SUMS = ("nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected", "accuracy", "dpo", "pairs")
+SUMS = (
+    "nll",
+    "nll_tokens",
+    "or_loss",
+    "log_odds_chosen",
+    "log_odds_rejected",
+    "logp_chosen",
+    "logp_rejected",
+    "accuracy",
+    "dpo",
+    "pairs",
+)
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
 
 
@@ -330,7 +341,9 @@ class OrpoTrainer(Trainer):
             self.args.output_dir = str(home)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith("the checkpoint"):
+                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith(
+                    "the checkpoint"
+                ):
                     shutil.rmtree(home / name, ignore_errors=True)
                     (scratch / name).rename(home / name)
                 shutil.rmtree(scratch, ignore_errors=True)

@@ -16,7 +16,7 @@ SHARED = {
     "llama": {}, "qwen2": {}, "qwen3": dict(head_dim=8), "phi": {}, "gemma": dict(head_dim=8),
     "gpt_neox": {}, "olmo2": {}, "smollm3": {}, "mistral": WINDOW, "phi3": WINDOW | dict(pad_token_id=0),
     "starcoder2": WINDOW, "mixtral": MOE, "qwen3_moe": MOE | dict(head_dim=8), "granite": dict(logits_scaling=8.0),
-    "stablelm": {}, "gpt2": dict(n_embd=32, n_layer=2, n_head=4), "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "stablelm": {}, "gpt2": dict(n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
     "gemma3_text": WINDOW | LAYERS | dict(head_dim=8), "cohere2": WINDOW | LAYERS, "olmo3": WINDOW | LAYERS,
     "cohere": dict(logit_scale=0.25), "exaone4": WINDOW | LAYERS, "helium": dict(head_dim=8), "glm": dict(head_dim=8),
     "nemotron": {}, "bitnet": {}, "ministral3": WINDOW,

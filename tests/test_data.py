@@ -1,4 +1,4 @@
-"""Rows of every shape become the pairs they should, every other row is accounted for, and bad files get one sentence."""
+"""Rows of every shape become the right pairs, every other row is accounted for, and bad files get one sentence."""
 
 import datetime
 import gzip
@@ -33,7 +33,8 @@ def cleaned(raw, **options):
 
 SHAPES = {
     "prompt inside both message lists": (
-        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A(" Yes \n")], "rejected": [U("Hi"), A("Hello"), U("Why?"), A("No")]},
+        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A(" Yes \n")],
+         "rejected": [U("Hi"), A("Hello"), U("Why?"), A("No")]},
         "messages", [U("Hi"), A("Hello"), U("Why?")],
     ),
     "a prompt column beside it does not double it": (
@@ -72,14 +73,22 @@ SHAPES = {
         {"system": " ", "input": "Why?", "chosen": "Yes", "rejected": "No"}, "input", [U("Why?")],
     ),
     "a system column beside messages that have a system turn": (
-        {"system": "Other.", "chosen": [S("Be kind."), U("Why?"), A("Yes")], "rejected": [S("Be kind."), U("Why?"), A("No")]},
+        {"system": "Other.", "chosen": [S("Be kind."), U("Why?"), A("Yes")],
+         "rejected": [S("Be kind."), U("Why?"), A("No")]},
         "messages", [S("Be kind."), U("Why?")],
     ),
     "question, context and chosen_response": (
         {"question": "Why?", "context": "It rained.", "chosen_response": "Yes", "rejected_response": "No"},
         "question", [U("Why?\n\nIt rained.")],
     ),
-    "response_j and response_k": ({"question": "Why?", "response_j": "Yes", "response_k": "No"}, "question", [U("Why?")]),
+    "response_j and response_k": (
+        {"question": "Why?", "response_j": "Yes", "response_k": "No"}, "question", [U("Why?")],
+    ),
+    "messages with both styles of names": (
+        {"prompt": [{"role": None, "content": None, "from": "human", "value": "Why?"}],
+         "chosen": "Yes", "rejected": "No"},
+        "prompt", [U("Why?")],
+    ),
     "transcripts": (
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: Yes",
          "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: No"},
@@ -154,19 +163,26 @@ def test_unknown_rows_among_known_ones_are_dropped():
 
 REASONS = [
     (None, "malformed"), ([], "malformed"), ("text", "malformed"), (GOOD | {None: ["a cell too many"]}, "malformed"),
-    (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"), (GOOD | {"prompt": 1.5}, "malformed"),
+    (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"),
+    (GOOD | {"prompt": 1.5}, "malformed"),
     (GOOD | {"chosen": ["Yes"]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
     (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "malformed"),
-    ({}, "unknown_shape"), ({"chosen": "Yes", "rejected": "No"}, "unknown_shape"), ({"prompt": "Why?"}, "unknown_shape"),
-    (GOOD | {"chosen": [turn("narrator", "Yes")]}, "unknown_role"), (GOOD | {"prompt": [turn("tool", "x")]}, "unknown_role"),
+    ({}, "unknown_shape"), ({"chosen": "Yes", "rejected": "No"}, "unknown_shape"),
+    ({"prompt": "Why?"}, "unknown_shape"),
+    (GOOD | {"chosen": [turn("narrator", "Yes")]}, "unknown_role"),
+    (GOOD | {"prompt": [turn("tool", "x")]}, "unknown_role"),
     (GOOD | {"chosen": "\ud800"}, "invalid_text"), (GOOD | {"prompt": "Why \udfff?"}, "invalid_text"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": [U("Why so?"), A("No")]}, "prompts_differ"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": "No", "prompt": "Why?"}, "prompts_differ"),
-    (GOOD | {"prompt": ""}, "empty_prompt"), (GOOD | {"prompt": None}, "empty_prompt"), (GOOD | {"prompt": []}, "empty_prompt"),
+    (GOOD | {"prompt": ""}, "empty_prompt"), (GOOD | {"prompt": None}, "empty_prompt"),
+    (GOOD | {"prompt": []}, "empty_prompt"),
     (GOOD | {"prompt": float("nan")}, "empty_prompt"), (GOOD | {"prompt": [S("Be kind."), U(" \n")]}, "empty_prompt"),
-    (GOOD | {"prompt": [U("Why?"), A("Because.")]}, "no_user_turn"), (GOOD | {"prompt": [S("Be kind.")]}, "no_user_turn"),
-    (GOOD | {"chosen": [U("Why?")]}, "no_answer"), (GOOD | {"rejected": {"from": "human", "value": "Why?"}}, "no_answer"),
-    (GOOD | {"chosen": ""}, "empty_answer"), (GOOD | {"chosen": None}, "empty_answer"), (GOOD | {"chosen": []}, "empty_answer"),
+    (GOOD | {"prompt": [U("Why?"), A("Because.")]}, "no_user_turn"),
+    (GOOD | {"prompt": [S("Be kind.")]}, "no_user_turn"),
+    (GOOD | {"chosen": [U("Why?")]}, "no_answer"),
+    (GOOD | {"rejected": {"from": "human", "value": "Why?"}}, "no_answer"),
+    (GOOD | {"chosen": ""}, "empty_answer"), (GOOD | {"chosen": None}, "empty_answer"),
+    (GOOD | {"chosen": []}, "empty_answer"),
     (GOOD | {"rejected": float("nan")}, "empty_answer"), (GOOD | {"rejected": [A(" ")]}, "empty_answer"),
     (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes, I  do"}, "identical_answers"),
 ]  # fmt: skip
@@ -227,7 +243,13 @@ def test_report_figures_and_a_pair_dropped_by_the_caller():
     assert figures["characters"]["prompt"] == {"mean": 10, "p50": 10, "p95": 10, "max": 10}
     assert figures["chosen_longer"] == pytest.approx(40 / 90)
     assert figures["shapes"] == {"prompt": 90}
-    assert dropped[0]["row"] == {"index": 90, "prompt": [U("p" * 10)], "chosen": "c" * 91, "rejected": "r" * 50, "shape": "prompt"}
+    assert dropped[0]["row"] == {
+        "index": 90,
+        "prompt": [U("p" * 10)],
+        "chosen": "c" * 91,
+        "rejected": "r" * 50,
+        "shape": "prompt",
+    }
     json.dumps(figures, allow_nan=False)
 
 
@@ -278,7 +300,9 @@ def test_white_space_does_not_let_a_prompt_cross():
     assert set(range(10)) <= set(train) or set(range(10)) <= set(held_out)
 
 
-@pytest.mark.parametrize(("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)])
+@pytest.mark.parametrize(
+    ("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)]
+)
 def test_at_most_a_fifth_is_held_out(count, asked, held):
     assert len(split_held_out(numbered(count, 10**6), asked, 42)[1]) == held
 
@@ -304,7 +328,8 @@ def write(folder, name, content):
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", TEXT), ("a.jsonl", TEXT.replace("\n", "\r\n\r\n")), ("a.json", LIST), ("a.json", TEXT), ("a.JSON", "\n " + LIST),
+    [("a.jsonl", TEXT), ("a.jsonl", TEXT.replace("\n", "\r\n\r\n")), ("a.json", LIST), ("a.json", TEXT),
+    ("a.JSON", "\n " + LIST),
      ("a.csv", TABLE), ("a.jsonl.gz", TEXT), ("a.json.gz", LIST), ("a.csv.gz", TABLE), ("v1.2.jsonl", TEXT.rstrip())],
 )  # fmt: skip
 def test_files_are_read_twice_alike(tmp_path, name, content, bom):
@@ -319,7 +344,10 @@ def test_parquet_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    many = [{"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None} for n in range(1000)]
+    many = [
+        {"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None}
+        for n in range(1000)
+    ]
     pq.write_table(pa.Table.from_pylist(many), tmp_path / "a.parquet")
     pairs, report = clean(open_rows(str(tmp_path / "a.parquet")))
     assert [pair.prompt[0]["content"] for pair in pairs] == [f"Why {n}?" for n in range(1000)]
@@ -333,7 +361,8 @@ def test_a_csv_cell_may_hold_a_megabyte(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", "", "has no rows"), ("a.json", "[]", "has no rows"), ("a.csv", "prompt,chosen,rejected\n", "has no rows"),
+        ("a.jsonl", "", "has no rows"), ("a.json", "[]", "has no rows"),
+        ("a.csv", "prompt,chosen,rejected\n", "has no rows"),
         ("a.csv", "", "has no rows"), ("a.jsonl.gz", "", "has no rows"), ("a.json", "\ufeff \n", "has no rows"),
         ("a.jsonl", TEXT + '{"prompt": "Wh', "after 3 rows: line 4 is not valid JSON"),
         ("a.jsonl", TEXT + "\n{prompt: 1}\n", "line 5 is not valid JSON at column 2"),
@@ -343,12 +372,14 @@ def test_a_csv_cell_may_hold_a_megabyte(tmp_path):
         ("a.jsonl", b'{"prompt": "Why?"}\n{"prompt": "\xff"}\n', "after 1 rows: line 2 is not UTF-8 text"),
         ("a.json", b'[\n{"prompt": "\xff"}]\n', "line 2 is not UTF-8 text"),
         ("a.jsonl", TEXT.encode("utf-16"), "line 1 is not UTF-8 text"),
-        ("a.jsonl", "[" * 100_000, "line 1 cannot be parsed"), ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 cannot be parsed"),
+        ("a.jsonl", "[" * 100_000, "line 1 cannot be parsed"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 cannot be parsed"),
         ("a.csv", TABLE.replace(",", ";"), "columns must be separated by commas"),
         ("a.csv", TABLE.replace(",", "\t"), "columns must be separated by commas"),
         ("a.csv", TABLE + '"never closed', "after 3 rows: line 7 is not valid CSV"),
         ("a.csv", TABLE.encode("utf-16"), "codec can't decode"),
-        ("a.parquet", "", "cannot be read after 0 rows"), ("a.parquet", "PAR1 but no more", "cannot be read after 0 rows"),
+        ("a.parquet", "", "cannot be read after 0 rows"),
+        ("a.parquet", "PAR1 but no more", "cannot be read after 0 rows"),
     ],
 )  # fmt: skip
 def test_bad_file_is_one_sentence(tmp_path, name, content, sentence):
@@ -362,7 +393,7 @@ def test_bad_file_is_one_sentence(tmp_path, name, content, sentence):
 
 def test_gz_that_is_cut_or_is_none_is_one_sentence(tmp_path):
     whole = gzip.compress(os.urandom(10_000).hex().encode())
-    for content in (whole[:-4000], whole[:3000] + b"\0" * 3000, TEXT.encode()):
+    for content in (whole[:-4000], whole[:10] + b"\xff" * 3000, TEXT.encode()):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read after 0 rows"):
             list(open_rows(str(tmp_path / "a.jsonl.gz")))
@@ -384,7 +415,8 @@ def test_broken_parquet_is_one_sentence(tmp_path):
 def test_names_that_are_no_dataset_are_refused_without_the_network(tmp_path):
     for name, sentence in [
         ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "is a folder"), ("a b/c", "does not exist"),
-        ("a/b:c:d:e", "does not exist"), (str(tmp_path), "is a folder"), ("x" * 5000, "does not exist"), ("\0", "does not exist"),
+        ("a/b:c:d:e", "does not exist"), (str(tmp_path), "is a folder"), ("x" * 5000, "does not exist"),
+        ("\0", "does not exist"),
         (write(tmp_path, "a.txt", TEXT), "unknown ending"), (write(tmp_path, "a.gz", TEXT), "unknown ending"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
@@ -457,7 +489,10 @@ def hub_errors():
         (LocalEntryNotFoundError("not cached"), "cannot be reached"),
         (slow, "cannot be reached"),
         (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "no code of a dataset is ever run"),
-        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"), "among: .'a', 'b'."),
+        (
+            ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"),
+            "among: .'a', 'b'.",
+        ),
         (OSError(28, "No space left on device"), "No space left on device"),
     ]
 
@@ -498,8 +533,11 @@ def test_real_multi_turn_sample():
 
 
 def test_importing_it_loads_nothing_heavy():
-    code = "import sys, lazyorpo_lib.data; print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, lazyorpo_lib.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
 
 
 MILLION = """

@@ -1,11 +1,12 @@
 """Whatever the rows hold: nothing raises out of cleaning, every row is accounted for, and what is kept round-trips.
 
-13,000 generated cases; PROPERTY_SCALE=10 runs ten times as many.
+10,100 generated cases; with PROPERTY_SCALE=10 in the environment ten times as many.
 """
 
 import datetime
 import json
 import os
+import tempfile
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,43 +22,50 @@ def cases(count):
     return settings(max_examples=count * SCALE, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
-# Few different texts, so that duplicates, contradictions and agreeing prompts happen; and any text at all, surrogates too.
+# Few different texts, so that duplicates, contradictions and agreeing prompts happen.
 ODD = ["", " ", "\0", "\ud800", "x\udfff", "مرحبا \u202e", "👩‍👩‍👧", "<|im_end|>", "\n\nHuman: Hi\n\nAssistant: Yes",
        "\n\nHuman: Hi\n\nAssistant:", "Human: \n\nAssistant:", "big " * 3000]  # fmt: skip
-text = st.sampled_from(["a", "b", " a ", "a\nb", *ODD]) | st.text(st.characters(exclude_categories=()), max_size=8)
-scalar = st.none() | st.booleans() | st.integers() | st.floats() | text | st.binary(max_size=4) | st.dates()
-junk = st.recursive(scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=6)
-role = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "User ", ""])
-message = st.builds(lambda r, c, keys: {keys[0]: r, keys[1]: c}, role | scalar, text | scalar,
-                    st.sampled_from([("role", "content"), ("from", "value"), ("role", "value"), ("x", "y")]))  # fmt: skip
-turns = st.lists(message, max_size=4)
-cell = text | message | turns | junk
+WRONG = [None, True, 0, -1.5, float("nan"), float("inf"), 10**400, b"\xff", datetime.date(2024, 3, 12), [], {}, [[]],
+         [None], {"role": None}, {1: {2: [b""]}}, [[[[[[]]]]]], object(), (), {()}]  # fmt: skip
+ROLES = ["user", "assistant", "system", "human", "gpt", "tool", "User ", ""]
 NAMES = ["prompt", "chosen", "rejected", "conversations", "instruction", "question", "input", "context", "system",
-         "chosen_response", "rejected_response", "response_j", "response_k", "other"]  # fmt: skip
-odd_row = st.dictionaries(st.sampled_from(NAMES) | text | st.none() | st.integers(), cell, max_size=6)
-shaped_row = st.fixed_dictionaries({"chosen": cell, "rejected": cell}, optional={name: cell for name in NAMES[0:1] + NAMES[3:9]})
+         "chosen_response", "rejected_response", "response_j", "response_k", "other", "", None, 7]  # fmt: skip
+TEXTS = ["a", "b", "c", " a ", "a  b", "a\nb", *ODD]
+some_text = st.sampled_from(TEXTS)
+any_text = st.text(st.characters(exclude_categories=()), max_size=6)
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+message = st.builds(
+    lambda keys, role, content: dict(zip(keys, (role, content), strict=True)),
+    st.sampled_from([("role", "content"), ("from", "value"), ("role", "value"), ("x", "y")]),
+    st.sampled_from(ROLES + WRONG[:3]), st.sampled_from(TEXTS + WRONG),
+)  # fmt: skip
+cell = st.sampled_from(TEXTS + WRONG) | st.lists(message, max_size=2) | message
+odd_row = st.dictionaries(st.sampled_from(NAMES), cell, max_size=5)
+any_row = st.dictionaries(st.sampled_from(NAMES[:9]) | any_text, any_json, max_size=4) | any_json
+shaped_row = st.fixed_dictionaries({"prompt": cell, "chosen": cell, "rejected": cell})
 
 # Rows that are mostly right, so that much of what is generated is kept.
-said = st.sampled_from(["a", "b", "c", "d e", "d  e", " a "]) | text
+said = st.sampled_from(["a", "b", "c", "d e", "d  e", *TEXTS])
 
 
-def as_messages(draw_role):
-    return said.map(lambda content: {"role": draw_role, "content": content})
+def turns(pattern):
+    return st.tuples(*(said.map(lambda text, role=role: {"role": role, "content": text}) for role in pattern)).map(list)
 
 
-dialogue = st.lists(st.tuples(as_messages("user"), as_messages("assistant")), max_size=2).map(lambda t: [m for pair in t for m in pair])
-prompt = st.builds(lambda system, past, last: [*system, *past, last], st.lists(as_messages("system"), max_size=1), dialogue,
-                   as_messages("user"))  # fmt: skip
-plain_row = st.fixed_dictionaries({"prompt": said | prompt, "chosen": said, "rejected": said})
+PROMPT = st.sampled_from([["user"], ["system", "user"], ["user", "assistant", "user"]]).flatmap(turns)
+plain_row = st.fixed_dictionaries({"prompt": said | PROMPT, "chosen": said, "rejected": said})
 inside_row = st.builds(
-    lambda turns, chosen, rejected: {"chosen": [*turns, chosen], "rejected": [*turns, rejected]},
-    prompt, as_messages("assistant"), as_messages("assistant"),
+    lambda head, chosen, rejected: {"chosen": head + chosen, "rejected": head + rejected},
+    PROMPT, turns(["assistant"]), turns(["assistant"]),
 )  # fmt: skip
-row = plain_row | inside_row | shaped_row | odd_row | junk
+row = st.one_of(plain_row, inside_row, shaped_row, odd_row)
 
 
-@cases(4000)
-@given(odd_row | shaped_row | junk)
+@cases(4500)
+@given(odd_row | shaped_row | any_row)
 def test_any_row_is_a_pair_or_has_a_reason(value):
     try:
         pair = to_pair(3, value)
@@ -71,8 +79,8 @@ def test_any_row_is_a_pair_or_has_a_reason(value):
     "".join([pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)]).encode()
 
 
-@cases(2500)
-@given(st.lists(row, max_size=8))
+@cases(1000)
+@given(st.lists(row | any_row, max_size=3))
 def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values):
     dropped = []
     rows = list(enumerate([GOOD, *values]))  # one row of a known shape, or the dataset is refused as a whole
@@ -86,8 +94,8 @@ def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values)
     json.dumps(report.as_dict(), allow_nan=False).encode()
 
 
-@cases(2000)
-@given(st.lists(plain_row | inside_row | shaped_row, max_size=10))
+@cases(1000)
+@given(st.lists(row, max_size=3))
 def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
     once = list(clean(list(enumerate([GOOD, *values])))[0])
     again = [
@@ -98,7 +106,7 @@ def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
     assert report.kept == len(once)
 
 
-@cases(1000)
+@cases(800)
 @given(st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc")), max_size=12))
 def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
     rows = [(i, {"prompt": p, "chosen": a, "rejected": b}) for i, (p, a, b) in enumerate(values)]
@@ -108,7 +116,10 @@ def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
 
 
 @cases(1000)
-@given(junk | st.binary() | st.decimals() | st.complex_numbers() | st.sets(st.integers()) | st.datetimes(), st.integers())
+@given(
+    any_json | st.sampled_from(WRONG) | st.decimals() | st.complex_numbers() | st.sets(st.integers()) | st.datetimes(),
+    st.integers(),
+)
 def test_any_object_becomes_json(value, number):
     safe = json_safe({"value": value, number: datetime.timedelta(1), b"\xff": Pair(number, (), "\ud800", "")})
     assert json.loads(json.dumps(safe, allow_nan=False, ensure_ascii=False).encode()) == safe
@@ -126,14 +137,14 @@ def test_no_prompt_crosses_the_split(prompts, eval_pairs, seed, random):
     assert {pairs[i].index for i in split_held_out(pairs, eval_pairs, seed)[1]} == set(held_out)
 
 
-@cases(500)
+@cases(300)
 @given(st.lists(plain_row, min_size=1, max_size=4))
 def test_rows_written_as_jsonl_are_read_as_they_were(values):
     path = _scratch(b"\n".join(json.dumps(value).encode() for value in values), ".jsonl")
     assert [row for _, row in open_rows(path)] == values
 
 
-@cases(1000)
+@cases(500)
 @given(
     st.binary(max_size=60) | st.text().map(str.encode) | st.binary().map(lambda data: b'{"a": "' + data),
     st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".csv.gz"]),
@@ -145,19 +156,11 @@ def test_any_file_is_read_or_refused_in_one_sentence(content, ending):
         assert "\n" not in str(error)
 
 
+FOLDER = tempfile.TemporaryDirectory()
+
+
 def _scratch(content, ending):
-    path = os.path.join(_scratch.folder, "scratch" + ending)
+    path = os.path.join(FOLDER.name, "scratch" + ending)
     with open(path, "wb") as file:
         file.write(content)
     return path
-
-
-def setup_module():
-    import tempfile
-
-    _scratch.keep = tempfile.TemporaryDirectory()
-    _scratch.folder = _scratch.keep.name
-
-
-def teardown_module():
-    _scratch.keep.cleanup()

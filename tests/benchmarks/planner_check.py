@@ -1,0 +1,102 @@
+"""Predicted against measured peaks on the CPU: four small shapes x three methods, each in a process of its own.
+
+    python -m tests.benchmarks.planner_check            # prints a table, writes results/planner_cpu.json
+    python -m tests.benchmarks.planner_check llama lora # one case
+
+A case plans, then builds random weights of the shape, runs two optimizer steps of OrpoTrainer and reads the process's highest
+resident memory (VmHWM, reset after the weights are there). glibc is told to give freed memory back (MALLOC_MMAP_THRESHOLD_,
+MALLOC_TRIM_THRESHOLD_), else what is measured is its heap's history as much as the step. Linux only.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = {  # name: (model type, config, pairs in a micro-batch, tokens of prompt, chosen, rejected, checkpointed layers)
+    "llama": ("llama", dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+                            num_key_value_heads=4, tie_word_embeddings=False), 1, 400, 300, 300, 0),
+    "qwen2": ("qwen2", dict(vocab_size=96000, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
+                            num_key_value_heads=2, tie_word_embeddings=True), 2, 200, 200, 150, 6),
+    "phi": ("phi", dict(vocab_size=51200, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=12), 1, 300, 300, 300, 8),
+    "gemma": ("gemma", dict(vocab_size=64000, hidden_size=640, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=5,
+                            num_key_value_heads=1, head_dim=128, tie_word_embeddings=True), 3, 150, 150, 150, 2),
+}  # fmt: skip
+METHODS = ("full", "lora", "qlora")
+RESULTS = Path(__file__).parent / "results" / "planner_cpu.json"
+
+
+def case(shape: str, method: str) -> dict:
+    """Plan and run one case in this process."""
+    import psutil
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lazyorpo_lib import model as models
+    from lazyorpo_lib.batching import EncodedPair
+    from lazyorpo_lib.planner import make_plan, measured_lengths
+    from lazyorpo_lib.settings import Settings
+    from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
+
+    kind, options, count, p, c, r, checkpointed = SHAPES[shape]
+    config = AutoConfig.for_model(kind, **options)
+    pairs = [EncodedPair(i, [7 + i] * p, [9] * c, [11] * r) for i in range(4 * count)]
+    tokens = count * (p + c + r)
+    settings = Settings(
+        base_model=shape, method=method, tokens_per_batch=tokens, checkpointed_layers=checkpointed, pairs_per_step=2 * count,
+        max_steps=2, save_every_steps=0, eval_pairs=0, precision="float32",
+    )  # fmt: skip
+    machine = models.Machine("cpu", "CPU", psutil.virtual_memory().total / 2**30)
+    start = time.monotonic()
+    plan = make_plan(config, settings, machine, measured_lengths(pairs), dtype=torch.float32).method
+    planned_in = time.monotonic() - start
+    with tempfile.TemporaryDirectory() as home:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home)
+        settings = Settings(**{**vars(settings), "base_model": home})
+        model = models.load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
+        args = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(home))
+        run = OrpoTrainer(model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at what is resident now
+        start = time.monotonic()
+        run.train()
+        seconds = time.monotonic() - start
+    status = Path("/proc/self/status").read_text()
+    measured = int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    return dict(
+        shape=shape, method=method, parameters=sum(p.numel() for p in model.parameters()), predicted_gib=round(plan.peak_gib, 3),
+        measured_gib=round(measured, 3), ratio=round(plan.peak_gib / measured, 4), parts={k: round(v, 3) for k, v in plan.parts.items()},
+        predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3), planned_in_seconds=round(planned_in, 1),
+    )  # fmt: skip
+
+
+def main(shapes=tuple(SHAPES), methods=METHODS) -> list[dict]:
+    rows = []
+    environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
+    print(f"{'shape':8}{'method':8}{'predicted':>10}{'measured':>10}{'ratio':>8}{'min pred':>10}{'min':>8}")
+    for shape in shapes:
+        for method in methods:
+            command = [sys.executable, "-m", "tests.benchmarks.planner_check", shape, method, "--here"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{shape} {method}: {done.stderr[-2000:]}")
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows.append(row)
+            print(
+                f"{shape:8}{method:8}{row['predicted_gib']:10.3f}{row['measured_gib']:10.3f}{row['ratio']:8.3f}"
+                f"{row['predicted_minutes']:10.3f}{row['measured_minutes']:8.3f}", flush=True,
+            )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[3:] == ["--here"]:
+        print(json.dumps(case(*sys.argv[1:3])))
+    elif len(sys.argv) == 3:
+        print(json.dumps(main([sys.argv[1]], [sys.argv[2]])[0], indent=2))
+    else:
+        rows = main()
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,27 @@
+"""What the tests share: no hub, no trackers, quiet tokenizers, random pairs."""
+
+import os
+import random
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
+    del os.environ[name]
+
+
+@pytest.fixture
+def pairs():
+    """24 encoded pairs of random lengths over a vocabulary of 128; every answer ends with token 2."""
+    return random_pairs(24)
+
+
+def random_pairs(count: int, seed: int = 0, vocabulary: int = 128, longest: int = 24):
+    from lazyorpo_lib.batching import EncodedPair
+
+    rng = random.Random(seed)
+
+    def tokens(low):
+        return [rng.randrange(5, vocabulary) for _ in range(rng.randrange(low, longest))]
+
+    return [EncodedPair(i, tokens(2), [*tokens(1), 2], [*tokens(1), 2]) for i in range(count)]

@@ -1,0 +1,266 @@
+"""The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as TRL's."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from lazyorpo_lib import trainer as module
+from lazyorpo_lib.model import add_adapters, adapters_off
+from lazyorpo_lib.settings import Settings, UserError
+from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
+from tests.architectures import tiny_model
+from tests.conftest import random_pairs
+
+SETTINGS = dict(
+    method="lora", pairs_per_step=8, learning_rate=1e-2, save_every_steps=0, eval_pairs=0, lora_rank=4, lora_alpha=8, max_steps=4
+)
+
+
+def make(folder, pairs, *, model=None, tokens_per_batch=10**6, rows=None, eval_pairs=(), **changes):
+    settings = Settings(**(SETTINGS | changes))
+    model = tiny_model("llama") if model is None else model
+    if settings.method == "lora":
+        torch.manual_seed(0)
+        model = add_adapters(model, settings)
+    arguments = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(folder))
+    return OrpoTrainer(
+        model, arguments, settings, pairs, eval_pairs, tokens_per_batch=tokens_per_batch,
+        on_row=(rows if rows is not None else []).append,
+    )  # fmt: skip
+
+
+def gradients(trainer, pairs):
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, {"pairs": pairs})
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), grads
+
+
+def relative(a, b):
+    flat = [torch.cat([g.flatten() for g in x.values()]) for x in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("nll_over", ["answer", "prompt+answer"])
+def test_gradient_of_a_step_does_not_depend_on_its_split(tmp_path, method, nll_over):
+    pairs = random_pairs(8)
+    trainer = make(tmp_path, pairs, method=method, nll_over=nll_over)
+    results = []
+    for budget in (1, 100, 200, 10**6):
+        trainer.tokens_per_batch = budget
+        results.append((len(trainer._micro_batches(pairs)), *gradients(trainer, pairs)))
+    assert len({count for count, *_ in results}) == 4 and results[0][0] == 8 and results[-1][0] == 1
+    for _, loss, grads in results[:-1]:
+        assert loss == pytest.approx(results[-1][1], rel=1e-6)
+        assert relative(grads, results[-1][2]) < 1e-5
+
+
+def test_checkpointed_layers_change_no_gradient(tmp_path):
+    pairs = random_pairs(6)
+    trainer = make(tmp_path, pairs)
+    plain = gradients(trainer, pairs)[1]
+    for layers in (1, 2):
+        assert checkpoint_layers(trainer.model, layers) == layers
+        assert relative(gradients(trainer, pairs)[1], plain) < 1e-6
+
+
+@pytest.mark.parametrize("objective", ["orpo", "sft"])
+def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
+    rows = []
+    make(tmp_path, random_pairs(16), rows=rows, objective=objective, or_weight=0.3).train()
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["nll"] + (0.3 * row["or_loss"] if objective == "orpo" else 0), rel=1e-5)
+        assert row["log_odds_ratio"] == pytest.approx(row["log_odds_chosen"] - row["log_odds_rejected"], rel=1e-5)
+        assert row["pairs_per_second"] > 0 and row["memory_gib"] > 0 and row["grad_norm"] > 0
+
+
+def test_training_on_few_pairs_parts_their_log_odds(tmp_path):
+    rows = []
+    make(tmp_path, random_pairs(8), rows=rows, max_steps=30, or_weight=1.0, lr_schedule="constant").train()
+    assert rows[-1]["accuracy"] == 1.0 and rows[-1]["log_odds_ratio"] > rows[0]["log_odds_ratio"] + 1
+    assert rows[-1]["nll"] < rows[0]["nll"]
+
+
+def test_resuming_in_the_middle_of_an_epoch_is_exact_with_dropout_on(tmp_path):
+    pairs, options = random_pairs(40), dict(max_steps=8, lora_dropout=0.3, save_every_steps=3, keep_checkpoints=5)
+    whole, rows = make(tmp_path / "a", pairs, **options), []
+    whole.train()
+    resumed = make(tmp_path / "b", pairs, rows=rows, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert [r["step"] for r in rows] == [4, 5, 6, 7, 8]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_checkpoint_appears_complete_or_not_at_all_and_old_ones_go(tmp_path):
+    trainer = make(tmp_path, random_pairs(16), max_steps=6, save_every_steps=1, keep_checkpoints=2)
+    trainer.train()
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert not (tmp_path / ".saving").exists() and not (tmp_path / ".old").exists()
+
+
+def test_a_full_disk_while_saving_keeps_the_last_complete_checkpoint(tmp_path, monkeypatch):
+    trainer = make(tmp_path, random_pairs(16), max_steps=4, save_every_steps=2)
+    save = trainer._save_optimizer_and_scheduler
+
+    def full(folder):
+        if "checkpoint-4" in str(folder):
+            raise OSError(28, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(UserError, match="No space left"):
+        trainer.train()
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_out_of_memory_halves_the_budget_then_checkpoints_layers_and_repeats_the_step(tmp_path):
+    pairs, results = random_pairs(16), {}
+    for limit in (10**9, 60):
+        trainer = make(tmp_path / str(limit), pairs, max_steps=3, lr_schedule="constant")
+        inner = trainer.scorer.forward.original
+
+        def forward(*args, limit=limit, inner=inner, trainer=trainer, **kwargs):
+            if kwargs["input_ids"].numel() > limit + 10 * trainer.checkpointed_layers:
+                raise torch.OutOfMemoryError("injected")
+            return inner(*args, **kwargs)
+
+        trainer.scorer.forward.original = forward
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        results[limit] = weights(trainer), trainer.oom_notes, trainer.state.global_step
+    assert results[10**9][1] == [] and results[60][2] == 3
+    notes = " ".join(results[60][1])
+    assert "tokens_per_batch is now" in notes and "layers are now checkpointed" in notes
+    assert relative(results[60][0], results[10**9][0]) < 1e-4
+
+
+def test_out_of_memory_with_nothing_left_to_give_says_what_to_change(tmp_path):
+    trainer = make(tmp_path, random_pairs(8))
+
+    def forward(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    trainer.scorer.forward.original = forward
+    with warnings.catch_warnings(), pytest.raises(UserError, match="lower max_tokens"):
+        warnings.simplefilter("ignore")
+        trainer.train()
+
+
+def _break_pairs(is_bad):
+    """Give the pairs for which `is_bad(index)` a log-probability that is not a number."""
+    table = module.pair_table
+
+    def broken(logps, batch, *args):
+        hurt = torch.tensor([torch.nan if is_bad(p.index) else 1.0 for p in batch.pairs])
+        return table(logps * hurt.repeat(3)[batch.segment], batch, *args)
+
+    return broken
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(tmp_path, monkeypatch):
+    pairs = random_pairs(16)
+    trainer = make(tmp_path, pairs, max_steps=2)
+    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: index == 3))
+    before = weights(trainer)
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer.train()
+    (bad,) = trainer.bad_steps
+    assert 3 in bad["rows"] and len(bad["rows"]) == 8
+    assert all(torch.isfinite(w).all() for w in weights(trainer).values())
+    assert any(not torch.equal(w, before[n]) for n, w in weights(trainer).items())  # the other step did train
+
+
+def test_three_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    trainer = make(tmp_path, random_pairs(64), max_steps=8)
+    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: True))
+    with pytest.warns(UserWarning):
+        trainer.train()
+    assert trainer.state.global_step == 3 and "learning_rate" in trainer.stop_reason
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_held_out_table_is_in_order_and_averages_to_the_evaluation(tmp_path):
+    pairs, rows = random_pairs(20), []
+    trainer = make(tmp_path, pairs[:8], rows=rows, eval_pairs=pairs[8:], tokens_per_batch=64)
+    table = trainer.pair_tables(pairs[8:])
+    alone = torch.cat([trainer.pair_tables([p]) for p in pairs[8:]])
+    torch.testing.assert_close(table, alone, rtol=1e-5, atol=1e-5)
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(table[:, SUMS.index("accuracy")].mean().item())
+    assert rows[-1]["step"] == 0 and "eval_log_odds_ratio" in rows[-1]
+
+
+def test_averages_are_token_exact_for_the_nll_and_pair_exact_for_the_rest():
+    sums = dict.fromkeys(SUMS, 0.0) | dict(nll=30.0, nll_tokens=20.0, or_loss=4.0, accuracy=1.0, pairs=2.0)
+    row = averages(list(sums.values()), "orpo", 0.5)
+    assert row["nll"] == 1.5 and row["or_loss"] == 2.0 and row["accuracy"] == 0.5 and row["loss"] == 2.5
+
+
+def test_dpo_starts_at_ln_2_and_its_reference_is_the_model_without_its_adapter(tmp_path):
+    rows, pairs = [], random_pairs(8)
+    trainer = make(tmp_path, pairs, rows=rows, objective="dpo", max_steps=12, lr_schedule="constant")
+    trainer.train()
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.6
+    with adapters_off(trainer.model):
+        table = trainer.pair_tables([pairs[0]])[0]
+    summed = table[SUMS.index("logp_chosen")] * len(pairs[0].chosen)
+    assert trainer._reference[pairs[0].index][0].item() == pytest.approx(summed.item(), rel=1e-5)
+
+
+def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_path):
+    rows, pairs = [], random_pairs(8)
+    trainer = make(tmp_path, pairs, rows=rows, objective="dpo", method="full", max_steps=6, learning_rate=1e-3)
+    trainer.remember_reference(pairs)
+    trainer.train()
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.693
+
+
+# TRL 1.16's ORPOTrainer on the same token ids, where it is installed.
+
+
+def trl_loss_and_gradients(model, pairs, beta, folder):
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+
+    def padded(side):
+        ids, labels, mask = [], [], []
+        for p in pairs:
+            row = [*p.prompt, *getattr(p, side)]
+            rest = width - len(row)
+            ids.append(row + [0] * rest)
+            labels.append([-100] * len(p.prompt) + list(getattr(p, side)) + [-100] * rest)
+            mask.append([1] * len(row) + [0] * rest)
+        return {f"{side}_input_ids": torch.tensor(ids), f"{side}_labels": torch.tensor(labels),
+                f"{side}_attention_mask": torch.tensor(mask)}  # fmt: skip
+
+    config = orpo.ORPOConfig(str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    fake = orpo.ORPOTrainer.__new__(orpo.ORPOTrainer)
+    fake.args, fake.beta, fake.model, fake.is_encoder_decoder = config, beta, model, False
+    fake.aux_loss_enabled, fake.padding_value, fake._peft_has_been_casted_to_bf16 = False, 0, False
+    fake.pad_token_id, fake.label_pad_token_id = 0, -100
+    fake.accelerator = type("A", (), {"device": torch.device("cpu"), "gather_for_metrics": staticmethod(lambda x: x)})()
+    model.zero_grad()
+    loss, _ = fake.get_batch_loss_metrics(model, padded("chosen") | padded("rejected"), train_eval="train")
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path, name):
+    pairs = random_pairs(6, longest=20)
+    trainer = make(tmp_path, pairs, model=tiny_model(name), method="full", nll_over="prompt+answer", or_weight=0.3)
+    loss, grads = gradients(trainer, pairs)
+    true_loss, true = trl_loss_and_gradients(tiny_model(name), pairs, 0.3, tmp_path)
+    assert loss == pytest.approx(true_loss, rel=1e-5)
+    assert relative(grads, true) < 1e-5
+    for parameter in true:
+        assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(1.0, true[parameter].abs().max()), parameter
