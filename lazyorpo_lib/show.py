@@ -1,0 +1,127 @@
+"""What the notebook shows of a run: one pair as it is scored, the loss, the answers, the held-out figures, the files.
+
+Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and datasets are escaped.
+It computes nothing that `run` does not know, and writes no file.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; solid and dashed lines tell them apart in print
+CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em"
+LONGEST = 400  # tokens of one text that are shown
+TERMS = {
+    "nll": "per token of the chosen answers, nats; what plain fine-tuning would lower alone",
+    "or_loss": f"ln 2 = {math.log(2):.4f} where chosen and rejected have equal odds; below it, chosen is ahead",
+    "log_odds_chosen": "the blue curve of the picture",
+    "log_odds_rejected": "the orange curve",
+    "loss": "what is minimised",
+}
+
+
+class Shown:
+    """Something to look at: `_repr_html_` for notebooks, `str` for everything else."""
+
+    def __init__(self, text: str, html: str):
+        self.text, self.html = text, html
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> Shown:
+    """A table; every cell is taken as text, and escaped."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    lines = ["".join(f'<td style="{CELL}">{escape(cell)}</td>' for cell in row) for row in rows]
+    head = "".join(f'<th style="text-align:left">{escape(name)}</th>' for name in header)
+    html = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return Shown("\n".join(" | ".join(row) for row in [list(header), *rows]), html)
+
+
+def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token. One that is only part of a character is joined to the next ones."""
+    out, start = [], 0
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[max(0, start - 8) : start], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[max(0, start - 8) : end], clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd") or end == len(ids):
+            out.append(text[len(before) :])
+            start = end
+    return out
+
+
+def pair(run) -> Shown:
+    """One held-out pair, token by token: what is only read, what counts for nll, what for the odds."""
+    one = (run.eval_pairs if len(run.eval_pairs) else run.train_pairs)[0]
+    prompt_use = "nll" if run.settings.nll_over == "prompt+answer" else "read, not scored"
+    text, html = [], []
+    for name, ids, use, style in (
+        ("prompt", one.prompt, prompt_use, ""),
+        ("chosen", one.chosen, "nll and odds", f"background:rgba({BLUE},.16);border-bottom:2px solid rgb({BLUE})"),
+        ("rejected", one.rejected, "odds", f"background:rgba({ORANGE},.16);border-bottom:2px dashed rgb({ORANGE})"),
+    ):
+        shown = pieces(run.tokenizer, ids[-LONGEST:])
+        lead = "… " if len(ids) > LONGEST else ""
+        title = f"{name}: {len(ids)} tokens, {use}"
+        chips = "".join(
+            f'<span style="{style};margin-right:1px">{escape(t)}</span>' if style else escape(t) for t in shown
+        )
+        html.append(f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}{chips}</div>')
+        text.append(f"{title}\n{lead}{'·'.join(shown)}")
+    return Shown("\n\n".join(text), "".join(html))
+
+
+def loss(run) -> Shown:
+    """The terms of the loss on a few held-out pairs before training, beside what they mean."""
+    if run.finished:
+        return Shown(*["This run is finished; the figures before training are in the table further down."] * 2)
+    terms = run.example_loss()
+    return table(("term", "now", ""), [(name, f"{terms[name]:.4f}", note) for name, note in TERMS.items()])
+
+
+def answers(run, most: int = 5) -> Shown:
+    """Held-out prompts with the answers of the base and of the tuned model."""
+    rows = [(row["prompt"], row["base"], row["tuned"]) for row in run.answers()[:most]]
+    if not rows:
+        return Shown(*["No answers were asked for, or the run was stopped before they were given."] * 2)
+    return table(("prompt", "base", "tuned"), rows)
+
+
+def held_out(run) -> Shown:
+    """Figures of the held-out pairs before and after, with 95 % intervals over the pairs."""
+    results = run.held_out_results()
+    if not results:
+        return Shown(*["No figures: eval_pairs is 0, or the run was stopped before they were taken."] * 2)
+
+    def spread(figure, when):
+        low, high = figure[when + "_interval"]
+        return f"{figure[when]:.3f}  [{low:.3f}, {high:.3f}]"
+
+    rows = [
+        (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))
+        for name, f in results["held_out"].items()
+    ]
+    if "habit_before" in results:
+        rows.append(("answers with the demo's habit", "", *(f"{results['habit_' + w]:.0%}" for w in ("before", "after")), ""))
+    shown = table(("figure", "pairs", "before", "after", "change"), rows)
+    verdict = results["verdict"]
+    return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
+
+
+def files(run) -> Shown:
+    """What the run left in its folder, and the lines that load the model again."""
+    rows = []
+    for item in sorted(run.folder.iterdir()):
+        if not item.name.startswith("."):
+            inside = [f for f in item.rglob("*") if f.is_file()] if item.is_dir() else [item]
+            rows.append((item.name + "/" * item.is_dir(), f"{sum(f.stat().st_size for f in inside) / 2**20:.2f} MiB"))
+    shown = table((str(run.folder), "size"), rows)
+    code = (
+        "from lazyorpo_lib.model import load_finished\n"
+        f"model, tokenizer = load_finished({str(run.folder / 'model')!r})"
+    )
+    return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")
