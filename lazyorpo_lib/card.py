@@ -1,7 +1,7 @@
 """The model card of a run: README.md with the hub's front matter, written from the files in the run's folder alone.
 
-It computes no figure, loads no model and asks no network. Texts that come from data, from a model or from a user never act
-as Markdown, HTML or YAML; local paths and tokens stay out. A stopped run gives a shorter card.
+It computes no figure, loads no model and asks no network. Texts from data, from a model or from a user never act as
+Markdown, HTML or YAML; local paths and tokens stay out. A stopped run gives a shorter card.
 """
 
 import json
@@ -15,15 +15,6 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_loa
 from . import history
 from .settings import DEFAULTS
 
-FIGURES = {
-    "accuracy": "accuracy (share of pairs)",
-    "accuracy_chosen_shorter": "accuracy where chosen is the shorter answer",
-    "accuracy_chosen_longer": "accuracy where chosen is not the shorter",
-    "log_odds_chosen": "log-odds of chosen (nats)",
-    "log_odds_rejected": "log-odds of rejected (nats)",
-    "log_odds_ratio": "log-odds ratio (nats)",
-    "nll": "nll of chosen (nats per token)",
-}
 OBJECTIVES = {
     "orpo": "ORPO (one stage, no reference model)",
     "sft": "supervised fine-tuning on the chosen answers",
@@ -32,8 +23,8 @@ OBJECTIVES = {
 ABOUT_ORPO = """\
 ## How ORPO works
 
-ORPO adds a weighted odds-ratio term to the usual loss on the chosen answer: loss = nll + or_weight · or_loss, with
-or_loss = −log σ(log-odds of chosen − log-odds of rejected), the odds taken of each answer's mean probability per token. One
+ORPO adds an odds-ratio term to the usual loss on the chosen answer: loss = nll + or_weight · or_loss, where or_loss is
+−log σ(log-odds of chosen − log-odds of rejected), and the odds are those of exp(mean log-probability per token). One
 stage replaces supervised fine-tuning followed by preference tuning, and no reference model is kept.
 
 ```bibtex
@@ -45,6 +36,8 @@ stage replaces supervised fine-tuning followed by preference tuning, and no refe
   note      = {arXiv:2403.07691}
 }
 ```"""
+# Punctuation that Markdown or HTML reads: any of these; _ but inside a word; what would make a web address a link.
+_ACTIVE = re.compile(r"[!-$&'*<>@\[-^`{-~]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_PATH = re.compile(r"""(['"])(?:~|[A-Za-z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Za-z]:)?[\\/][\w.~][^\s'"),;]*""")
 _TOKEN = re.compile(r"\bhf_\w{8,}")
@@ -61,10 +54,9 @@ def write_card(folder: Path, repo: str = "") -> str:
     run["values"] = DEFAULTS | run["settings"].get("settings", {})
     run["history"] = history.read(folder / "history.jsonl")
     run["repo"] = repo or run["values"]["hub_repo"]
-    picture = "![Log-odds, nll, or_loss and accuracy over the steps](live.png)" if (folder / "live.png").is_file() else ""
-    parts = [_front_matter(run), _opening(run), _results(run), picture, _loading(run), _answers(run), _data(run),
-             _settings(run), _cost(run), _limits(run), ABOUT_ORPO if run["values"]["objective"] == "orpo" else ""]  # fmt: skip
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    run["picture"] = (folder / "live.png").is_file()
+    sections = (_front_matter, _opening, _results, _loading, _answers, _data, _settings, _cost, _limits, _method)
+    text = "\n\n".join(filter(None, (section(run) for section in sections))) + "\n"
     return _TOKEN.sub("hf_(token left out)", text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -80,7 +72,7 @@ def inline(value) -> str:
     """Any text as one line of plain text, also inside a table: what could be Markdown or HTML becomes an entity, which
     CommonMark never reads as structure."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return re.sub(r"[^\w\s.,;?/%+=()-]|_", lambda found: f"&#{ord(found[0])};", text)
+    return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
 def fenced(text: str, language: str = "text", longest: int = 2000) -> str:
@@ -107,17 +99,23 @@ def _hub_id(name: str) -> str:
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else ""
 
 
-def _name(name: str) -> str:
+def public_name(name: str) -> str:
+    """A hub id as it is; of a local path the last part."""
     """A hub id whole; of a local path the last part."""
     return name if _hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 
 def _value(name: str, value) -> str:
     if name in ("base_model", "dataset"):
-        return inline(_name(value))
+        return inline(public_name(value))
     if name == "output_dir":
         return "(a local folder)"
-    return inline(_LOCAL_PATH.sub("(a local path)", str(value))) or "(empty)"
+    return inline(without_paths(value)) or "(empty)"
+
+
+def without_paths(text) -> str:
+    """A text with every local path in it taken out."""
+    return _LOCAL_PATH.sub("(a local path)", str(text))
 
 
 def _licence(name: str, kind: str) -> str:
@@ -139,108 +137,116 @@ def _licence(name: str, kind: str) -> str:
 # The parts of the card.
 
 
-def _front_matter(run) -> str:
-    values, adapter = run["values"], _is_adapter(run)
-    base, dataset, licence = _hub_id(values["base_model"]), _hub_id(values["dataset"]), _licence(values["base_model"], "model")
-    accuracy = run["summary"].get("accuracy_after")
-    results = None
-    if dataset and isinstance(accuracy, float) and math.isfinite(accuracy):  # the hub wants the dataset of a result by id
-        results = [EvalResult(
-            task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
-            metric_value=round(accuracy, 4), metric_name="Preference accuracy on held-out pairs",
-        )]  # fmt: skip
-    known = re.fullmatch(r"[a-z0-9.-]+", licence) and licence not in ("other", "unknown")
-    front = ModelCardData(
-        base_model=base or None, base_model_relation=("adapter" if adapter else "finetune") if base else None,
-        datasets=[dataset] if dataset else None, library_name="peft" if adapter else "transformers", license=licence if known else None,
-        pipeline_tag="text-generation", tags=[values["objective"], "lazyorpo", "preference", *(["lora"] if adapter else [])],
-        model_name=_title(run) if results else None, eval_results=results,
-    )  # fmt: skip
-    return f"---\n{front.to_yaml()}\n---"
-
-
 def _is_adapter(run) -> bool:
     return run["summary"].get("method", run["values"]["method"]) != "full"
 
 
 def _title(run) -> str:
-    values = run["values"]
-    return f"{_name(values['base_model']).split('/')[-1]} {values['objective'].upper()} {_name(values['dataset']).split('/')[-1]}"
+    base, data = (public_name(run["values"][name]).split("/")[-1] for name in ("base_model", "dataset"))
+    return " ".join(f"{base} {run['values']['objective'].upper()} {data.split(':')[0]}".split())
+
+
+def _front_matter(run) -> str:
+    values, adapter, results = run["values"], _is_adapter(run), None
+    base, dataset = _hub_id(values["base_model"]), _hub_id(values["dataset"])
+    accuracy, licence = run["summary"].get("accuracy_after"), _licence(values["base_model"], "model")
+    if dataset and accuracy is not None and math.isfinite(accuracy):  # the hub takes results on its own datasets alone
+        results = [EvalResult(
+            task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
+            metric_value=round(accuracy, 4), metric_name="Preference accuracy on held-out pairs",
+        )]  # fmt: skip
+    front = ModelCardData(
+        base_model=base or None,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        datasets=[dataset] if dataset else None,
+        library_name="peft" if adapter else "transformers",
+        license=licence if re.fullmatch(r"(?!other$|unknown$)[a-z0-9.-]+", licence) else None,
+        pipeline_tag="text-generation",
+        tags=[values["objective"], "lazyorpo", "preference"] + ["lora"] * adapter,
+        model_name=_title(run) if results else None,
+        eval_results=results,
+    )
+    return f"---\n{front.to_yaml()}\n---"
 
 
 def _opening(run) -> str:
     values, summary = run["values"], run["summary"]
-    kind = "A LoRA adapter for" if _is_adapter(run) else "A fine-tuned version of"
+    base, data = _linked(values["base_model"]), _linked(values["dataset"], "datasets/")
+    licences = [
+        inline(_licence(values[name], kind)) or "not known here, see its source"
+        for name, kind in (("base_model", "model"), ("dataset", "dataset"))
+    ]
     lines = [
         f"# {inline(_title(run))}",
-        f"{kind} {_linked(values['base_model'])}, trained on the preference pairs of {_linked(values['dataset'], 'datasets/')} with "
-        f"{OBJECTIVES.get(values['objective'], inline(values['objective']))}, using LazyORPO.",
+        f"{'A LoRA adapter for' if _is_adapter(run) else 'A fine-tuned version of'} {base}, trained on the preference "
+        f"pairs of {data} with {OBJECTIVES[values['objective']]}, using LazyORPO.",
+        "Licence of the base model: {}. Licence of the data: {}.".format(*licences),
     ]
     if not summary.get("finished"):
-        why = _LOCAL_PATH.sub("(a local path)", str(summary.get("why", "it has no summary yet")))
-        lines.append(f"**The run was not finished** ({inline(why)}): figures below are from what it wrote until then.")
-    base, data = _licence(values["base_model"], "model"), _licence(values["dataset"], "dataset")
-    lines.append(
-        f"Licence of the base model: {inline(base) or 'not known here; see its own card'}. "
-        f"Licence of the data: {inline(data) or 'not known here; see its source'}."
-    )
+        why = inline(without_paths(summary.get("why", "it wrote no summary")))
+        lines.insert(2, f"**The run was not finished** ({why}): the figures are from what it wrote until then.")
     return "\n\n".join(lines)
 
 
 def _linked(name: str, kind: str = "") -> str:
     repo = _hub_id(name)
-    return f"[{inline(name)}](https://huggingface.co/{kind}{repo})" if repo else f"{inline(_name(name))} (not on the hub)"
+    if not repo:
+        return f"{inline(public_name(name))} (not on the hub)"
+    return f"[{inline(name)}](https://huggingface.co/{kind}{repo})"
 
 
 def _results(run) -> str:
-    summary, rows = run["summary"], run["history"]
-    lines = ["## Results"]
-    if figures := summary.get("held_out"):
+    lines, rows = ["## Results"], run["history"]
+    if figures := run["summary"].get("held_out"):
+        cells = [
+            [inline(name), f"{f['pairs']:,}"]
+            + [spread(f[when], f[f"{when}_interval"]) for when in ("before", "after", "change")]
+            + ["yes" if f["more_than_noise"] else "no"]
+            for name, f in figures.items()
+        ]
         lines += [
-            f"**{inline(summary['verdict'])}**",
-            table(["held-out pairs", "pairs", "before", "after", "change", "more than noise"], [
-                [FIGURES.get(name, inline(name)), f"{f['pairs']:,}", spread(f["before"], f["before_interval"]),
-                 spread(f["after"], f["after_interval"]), spread(f["change"], f["change_interval"], "+.3f"),
-                 "yes" if f["more_than_noise"] else "no"]
-                for name, f in figures.items()
-            ]),
+            f"**{inline(run['summary']['verdict'])}**",
+            table(["held out", "pairs", "before", "after", "change", "more than noise"], cells),
             "In parentheses: 95 % bootstrap intervals over the held-out pairs; the change is taken pair by pair. "
-            "Accuracy is the share of pairs in which the model gives chosen higher odds than rejected.",
-        ]  # fmt: skip
+            "Accuracy: share of pairs whose chosen answer has the higher odds; log-odds: nats; nll: nats per token.",
+        ]
     if curves := history.summarise(rows)["train"]:
-        ends = [f"{name} {c['first']:.3f} → {c['last']:.3f}" for name, c in curves.items()]
-        lines.append("Training, first → last logged step: " + inline(", ".join(ends)) + ".")
+        ends = ", ".join(f"{name} {c['first']:.3f} → {c['last']:.3f}" for name, c in curves.items())
+        lines.append(f"Training, first → last logged step: {inline(ends)}.")
         lines.append(f"Reading of the curves: {inline(history.reading(rows))}.")
-    return "\n\n".join(lines) if lines[1:] else "## Results\n\nNothing was measured before the run ended."
+    if run["picture"]:
+        lines.append("![Log-odds of chosen and rejected, nll, or_loss and accuracy over the steps](live.png)")
+    return "\n\n".join(lines) if lines[1:] else "## Results\n\nThe run ended before anything was measured."
 
 
 def _loading(run) -> str:
-    values = run["values"]
-    name = json.dumps(_hub_id(run["repo"]) or "model", ensure_ascii=False)
-    where = "" if _hub_id(run["repo"]) else "  # the folder of that name in the run's folder, or its hub id"
-    code = [
-        "import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"name = {name}{where}",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-    ]  # fmt: skip
+    repo, base = _hub_id(run["repo"]), run["values"]["base_model"]
+    code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    code += [f"name = {json.dumps(repo or 'model')}" + ("" if repo else "  # the folder model/ of the run")]
+    load = 'AutoModelForCausalLM.from_pretrained({}, dtype="auto")'
     if _is_adapter(run):
-        base = values["base_model"]
-        base = base if _hub_id(base) else f"path/to/{_name(base)}"
-        code[1:1] = ["from peft import PeftModel"]
+        place = base if _hub_id(base) else f"path/to/{public_name(base)}"
+        code = ["from peft import PeftModel", *code, "base = " + load.format(json.dumps(place, ensure_ascii=False))]
         code += [
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)}, dtype=torch.bfloat16)",
             "model = PeftModel.from_pretrained(base, name)",
-            "model = model.merge_and_unload()  # optional: fold the adapter into the weights",
+            "model = model.merge_and_unload()  # optional: folds the adapter into the weights",
         ]
     else:
-        code += ["model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)"]
+        code += ["model = " + load.format("name")]
     code += [
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
         'messages = [{"role": "user", "content": "Hello!"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
         "answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]",
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
-    more = "`python -m lazyorpo_lib chat RUN` talks to it in a terminal; `python -m lazyorpo_lib merge RUN` writes the full model."
-    return f"## How to load it\n\n{fenced(chr(10).join(code), 'python')}\n\nWith the run's folder RUN at hand, {more}"
+    return "\n\n".join([
+        "## How to load it", fenced("\n".join(code), "python"),
+        "With LazyORPO and the run's folder RUN: `python -m lazyorpo_lib chat RUN` talks to it, "
+        "`python -m lazyorpo_lib merge RUN` writes the full model.",
+    ])  # fmt: skip
 
 
 def _answers(run) -> str:
@@ -248,8 +254,9 @@ def _answers(run) -> str:
     if not {"before", "after"} <= kept.keys() or not kept["prompts"]:
         return ""
     parts = ["## Answers to held-out prompts, greedy"]
-    for prompt, base, tuned in list(zip(kept["prompts"], kept["before"]["answers"], kept["after"]["answers"], strict=True))[:3]:
-        parts += ["Prompt", fenced(prompt), "Base", fenced(base), "Tuned", fenced(tuned)]
+    columns = kept["prompts"], kept["before"]["answers"], kept["after"]["answers"]
+    for texts in list(zip(*columns, strict=True))[:3]:
+        parts += [f"{head}\n\n{fenced(text)}" for head, text in zip(("Prompt", "Base", "Tuned"), texts, strict=True)]
     return "\n\n".join(parts)
 
 
@@ -257,16 +264,17 @@ def _data(run) -> str:
     report = run["data_report"]
     if not report:
         return ""
-    lines = [
-        f"## Data\n\nRows read: {report['read']:,}; kept: {report['kept']:,} ({report['train']:,} to train on, {report['held_out']:,} "
-        f"held out); dropped: {sum(report['dropped'].values()):,}. In {report['chosen_longer']:.0%} of the kept pairs chosen is the longer "
-        "answer, in characters."
-    ]
-    if report["dropped"]:
-        rows = [[inline(reason.replace("_", " ")), f"{count:,}"] for reason, count in report["dropped"].items()]
-        lines.append(table(["dropped because", "rows"], rows))
-    rows = [[side, *(f"{n[figure]:,.0f}" for figure in ("mean", "p50", "p95", "max"))] for side, n in report["tokens"].items()]
-    return "\n\n".join([*lines, table(["tokens", "mean", "median", "95 % below", "longest"], rows)])
+    dropped = [[inline(reason.replace("_", " ")), f"{rows:,}"] for reason, rows in report["dropped"].items()]
+    figures = ("mean", "p50", "p95", "max")
+    tokens = [[side, *(f"{n[figure]:,.0f}" for figure in figures)] for side, n in report["tokens"].items()]
+    return "\n\n".join([
+        "## Data",
+        f"Rows read: {report['read']:,}; kept: {report['kept']:,} ({report['train']:,} to train on, "
+        f"{report['held_out']:,} held out); dropped: {report['read'] - report['kept']:,}. In characters, chosen is the "
+        f"longer answer in {report['chosen_longer']:.0%} of the kept pairs.",
+        *([table(["dropped because", "rows"], dropped)] if dropped else []),
+        table(["tokens", "mean", "median", "95 % below", "longest"], tokens),
+    ])  # fmt: skip
 
 
 def _settings(run) -> str:
@@ -277,7 +285,7 @@ def _settings(run) -> str:
         if value != DEFAULTS.get(name) and name != "output_dir"
     ]
     every = table(["setting", "value"], [[inline(name), _value(name, value)] for name, value in values.items()])
-    differ = table(["setting", "value", "default", "set by"], changed) if changed else "Every setting has its default."
+    differ = table(["setting", "value", "default", "set by"], changed) if changed else "All have their defaults."
     return f"## Settings\n\n{differ}\n\n<details>\n<summary>Every setting</summary>\n\n{every}\n\n</details>"
 
 
@@ -285,32 +293,38 @@ def _cost(run) -> str:
     summary = run["summary"]
     if not summary:
         return ""
-    rows = [["steps", "", f"{summary['steps']:,} ({summary['epochs']:g} epochs)"]]
-    plan = summary.get("plan") or {}
-    planned = next((m for m in plan.get("methods", []) if m["method"] == summary["method"]), None)
-    both = [("peak memory, GiB", "peak_gib", f"{summary['peak_memory_gib']:.2f}"),
-            ("minutes", "minutes", f"{summary['minutes']:.1f} ({summary['training_minutes']:.1f} of them training)")]  # fmt: skip
-    rows += [[label, f"{planned[name]:.2f}" if planned else "", measured] for label, name, measured in both]
-    facts = f"{summary['device']}; {summary['precision']}; {summary['method']}; batch layout {summary['layout']}"
+    methods = (summary.get("plan") or {}).get("methods", [])
+    plan = next((m for m in methods if m["method"] == summary["method"]), None)
     versions = {"lazyorpo": run["settings"].get("version", "")} | summary.get("versions", {})
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    trouble = [f"Steps without a finite gradient, left out: {len(summary['bad_steps'])}."] if summary.get("bad_steps") else []
-    trouble += [_LOCAL_PATH.sub("(a local path)", note) + "." for note in summary.get("out_of_memory", [])]
+    rows = [
+        ["peak memory, GiB", f"{plan['peak_gib']:.2f}" if plan else "–", f"{summary['peak_memory_gib']:.2f}"],
+        ["minutes", f"{plan['minutes']:.1f}" if plan else "–",
+         f"{summary['minutes']:.1f} ({summary['training_minutes']:.1f} of them training)"],
+    ]  # fmt: skip
+    notes = [f"Steps without a finite gradient, left out: {len(summary['bad_steps'])}."] * bool(summary["bad_steps"])
     return "\n\n".join([
-        "## Memory, time, versions", table(["", "planned", "measured"], rows), f"{inline(facts)}. {inline(listed)}.",
-        *map(inline, trouble),
+        "## Memory, time, versions",
+        table(["", "planned", "measured"], rows),
+        inline(f"{summary['steps']:,} steps ({summary['epochs']:g} epochs) on {summary['device']}; "
+               f"{summary['method']} in {summary['precision']}, batch layout {summary['layout']}."),
+        inline("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."),
+        *(inline(without_paths(note)) for note in notes + summary["out_of_memory"]),
     ])  # fmt: skip
 
 
 def _limits(run) -> str:
     held_out = run["data_report"].get("held_out", 0)
     lines = [
-        f"The figures come from {held_out:,} pairs held out of the same dataset: they say nothing of other tasks or languages."
-        if held_out else "No pair was held out, so nothing here shows that the model is better than its base.",
-        "What counts as better is what the dataset's annotators, or the model that judged for them, preferred; length is often part "
-        "of it, so read the two accuracies by length.",
-        "It was not evaluated for safety or truth, and it keeps the faults of its base model and its data.",
-    ]  # fmt: skip
+        f"The figures come from {held_out:,} pairs held out of the same dataset; they say nothing of other tasks."
+        if held_out
+        else "No pair was held out, so nothing here shows that the model is better than its base.",
+        "Better means: as the makers of the dataset preferred. Length is often part of it; see the accuracies by it.",
+        "It was not evaluated for truth or safety, and it keeps the faults of its base model and its data.",
+    ]
     if run["values"]["dataset"] == "demo":
         lines.append("The demo set teaches a visible habit of style and no knowledge.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _method(run) -> str:
+    return ABOUT_ORPO if run["values"]["objective"] == "orpo" else ""

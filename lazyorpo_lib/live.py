@@ -27,6 +27,8 @@ FILE_SECONDS = 30.0  # between two writes of the file while training goes on
 INCHES, DPI = (10, 4.6), 160
 METADATA = {"image/png": {"width": 1000, "height": 460}}  # CSS pixels: the output keeps its height when updated
 CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
+RUN_COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+RUN_DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
 INK, QUIET, FAINT, PAPER = "#222222", "#666666", "#E6E6E3", "#FBFBF9"  # its own light paper, for dark themes too
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
@@ -303,3 +305,35 @@ class LivePlot:
         if final:
             return f"{text} \N{MIDDLE DOT} {_duration(now - self._began)}"
         return f"{text} \N{MIDDLE DOT} {_duration(left * (now - since) / done)} left" if done and left > 0 else text
+
+
+def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) -> bytes:
+    """log_odds_ratio and nll of several runs over each other, as PNG bytes, also written to `path` where one is given.
+
+    Args:
+        histories: {name of the run: its rows}; lines are smoothed, hollow marks are held-out figures.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=INCHES, facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        curves = (("log_odds_ratio", "log-odds ratio (nats)"), ("nll", "nll (nats per token)"))
+        for axes, (name, heading) in zip(figure.subplots(1, 2), curves, strict=True):
+            for k, rows in enumerate(histories.values()):
+                curve = _Curve(axes, name, RUN_COLORS[k % len(RUN_COLORS)], RUN_DASHES[k % len(RUN_DASHES)], label="")
+                parts = [[row for row in rows if history.is_evaluation(row) is held_out] for held_out in (False, True)]
+                curve.show(*map(_thin, parts))
+            axes.relim()
+            axes.autoscale_view()
+            axes.set_title(heading, loc="left", size=9.5)
+            axes.set_xlabel("optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        lines = figure.axes[0].get_lines()[1::3]  # of each curve's points, line and marks
+        names = [name.replace("$", r"\$") for name in histories]
+        figure.legend(lines, names, loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
+        bottom = 0.16 + 0.05 * math.ceil(len(names) / 4)
+        figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=bottom, wspace=0.2)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=dpi)
+    if path:
+        history.write_atomically(path, file.getvalue())
+    return file.getvalue()

@@ -1,7 +1,7 @@
-"""The panel: a form over the settings of the parameter cell. Whatever was touched last wins, and each value names its source.
+"""The panel: a form over the settings of the parameter cell. The last thing touched wins; each value names its source.
 
-The only module that imports ipywidgets; where that is absent or broken the panel is a table. It starts no training and knows no
-type and no limit: `settings.coerce` does.
+The only module that imports ipywidgets; where that is absent or broken the panel is a table. It starts no training, and
+knows no type and no limit: `settings.coerce` does.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ except Exception:  # absent, or broken by a version that does not go with the re
 FIRST = ("base_model", "dataset", "epochs", "learning_rate", "preset")
 GROUPS = {
     "Training": (
-        "method", "or_weight", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha", "lora_dropout", "pairs_per_step",
-        "warmup_steps", "lr_schedule", "optimizer", "weight_decay", "max_grad_norm", "seed",
+        "method", "or_weight", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha", "lora_dropout",
+        "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay", "max_grad_norm", "seed",
     ),
     "Memory": (
         "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision", "liger_kernel",
@@ -27,7 +27,9 @@ GROUPS = {
 }  # fmt: skip
 GROUPS["Run"] = tuple(name for name in FIELDS if name not in FIRST and not any(name in g for g in GROUPS.values()))
 SUGGESTIONS = {
-    "base_model": (DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1"),
+    "base_model": (
+        DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
+    ),
     "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
 }  # fmt: skip
 _MEMORY = "_lazyorpo_panel"  # in the notebook's globals: lives as long as the kernel, however often the cell is run
@@ -36,8 +38,8 @@ _MEMORY = "_lazyorpo_panel"  # in the notebook's globals: lives as long as the k
 class Panel:
     """The settings of a notebook: its globals, `LAZYORPO_*` and the edits made in the form.
 
-    From strongest to weakest: an edit in the panel made after the cell's value last changed; a value in the cell that is not
-    the default (form, hand, papermill); the environment; preset and default.
+    From strongest to weakest: an edit in the panel made after the cell's value last changed; a value in the cell that
+    is not the default (form, hand, papermill); the environment; preset and default.
 
     Args:
         namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps them.
@@ -45,9 +47,7 @@ class Panel:
         estimate: what a run with these settings will take, as text; asked again when a value has changed.
     """
 
-    def __init__(
-        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
-    ):
+    def __init__(self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
         self._estimated: tuple[Settings | None, str] = (None, "")
@@ -120,33 +120,45 @@ class Panel:
     # Widgets. Only what ipywidgets 7.7.1 (Colab) and 8 both have.
 
     def _build(self):
-        w = ipywidgets
-        self.inputs = {name: self._input(name) for name in FIELDS}
-        self.notes = {name: w.HTML() for name in FIELDS}
+        w, self._styles = ipywidgets, {}
+        wide, plain = w.Layout(width="430px"), w.Layout()
+        self.inputs = {name: self._input(name, wide) for name in FIELDS}
+        self.notes = {name: self._make(w.HTML, layout=plain) for name in FIELDS}
         self.status = w.HTML()
         for name, entry in self.inputs.items():
             entry.observe(lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value")
-        row = {name: w.HBox([self.inputs[name], self.notes[name]]) for name in FIELDS}
-        groups = w.Accordion([w.VBox([row[name] for name in names]) for names in GROUPS.values()], selected_index=None)
+        columns = w.Layout(grid_template_columns="440px auto")
+
+        def rows(names):
+            return w.GridBox([x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns)
+
+        groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None)
         for i, title in enumerate(GROUPS):
             groups.set_title(i, title)
         button = w.Button(description="Reset", tooltip="Forget the edits made here")
         button.on_click(lambda _: self.reset())
         self._refresh()
-        return w.VBox([*(row[name] for name in FIRST), groups, self.status, button])
+        return w.VBox([rows(FIRST), groups, self.status, button])
 
-    def _input(self, name):
+    def _make(self, kind, **options):
+        """A widget that shares its style, as it shares its layout: each of them is saved with the notebook."""
+        made = kind(style=self._styles.get(kind, {"description_width": "150px"}), **options)
+        self._styles[kind] = made.style
+        return made
+
+    def _input(self, name, layout):
         w, field = ipywidgets, FIELDS[name]
         value = self.memory["edits"].get(name, self.namespace.get(name, DEFAULTS[name]))
-        options = dict(description=name, style={"description_width": "150px"}, layout=w.Layout(width="430px", flex="0 0 auto"))
+        options = {"description": name, "layout": layout}
         if choices := field.metadata["choices"]:
-            return w.Dropdown(options=choices, value=value if value in choices else DEFAULTS[name], **options)
+            value = value if value in choices else DEFAULTS[name]
+            return self._make(w.Dropdown, options=choices, value=value, **options)
         if field.type is bool:
-            return w.Checkbox(value=value is True, indent=True, **options)
+            return self._make(w.Checkbox, value=value is True, **options)
         options |= {"value": str(value), "continuous_update": False}  # told when a value is finished, not at each key
         if name in SUGGESTIONS:
-            return w.Combobox(options=SUGGESTIONS[name], ensure_option=False, **options)
-        return w.Text(**options)
+            return self._make(w.Combobox, options=SUGGESTIONS[name], ensure_option=False, **options)
+        return self._make(w.Text, **options)
 
     def _refresh(self) -> None:
         if ipywidgets is None:

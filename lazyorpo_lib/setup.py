@@ -1,7 +1,7 @@
 """What a notebook needs before anything else: packages, a token, Google Drive. Standard library only at import.
 
-It installs what is missing or too old and touches nothing else, so that Colab's own packages stay as they are; it asks for
-nothing and imports torch never.
+It installs what is missing or too old and touches nothing else, so that Colab's own packages stay as they are. It asks
+for nothing, and never imports torch.
 """
 
 import functools
@@ -74,12 +74,12 @@ def install(missing: list[str]) -> None:
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise UserError(
-            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install them in a terminal."
+            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a terminal."
         )
     importlib.invalidate_caches()
     if stale := [name for name, version in loaded.items() if _version(name) != version]:
         raise UserError(
-            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (Restart kernel) once, then Run all."
+            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then Run all."
         )
 
 
@@ -90,7 +90,7 @@ def _has_gpu() -> bool:
 
 
 def find_token() -> str:
-    """Where the Hugging Face token comes from, in words; one of Colab's secrets goes into the environment. Never shown."""
+    """Where the Hugging Face token comes from, in words. Colab's goes into the environment; it is never shown."""
     if os.environ.get("HF_TOKEN"):
         return "from the environment"
     if on_colab():
@@ -127,7 +127,7 @@ def drive_folder(name: str) -> Path | None:
         return folder
     except Exception as error:  # refused, closed, not on Colab: the run goes on without it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on the local disk.")
+        print(f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk.")
         return None
 
 
@@ -149,7 +149,7 @@ def mirror(source: Path, target: Path, *, keep: int = 2) -> bool:
         for old in sorted(numbered, key=lambda c: int(c.name.split("-")[1]))[:-keep]:
             shutil.rmtree(old)
     except OSError as error:
-        print(f"Could not copy to {target} ({error.strerror or error}); the run goes on, and its files are in {source}.")
+        print(f"Could not copy to {target} ({error.strerror or error}); the run goes on, its files are in {source}.")
         return False
     return True
 

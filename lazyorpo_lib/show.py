@@ -1,7 +1,7 @@
 """What the notebook shows of a run: one pair as it is scored, the loss, the answers, the held-out figures, the files.
 
-Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and datasets are escaped.
-It computes nothing that `run` does not know, and writes no file.
+Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and datasets are
+escaped. It computes nothing that `run` does not know, and writes no file.
 """
 
 import math
@@ -64,7 +64,7 @@ def pair(run) -> Shown:
         ("chosen", one.chosen, "nll and odds", f"background:rgba({BLUE},.16);border-bottom:2px solid rgb({BLUE})"),
         ("rejected", one.rejected, "odds", f"background:rgba({ORANGE},.16);border-bottom:2px dashed rgb({ORANGE})"),
     ):
-        shown = pieces(run.tokenizer, ids[-LONGEST:])
+        shown = [t.replace("\n", "↵\n") if style else t for t in pieces(run.tokenizer, ids[-LONGEST:])]
         lead = "… " if len(ids) > LONGEST else ""
         title = f"{name}: {len(ids)} tokens, {use}"
         chips = "".join(
@@ -106,7 +106,8 @@ def held_out(run) -> Shown:
         for name, f in results["held_out"].items()
     ]
     if "habit_before" in results:
-        rows.append(("answers with the demo's habit", "", *(f"{results['habit_' + w]:.0%}" for w in ("before", "after")), ""))
+        habit = (f"{results['habit_' + when]:.0%}" for when in ("before", "after"))
+        rows.append(("answers with the demo's habit", "", *habit, ""))
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
@@ -121,7 +122,6 @@ def files(run) -> Shown:
             rows.append((item.name + "/" * item.is_dir(), f"{sum(f.stat().st_size for f in inside) / 2**20:.2f} MiB"))
     shown = table((str(run.folder), "size"), rows)
     code = (
-        "from lazyorpo_lib.model import load_finished\n"
-        f"model, tokenizer = load_finished({str(run.folder / 'model')!r})"
+        f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({str(run.folder / 'model')!r})"
     )
     return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")

@@ -1,0 +1,177 @@
+"""One system training in a process of its own, a step at a time when told to over stdin; figures go out as JSON lines.
+
+`python -m tests.benchmarks.worker '{"system": "lazyorpo", …}'`; started by `python -m tests.benchmarks`.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+
+from lazyorpo_lib import data, model
+from lazyorpo_lib.batching import StepSampler
+from lazyorpo_lib.encoding import Encoder, prepare_tokenizer
+from lazyorpo_lib.settings import Settings
+from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
+
+# Published shapes, filled with random weights: speed and memory do not depend on their values.
+SHAPES = {
+    "phi-2": dict(model_type="phi", hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
+                  vocab_size=51200, max_position_embeddings=4096, partial_rotary_factor=0.4),
+    "llama-3-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192),
+    "gemma-7b": dict(model_type="gemma", hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
+                     num_attention_heads=16, num_key_value_heads=16, head_dim=256, vocab_size=256000,
+                     max_position_embeddings=8192),
+}  # fmt: skip
+
+
+def encoded_pairs(job: dict) -> list:
+    """The first pairs of the dataset that fit, then the order in which the kit would take them."""
+    tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
+    prepare_tokenizer(tokenizer)
+    encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
+    cleaned, _ = data.clean(data.open_rows(job["dataset"]))
+    pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
+    order = [i for step in StepSampler([p.tokens() for p in pairs], job["pairs"], seed=0) for i in step]
+    short = sorted(pairs, key=lambda p: p.tokens())[: job["pairs"]]  # the warm-up's
+    return short + [pairs[i] for i in order][: job["pairs"] * job["steps"]]
+
+
+def base_model(job: dict, device: str):
+    dtype = torch.float32 if job["method"] == "full" else getattr(torch, job["precision"])
+    if job["model"] not in SHAPES:
+        return model.load_base(job["model"], dtype=dtype, device=device, four_bit=job["method"] == "qlora")
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        shape = dict(SHAPES[job["model"]])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+        built = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if job["method"] != "qlora":
+            return built
+        built.save_pretrained(folder)  # 4-bit weights are made while loading
+        return model.load_base(folder, dtype=dtype, device=device, four_bit=True)
+
+
+class Stepwise(TrainerCallback):
+    """Waits for a line before each step and reports after it."""
+
+    def __init__(self, tokens):
+        self.tokens, self.losses = tokens, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.device = args.device
+        say(ready=True, memory_gib=peak(self.device))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        sys.stdin.readline()
+        self.began = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.began
+            say(loss=logs["loss"], seconds=seconds, memory_gib=peak(self.device), tokens=self.tokens(state.global_step - 1))
+
+
+def say(**figures) -> None:
+    print(json.dumps(figures), file=OUT, flush=True)
+
+
+def peak(device) -> float:
+    """Peak memory so far, GiB: the GPU's as allocated, else the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def lazyorpo(job: dict, pairs: list, built, folder: str):
+    settings = settings_of(job)
+    arguments = training_arguments(settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder))
+    trainer = OrpoTrainer(
+        built, arguments, settings, pairs, tokens_per_batch=job["tokens_per_batch"],
+        checkpointed_layers=10**6 if job["checkpointing"] else 0,
+        callbacks=[Stepwise(lambda step: sum(p.tokens() for p in pairs[step * job["pairs"] : (step + 1) * job["pairs"]]))],
+    )  # fmt: skip
+    from torch.utils.data import DataLoader
+
+    def in_order():
+        trainer.sampler = type("Order", (), {"set_epoch": lambda self, epoch: None})()
+        return DataLoader(pairs, batch_size=job["pairs"], shuffle=False, collate_fn=lambda x: {"pairs": x})
+
+    trainer.get_train_dataloader = in_order
+    return trainer
+
+
+def trl(job: dict, pairs: list, built, folder: str):
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    class SameTokens(ORPOTrainer):
+        """TRL's trainer, given token ids in place of texts."""
+
+        def tokenize_row(self, feature, model=None):
+            p = pairs[int(feature["prompt"])]
+            row = {"prompt_input_ids": list(p.prompt), "prompt_attention_mask": [1] * len(p.prompt)}
+            for side in ("chosen", "rejected"):
+                answer = list(getattr(p, side))
+                row[f"{side}_input_ids"] = [*p.prompt, *answer]
+                row[f"{side}_attention_mask"] = [1] * (len(p.prompt) + len(answer))
+                row[f"{side}_labels"] = [-100] * len(p.prompt) + answer
+            return row
+
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(self.train_dataset)
+
+    tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
+    prepare_tokenizer(tokenizer)
+    texts = Dataset.from_list([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(len(pairs))])
+    settings = settings_of(job)
+    config = ORPOConfig(
+        folder, per_device_train_batch_size=job["pairs"], max_length=job["max_tokens"] + 1, beta=settings.or_weight,
+        learning_rate=settings.learning_rate, lr_scheduler_type="cosine", num_train_epochs=1, logging_steps=1,
+        logging_nan_inf_filter=False, report_to="none", save_strategy="no", use_cpu=job["device"] == "cpu", disable_tqdm=True,
+        bf16=job["precision"] == "bfloat16", fp16=job["precision"] == "float16", seed=settings.seed,
+        gradient_checkpointing=job["checkpointing"], gradient_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+
+    def tokens(step):
+        some = pairs[step * job["pairs"] : (step + 1) * job["pairs"]]
+        return 2 * len(some) * max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in some)
+
+    return SameTokens(
+        built, config, train_dataset=texts, processing_class=tokenizer, callbacks=[Stepwise(tokens)]
+    )  # fmt: skip
+
+
+def settings_of(job: dict) -> Settings:
+    return Settings(
+        method=job["method"], pairs_per_step=job["pairs"], nll_over=job["nll_over"], learning_rate=job["learning_rate"],
+        max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"], save_every_steps=0, eval_pairs=0,
+    )  # fmt: skip
+
+
+def main(job: dict) -> None:
+    warnings.filterwarnings("ignore")
+    pairs = encoded_pairs(job)
+    built = base_model(job, job["device"])
+    if job["method"] != "full":
+        torch.manual_seed(0)
+        built = model.add_adapters(built, settings_of(job))
+    say(parameters=sum(p.numel() for p in built.parameters()), pairs=len(pairs), mean_tokens=sum(p.tokens() for p in pairs) / len(pairs))
+    with tempfile.TemporaryDirectory() as folder:
+        {"lazyorpo": lazyorpo, "trl": trl}[job["system"]](job, pairs, built, folder).train()
+
+
+if __name__ == "__main__":
+    OUT = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the figures
+    main(json.loads(sys.argv[1]))

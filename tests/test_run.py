@@ -1,0 +1,254 @@
+"""Whole runs on the tiny preset: the folder they leave, how they stop and go on, and what a user's mistakes cost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lazyorpo_lib import history
+from lazyorpo_lib.run import Run, execute, fingerprint
+from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
+CONTRACT = {"settings.json", "data_report.json", "dropped.jsonl", "history.jsonl", "live.png", "summary.json", "README.md", "model"}
+
+
+def tiny(folder, **changes):
+    return resolve([("test", {"preset": "tiny", "output_dir": str(folder)} | changes)])[:2]
+
+
+def command(*flags, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return execute(*tiny(folder), show=lambda text: None)
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished):
+    names = {p.name for p in finished.folder.iterdir()}
+    assert names >= CONTRACT and not any(n.startswith("checkpoint") for n in names)
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        p.name for p in (finished.folder / "model").iterdir()
+    }
+    assert not [p for p in finished.folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    assert not any(p.stat().st_mode & 0o002 for p in finished.folder.rglob("*"))
+
+
+def test_history_has_every_step_once_with_the_names_of_the_contract(finished):
+    rows = history.read(finished.folder / "history.jsonl")
+    steps = [r["step"] for r in rows if not history.is_evaluation(r)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    wanted = {
+        "step", "epoch", "loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "logp_chosen",
+        "logp_rejected", "accuracy", "learning_rate", "grad_norm", "pairs_per_second", "tokens_per_second", "memory_gib",
+    }  # fmt: skip
+    assert wanted <= rows[1].keys()
+    assert [r["step"] for r in rows if history.is_evaluation(r)] == [0, 6]
+
+
+def test_reports_add_up(finished):
+    report = json.loads((finished.folder / "data_report.json").read_text())
+    assert report["kept"] + sum(report["dropped"].values()) == report["read"] == 48
+    assert report["train"] + report["held_out"] == report["kept"]
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert summary["finished"] and summary["steps"] == 6
+    assert 0 <= summary["accuracy_before"] <= 1 and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
+    sources = json.loads((finished.folder / "settings.json").read_text())["sources"]
+    assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
+
+
+def test_running_a_finished_run_again_trains_nothing(finished):
+    before = (finished.folder / "history.jsonl").read_bytes()
+    said = []
+    again = execute(*tiny(finished.folder), show=said.append)
+    assert again.finished and "finished" in " ".join(said)
+    assert (finished.folder / "history.jsonl").read_bytes() == before
+    assert again.finish() == json.loads((finished.folder / "summary.json").read_text())
+    assert len(again.answers()) == 2
+
+
+def test_other_settings_never_overwrite_a_run_and_the_difference_is_named(finished):
+    with pytest.raises(UserError, match="learning_rate was 0.01, is 0.5"):
+        Run(*tiny(finished.folder, learning_rate=0.5), show=print)
+    with pytest.raises(UserError, match="resume is never"):
+        Run(*tiny(finished.folder, resume="never"), show=print)
+
+
+def test_fingerprint_sees_what_shapes_the_result_and_nothing_else():
+    base = Settings()
+    assert fingerprint(Settings(seed=1)) != fingerprint(base) != fingerprint(Settings(or_weight=0.2))
+    assert fingerprint(Settings(max_minutes=5, output_dir="x", tokens_per_batch=99)) == fingerprint(base)
+
+
+def test_a_prompt_is_never_on_both_sides_of_the_split(tmp_path):
+    rows = [{"prompt": f"q{i // 3}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(90)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run = Run(*tiny(tmp_path / "run", dataset=str(file), eval_pairs=12, max_pairs=0), show=lambda text: None)
+    run.load_pairs()
+    sides = [{tuple(pairs[i].prompt) for i in range(len(pairs))} for pairs in (run.train_pairs, run.eval_pairs)]
+    assert len(run.eval_pairs) == 12 and not sides[0] & sides[1]
+
+
+def test_overlong_pairs_are_counted_and_kept_with_their_content(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "long " * (100 if i == 3 else 1), "rejected": f"bad {i}"} for i in range(20)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run = Run(*tiny(tmp_path / "run", dataset=str(file)), show=lambda text: None)
+    run.load_pairs()
+    (dropped,) = history.read(tmp_path / "run" / "dropped.jsonl")
+    assert dropped["index"] == 3 and dropped["reason"] == "overlong" and "long long" in json.dumps(dropped["row"])
+
+
+def test_a_full_tuning_run_leaves_a_model_that_loads(tmp_path):
+    from lazyorpo_lib.model import load_finished
+
+    run = execute(*tiny(tmp_path, method="full", max_steps=2, learning_rate=1e-4), show=lambda text: None)
+    loaded, tokenizer = load_finished(run.folder / "model")
+    assert (run.folder / "model" / "model.safetensors").is_file() and tokenizer.chat_template
+    for (name, a), b in zip(run.model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert (a == b).all(), name
+
+
+def test_without_held_out_pairs_a_run_still_ends_well(tmp_path):
+    run = execute(*tiny(tmp_path, eval_pairs=0, max_steps=2), show=lambda text: None)
+    assert run.finished and run.answers() == []
+
+
+@pytest.mark.slow
+def test_qlora_runs_on_a_cpu(tmp_path):
+    run = execute(*tiny(tmp_path, method="qlora", optimizer="adamw_8bit", max_steps=2), show=lambda text: None)
+    kinds = {type(m).__name__ for m in run.model.modules()}
+    assert "Linear4bit" in kinds and run.finished
+    head = run.model.get_output_embeddings().weight
+    assert head.dtype == run.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_file(), reason="the shared sample of real pairs is not here")
+def test_real_multi_turn_pairs_train(tmp_path):
+    run = execute(
+        *tiny(tmp_path, dataset=str(SHARED), max_tokens=4000, max_prompt_tokens=3000, max_pairs=60, max_steps=2),
+        show=lambda text: None,
+    )  # fmt: skip
+    report = json.loads((run.folder / "data_report.json").read_text())
+    assert report["shapes"] == {"conversations": report["kept"]} and report["kept"] > 30
+
+
+# Stopping and going on.
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "adapter_model.safetensors")
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
+    said = []
+    first = Run(*tiny(tmp_path), show=said.append)
+    first.load_pairs()
+    first.load_model()
+    inner = first.trainer.on_row
+
+    def stop_at_four(row):
+        inner(row)
+        if row["step"] == 4 and "loss" in row:
+            (tmp_path / "STOP").touch()
+
+    first.trainer.on_row = stop_at_four
+    first.train()
+    summary = first.finish()
+    assert not summary["finished"] and "STOP" in summary["why"] and first.interrupted
+    second = execute(*tiny(tmp_path), show=said.append)
+    assert second.finished and any("Going on from step 4" in s or "Going on from step 5" in s for s in said)
+    rows = [r["step"] for r in history.read(tmp_path / "history.jsonl") if "loss" in r]
+    assert rows == [1, 2, 3, 4, 5, 6]
+    for name, value in weights(finished.folder).items():
+        assert (value == weights(tmp_path)[name]).all(), name
+
+
+def test_max_minutes_stops_with_a_checkpoint_and_is_no_interruption(tmp_path):
+    run = execute(*tiny(tmp_path, max_minutes=1e-4, max_steps=50), show=lambda text: None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "max_minutes" in summary["why"] and summary["steps"] == 1 and not run.interrupted
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2000", "--max-pairs", "0",
+         "--save-every-steps", "0", "--output-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len([r for r in history.read(tmp_path / "history.jsonl") if "loss" in r]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-2000:]
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    steps = [r["step"] for r in history.read(tmp_path / "history.jsonl") if "loss" in r]
+    assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1))
+
+
+def test_two_runs_on_one_folder_the_second_stops(tmp_path):
+    held = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+         "print(1, flush=True); sys.stdin.read()", str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    held.stdout.readline()
+    with pytest.raises(UserError, match="Another run is at work"):
+        Run(*tiny(tmp_path), show=print)
+    held.communicate()
+
+
+# The command line.
+
+
+def test_help_lists_every_setting_with_default_and_meaning():
+    text = " ".join(command("--help").stdout.split())
+    for name, field in FIELDS.items():
+        assert "--" + name.replace("_", "-") in text
+        assert " ".join(field.metadata["help"].split()) in text
+        assert f"Default: {DEFAULTS[name] if DEFAULTS[name] != '' else 'empty'}" in text
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--learning-rate", "fast"], "learning_rate is 'fast'"),
+        (["--lerning-rate", "1"], "--lerning-rate"),
+        (["--base-model", "./nowhere"], "there is no such folder"),
+        (["--preset", "tiny", "--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--preset", "tiny", "--output-dir", "/proc/none"], "cannot be written"),
+        (["--preset", "tiny", "--precision", "int8"], "one of auto, bfloat16"),
+        (["--preset", "tiny", "--max-tokens", "10"], "max_prompt_tokens is 256 and max_tokens is 10"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
+    outside = [] if "--output-dir" in flags else ["--output-dir", tmp_path / "run"]
+    done = command(*flags, *outside)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("lazyorpo:")]) == 1
+    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in (".lock", "settings.json")]
+    assert left == [], "nothing half-written"
+
+
+def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
+    file = tmp_path / "same.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"q{i}", "chosen": "x", "rejected": "x "}) for i in range(5)))
+    done = command("--preset", "tiny", "--dataset", file, "--output-dir", tmp_path / "run")
+    assert done.returncode == 2 and "5 identical answers" in done.stderr

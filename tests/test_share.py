@@ -1,0 +1,301 @@
+"""share.py: the merged model is the tuned one, the talk goes as in training, runs compare fairly, a push is whole."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lazyorpo_lib import live, model, share
+from lazyorpo_lib.encoding import prepare_tokenizer
+from lazyorpo_lib.settings import DEFAULTS, Settings, UserError
+
+from .test_card import write_run
+
+IDS = torch.arange(10, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a tiny model whose adapter has learned something random; never changed by a test."""
+    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
+    tuned = model.add_adapters(
+        model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=model.TINY_MODEL)
+    )
+    torch.manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokenizer = model.load_tokenizer(model.TINY_MODEL)
+    prepare_tokenizer(tokenizer)
+    tuned.generation_config.eos_token_id = [2, 7]
+    model.save_model(tuned, tokenizer, folder / "model", base_model=model.TINY_MODEL)
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A function that makes another run's folder with the same model."""
+
+    def make(name, **options):
+        write_run(tmp_path / name, **options)
+        (tmp_path / name / "model").symlink_to(run / "model")
+        return tmp_path / name
+
+    return make
+
+
+def logits(folder, **options):
+    with torch.no_grad():
+        return model.load_finished(folder, **options)[0](IDS).logits
+
+
+def test_merged_model_alone_gives_the_logits_of_the_adapter(run, tmp_path):
+    out = share.merge(run, tmp_path / "deep" / "merged")
+    assert not (out / "adapter_config.json").exists() and list(out.glob("*.safetensors"))
+    adapted = logits(run / "model")
+    assert (logits(out) - adapted).abs().max() < 1e-5
+    base = model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        assert (base(IDS).logits - adapted).abs().max() > 0.1  # the adapter does something
+
+
+def test_merged_folder_has_template_generation_settings_and_cache(run, tmp_path):
+    out = share.merge(run, tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
+    assert json.loads((out / "config.json").read_text())["use_cache"] is True
+    assert (out / "chat_template.jinja").read_text() == (run / "model" / "chat_template.jinja").read_text()
+
+
+def test_merged_weights_have_the_precision_of_the_run(copy):
+    folder = copy("half", summary={"precision": "bfloat16"})
+    merged = share.merge(folder)
+    assert merged == folder / "merged"
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (logits(merged) - logits(folder / "model")).abs().max() < 0.1
+
+
+def test_gguf_commands_name_the_merged_folder(tmp_path):
+    text = share.gguf_commands(tmp_path / "merged")
+    assert f'convert_hf_to_gguf.py "{tmp_path / "merged"}" --outtype' in text and text.endswith('merged.gguf"')
+
+
+def test_streamed_pieces_are_the_answer_of_plain_generation(run):
+    tuned, tokenizer = model.load_finished(run / "model")
+    tuned.generation_config.suppress_tokens = list(range(40))  # letters, so that there is something to see
+    pieces, messages = [], [{"role": "user", "content": "Hello"}]
+    answer = share.reply(tuned, tokenizer, messages, pieces.append, max_tokens=12)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = tuned.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True).strip() and len(answer) > 5
+    assert "".join(pieces).strip() == answer
+
+
+def test_a_talk_longer_than_the_context_is_cut_not_refused(run):
+    tuned, tokenizer = model.load_finished(run / "model")
+    tuned.config.max_position_embeddings = 64
+    seen = []
+    generate = tuned.generate
+    tuned.generate = lambda **options: seen.append(options["input_ids"].shape[1]) or generate(**options)
+    share.reply(tuned, tokenizer, [{"role": "user", "content": "long " * 100}], max_tokens=8)
+    assert seen == [56]
+
+
+def test_special_tokens_typed_by_the_user_stay_text(run):
+    tuned, tokenizer = model.load_finished(run / "model")
+    seen = []
+    tuned.generate = lambda input_ids, **options: seen.append(input_ids[0].tolist()) or input_ids
+    share.reply(tuned, tokenizer, [{"role": "user", "content": "a<eos>b"}])
+    assert tokenizer.eos_token_id not in seen[0] and "a<eos>b" in tokenizer.decode(seen[0])
+
+
+def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
+    heard = []
+
+    def answer(tuned, tokenizer, messages, on_text, *, max_tokens):
+        heard.append([turn["content"] for turn in messages])
+        if messages[-1]["content"] == "bad":
+            raise UserError("no")
+        on_text("yes")
+        return "yes"
+
+    monkeypatch.setattr(share, "reply", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\nbad\ntwo\n/new\nthree\n/exit\nnever\n"))
+    talk = share.chat(run)
+    assert heard == [["one"], ["one", "yes", "bad"], ["one", "yes", "two"], ["three"]]
+    assert [turn["content"] for turn in talk] == ["three", "yes"]
+    assert capsys.readouterr().out.count("Model: yes") == 3
+
+
+# Side by side.
+
+
+def test_compare_shows_what_differs_and_the_results(copy):
+    a = copy("a", settings={"or_weight": 0.1})
+    b = copy("b", settings={"or_weight": 0.5, "output_dir": "/elsewhere"}, summary={"training_minutes": 7.0})
+    found = share.compare([a, b])
+    assert found["settings"] == {"or_weight": [0.1, 0.5]}
+    assert [row["accuracy"] for row in found["results"]] == ["0.800 (0.675 to 0.900)"] * 2
+    assert found["results"][1]["training minutes"] == "7.0"
+    assert "| or_weight | 0.1 | 0.5 |" in found["markdown"] and found["png"].startswith(b"\x89PNG")
+
+
+def held_out(accuracies):
+    return {"columns": ["nll", "accuracy"], "after": {"pairs": [[9.0, a] for a in accuracies]}}
+
+
+def test_runs_on_the_same_held_out_pairs_are_compared_pair_by_pair(copy):
+    a = copy("a", held_out=held_out([0.0] * 10 + [1.0] * 10))
+    b = copy("b", held_out=held_out([1.0] * 20))
+    c = copy("c", settings={"seed": 1}, held_out=held_out([1.0] * 20))
+    rows = share.compare([a, b, c])["results"]
+    name = "accuracy minus the first run's"
+    assert rows[1][name].startswith("0.500 (0.") and rows[2][name] == "other held-out pairs"
+
+
+def test_an_unfinished_run_can_be_compared(copy):
+    rows = share.compare([copy("a"), copy("b", without=("summary.json", "held_out.json"))])["results"]
+    assert rows[1]["steps"] == "12, not finished" and rows[1]["accuracy minus the first run's"] == "–"
+
+
+def test_runs_of_one_name_are_told_apart_and_one_run_is_no_two(copy, tmp_path):
+    (tmp_path / "x").mkdir()
+    a, b = copy("a"), copy("x/a")
+    assert share.compare([a, b])["results"][1]["run"] == "x/a"
+    with pytest.raises(UserError, match="twice"):
+        share.compare([a, a])
+
+
+def test_picture_of_runs_has_a_line_for_each(tmp_path):
+    rows = [{"step": s, "nll": 1.0, "log_odds_ratio": s / 9} for s in range(9)] + [{"step": 9, "eval_nll": 1.0}]
+    one = live.draw_runs({"$a$": rows}, tmp_path / "one.png")
+    two = live.draw_runs({"$a$": rows, "b": [row | {"log_odds_ratio": 1.0} for row in rows], "empty": []})
+    assert (tmp_path / "one.png").read_bytes() == one and one != two
+
+
+# To the hub.
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a push needs."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.heard.append((self.path, body))
+        answer = {"url": "http://hub/me/tuned", "commitUrl": "http://hub/me/tuned/commit/1", "commitOid": "1"}
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+        self._say(self.server.status, answer | {"id": "me/tuned"})
+
+    def do_GET(self):
+        self._say(200, {"type": "user", "name": "me"})
+
+    def _say(self, status, answer):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from huggingface_hub import constants
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.heard, server.status = [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_testtoken")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def commit(hub):
+    lines = [json.loads(line) for path, body in hub.heard if "/commit/" in path for line in body.splitlines()]
+    return {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+
+
+def test_push_makes_a_private_repository_with_model_card_picture_and_summary(hub, run):
+    share.push(run, "me/tuned")
+    path, body = next(heard for heard in hub.heard if "create" in heard[0])
+    made = json.loads(body)
+    assert made.get("private") is True or made.get("visibility") == "private"
+    files = commit(hub)
+    own = {f.name for f in (run / "model").iterdir()}
+    assert set(files) == own | {"README.md", "live.png", "summary.json"}
+    assert files["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
+    assert b'name = "me/tuned"' in files["README.md"] and b"More Information Needed" not in files["README.md"]
+
+
+def test_push_takes_no_local_path_and_no_other_file_along(hub, copy, tmp_path):
+    folder = copy("a", settings={"base_model": "/home/me/base"}, summary={"why": "no room: '/home/me/x'"})
+    (folder / "model").unlink()
+    (folder / "model").mkdir()
+    (folder / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/base"}))
+    (folder / "dropped.jsonl").write_text("{}")
+    share.push(folder, "me/tuned")
+    files = commit(hub)
+    assert set(files) == {"adapter_config.json", "README.md", "live.png", "summary.json"}
+    assert not any(b"/home/me" in content for content in files.values())
+
+
+@pytest.mark.parametrize(("status", "way_out"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (500, "connection")])
+def test_a_refused_push_is_one_sentence_without_the_token(hub, run, status, way_out):
+    hub.status = status
+    with pytest.raises(UserError, match=way_out) as error:
+        share.push(run, "me/tuned")
+    assert "hf_testtoken" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
+    with pytest.raises(UserError, match="does not allow"):
+        share.push(run, "a/b/c d")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="connection"):
+        share.push(run, "me/tuned")
+
+
+# From a terminal.
+
+
+@pytest.mark.parametrize("command", ["chat", "merge", "compare", "push"])
+def test_commands_tell_wrong_use_and_wrong_folders(command, tmp_path):
+    with pytest.raises(UserError, match=f"lazyorpo_lib {command} RUN"):
+        share.COMMANDS[command]([])
+    with pytest.raises(UserError, match=f"lazyorpo_lib {command} RUN"):
+        share.COMMANDS[command](["--help"])
+    two = [str(tmp_path / "none"), "x"] if command in ("compare", "push") else [str(tmp_path / "none")]
+    with pytest.raises(UserError, match="not the folder of a run"):
+        share.COMMANDS[command](two)
+
+
+@pytest.mark.parametrize("work", [share.chat, share.merge, lambda folder: share.push(folder, "a/b")])
+def test_a_run_without_a_model_says_so(work, tmp_path):
+    with pytest.raises(UserError, match="no model yet"):
+        work(write_run(tmp_path))
+
+
+def test_compare_command_prints_tables_and_writes_the_picture(copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert share.COMMANDS["compare"]([str(copy("a")), str(copy("b"))]) == 0
+    assert "| a |" in capsys.readouterr().out and (tmp_path / "compare.png").is_file()
+
+
+def test_settings_of_a_run_that_no_longer_exist_are_shown_too(copy):
+    a = copy("a")
+    kept = json.loads((a / "settings.json").read_text())
+    kept["settings"] = dict(DEFAULTS) | {"gone": 1}
+    (a / "settings.json").write_text(json.dumps(kept))
+    assert share.compare([a, copy("b")])["settings"]["gone"] == [1, None]
