@@ -101,7 +101,6 @@ def _hub_id(name: str) -> str:
 
 def public_name(name: str) -> str:
     """A hub id as it is; of a local path the last part."""
-    """A hub id whole; of a local path the last part."""
     return name if _hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 

@@ -67,7 +67,7 @@ def clean(
 ) -> tuple[Iterator[Pair], "Report"]:
     """Rows -> clean pairs, one at a time. The rows are read twice: first to find the pairs that contradict each other.
 
-    Memory is flat but for a digest of each distinct pair, about 0.2 kB.
+    Memory is flat but for a digest of each distinct pair, about 0.15 kB.
 
     Args:
         rows: (index, row) tuples that can be iterated again, as from `open_rows`.

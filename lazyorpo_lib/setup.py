@@ -48,19 +48,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def requirements(path: Path = REQUIREMENTS) -> list:
-    """The lines of a requirements file as `packaging` requirements."""
+def requirements() -> list:
+    """The lines of requirements.txt, as `packaging` requirements."""
     from packaging.requirements import Requirement
 
-    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
     return [Requirement(line) for line in lines if line]
 
 
-def missing_requirements(path: Path = REQUIREMENTS) -> list[str]:
+def missing_requirements() -> list[str]:
     """What of the requirements is not installed, or older than its floor."""
     return [
         str(wanted)
-        for wanted in requirements(path)
+        for wanted in requirements()
         if not ((found := _version(wanted.name)) and wanted.specifier.contains(found, prereleases=True))
     ]
 

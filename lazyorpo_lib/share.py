@@ -4,6 +4,7 @@ Each works from the folder of a run alone, also of one from another machine. tor
 Nothing is trained here, and nothing leaves the machine but by `push`.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -257,25 +258,31 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     Raises:
         UserError: no token, no right to write there, no connection, or no such name is allowed.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-    folder = _run_folder(run_folder, "model")
-    api = HfApi()
-    try:
+    folder, api = _run_folder(run_folder, "model"), HfApi()
+    with _told(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)
-        files = _files_to_push(folder, made.repo_id)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations = [CommitOperationAdd(name, content) for name, content in _files_to_push(folder, made.repo_id).items()]
+    with _told(repo):
         api.create_commit(made.repo_id, operations, commit_message="A run of LazyORPO")
-    except HFValidationError:
-        raise UserError(f"hub_repo is {repo!r}, which the hub does not allow: give name or owner/name.") from None
-    except (httpx.HTTPError, LocalTokenNotFoundError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        known = status in (401, 403) or isinstance(error, LocalTokenNotFoundError)
-        way_out = "set HF_TOKEN to a token that may write there" if known else "check the connection and push again"
-        raise UserError(f"Nothing was pushed to {repo!r} ({status or type(error).__name__}): {way_out}.") from None
     return str(made)
+
+
+@contextlib.contextmanager
+def _told(repo: str):
+    """Turn what the hub's client raises, whichever HTTP library it is built on, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        way_out = "check the connection and push again"
+        if type(error).__name__ == "HFValidationError":
+            way_out = "give a name that the hub allows, as owner/name"
+        elif status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+            way_out = "set HF_TOKEN to a token that may write there"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"Nothing was pushed to {repo!r} ({reason}): {way_out}.") from error
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:

@@ -107,7 +107,7 @@ def test_full_tuning_is_a_model_of_its_own(tmp_path):
 def test_no_text_of_data_model_or_user_acts_as_markup(tmp_path):
     held_out = {
         "columns": ["accuracy"], "prompts": [EVIL], "chosen_shorter": [True],
-        "before": {"pairs": [], "answers": ["`" * 30 + EVIL]},
+        "before": {"pairs": [], "answers": ["```\n" + "`" * 30 + "\n" + EVIL]},
         "after": {"pairs": [], "answers": ["~~~\n" + EVIL + "\ud800"]},
     }  # fmt: skip
     settings = {"columns": EVIL, "base_model": EVIL, "dataset": EVIL, "hub_repo": EVIL}
@@ -115,6 +115,7 @@ def test_no_text_of_data_model_or_user_acts_as_markup(tmp_path):
     text = card.write_card(write_run(tmp_path, settings=settings, summary=summary, held_out=held_out))
     assert front_matter(text).keys() == {"library_name", "pipeline_tag", "tags"}
     page = rendered(text)
+    text.encode("utf-8")
     assert "<script" not in page and 'javascript:1"' not in page and "<em>" not in page
     assert page.count("<img") == 1 and page.count("<h1>") == 1
     rows = {row.count("<td") for row in page.split("<tr>")[1:] if "<td" in row}

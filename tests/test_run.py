@@ -15,7 +15,16 @@ from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
-CONTRACT = {"settings.json", "data_report.json", "dropped.jsonl", "history.jsonl", "live.png", "summary.json", "README.md", "model"}
+CONTRACT = {
+    "settings.json",
+    "data_report.json",
+    "dropped.jsonl",
+    "history.jsonl",
+    "live.png",
+    "summary.json",
+    "README.md",
+    "model",
+}
 
 
 def tiny(folder, **changes):
@@ -24,7 +33,10 @@ def tiny(folder, **changes):
 
 def command(*flags, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
 
 
@@ -64,7 +76,9 @@ def test_reports_add_up(finished):
     assert summary["finished"] and summary["steps"] == 6
     assert 0 <= summary["accuracy_before"] <= 1 and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
     sources = json.loads((finished.folder / "settings.json").read_text())["sources"]
-    assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
+    assert (
+        sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
+    )
 
 
 def test_running_a_finished_run_again_trains_nothing(finished):

@@ -49,7 +49,6 @@ def wishes(tmp_path, monkeypatch):
 
     def wishes(text):
         path.write_text(text)
-        return path
 
     wishes.exit_status, wishes.complaint, wishes.commands = 0, "", commands
     monkeypatch.setattr(setup, "REQUIREMENTS", path)
@@ -58,14 +57,15 @@ def wishes(tmp_path, monkeypatch):
 
 
 def test_only_what_is_missing_or_too_old_is_wanted(wishes):
-    path = wishes("pytest>=1  # here\n\n# a comment\nno-such-package-lazyorpo>=2\npytest>=9999\n")
-    assert setup.missing_requirements(path) == ["no-such-package-lazyorpo>=2", "pytest>=9999"]
+    wishes("pytest>=1  # here\n\n# a comment\nno-such-package-lazyorpo>=2\npytest>=9999\n")
+    assert setup.missing_requirements() == ["no-such-package-lazyorpo>=2", "pytest>=9999"]
 
 
 def test_a_local_or_development_version_is_new_enough(wishes, monkeypatch):
     versions = {"torch": "2.11.0+cu128", "numpy": "3.0.0.dev0"}
     monkeypatch.setattr(setup.importlib.metadata, "version", versions.__getitem__)
-    assert setup.missing_requirements(wishes("torch>=2.6\nnumpy>=1.26\n")) == []
+    wishes("torch>=2.6\nnumpy>=1.26\n")
+    assert setup.missing_requirements() == []
 
 
 def test_pip_gets_exactly_the_missing_and_no_upgrade(wishes):
@@ -237,8 +237,8 @@ def test_an_old_torchao_does_not_stop_lora(tmp_path):
         "if sys.argv[1] == 'kit':\n"
         "    from lazyorpo_lib.model import import_peft\n"
         "    peft = import_peft()\n"
-        "model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,\n"
-        "    num_attention_heads=2))\n"
+        "config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)\n"
+        "model = LlamaForCausalLM(config)\n"
         "lora = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))\n"
         "lora.merge_and_unload()\n"
     )

@@ -186,14 +186,15 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.heard.append((self.path, body))
-        answer = {"url": "http://hub/me/tuned", "commitUrl": "http://hub/me/tuned/commit/1", "commitOid": "1"}
+        home = f"http://127.0.0.1:{self.server.server_port}/me/tuned"
+        answer = {"url": home, "commitUrl": f"{home}/commit/1", "commitOid": "1"}
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
         self._say(self.server.status, answer | {"id": "me/tuned"})
 
     def do_GET(self):
-        self._say(200, {"type": "user", "name": "me"})
+        self._say(self.server.status, {"id": "me/tuned", "type": "user", "name": "me"})
 
     def _say(self, status, answer):
         self.send_response(status)
@@ -228,7 +229,7 @@ def commit(hub):
 
 
 def test_push_makes_a_private_repository_with_model_card_picture_and_summary(hub, run):
-    share.push(run, "me/tuned")
+    assert share.push(run, "me/tuned").endswith("/me/tuned")
     path, body = next(heard for heard in hub.heard if "create" in heard[0])
     made = json.loads(body)
     assert made.get("private") is True or made.get("visibility") == "private"
@@ -260,7 +261,7 @@ def test_a_refused_push_is_one_sentence_without_the_token(hub, run, status, way_
 
 
 def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
-    with pytest.raises(UserError, match="does not allow"):
+    with pytest.raises(UserError, match="name that the hub allows"):
         share.push(run, "a/b/c d")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="connection"):

@@ -30,9 +30,13 @@ SYSTEMS = {
 
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=DEMO_MODEL, help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)")
+    parser.add_argument(
+        "--model", default=DEMO_MODEL, help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)"
+    )
     parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out")
+    parser.add_argument(
+        "--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out"
+    )
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step")
     parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
@@ -41,7 +45,9 @@ def arguments():
     parser.add_argument("--checkpointing", action="store_true", help="recompute every layer, in all systems")
     parser.add_argument("--only", choices=SYSTEMS, help="one system alone")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results"))
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results")
+    )
     return parser.parse_args()
 
 
@@ -124,7 +130,9 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({options.precision}); {options.method}, checkpointing "
           f"{'on' if options.checkpointing else 'off'}; {options.pairs} pairs a step, {options.steps} steps, "
           f"{workers[0].model['mean_tokens']:.0f} tokens a pair\n")  # fmt: skip
-    print("| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |")
+    print(
+        "| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
         print(
