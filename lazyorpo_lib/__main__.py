@@ -28,6 +28,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("chat", "merge", "compare", "push"):
+        from .share import COMMANDS
+
+        return COMMANDS[arguments[0]](arguments[1:])
     flags = vars(_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in flags.items()}
     layers = [("env", from_environment()), ("flag", flags)]

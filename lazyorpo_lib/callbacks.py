@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,16 +34,16 @@ class StepWindow:
     """Sums since the last logged row. They stay on the device until one is written: no step waits for them."""
 
     def __init__(self):
-        self.sums, self.tokens, self.start = None, 0, time.monotonic()
+        self.totals, self.tokens, self.start = None, 0, time.monotonic()
 
-    def add(self, sums: Tensor, tokens: int) -> None:
-        self.sums = sums if self.sums is None else self.sums + sums
+    def add(self, totals: Tensor, tokens: int) -> None:
+        self.totals = totals if self.totals is None else self.totals + totals
         self.tokens += tokens
 
     def take(self) -> tuple[Tensor, int, float]:
         now = time.monotonic()
-        out = self.sums, self.tokens, max(now - self.start, 1e-9)
-        self.sums, self.tokens, self.start = None, 0, now
+        out = self.totals, self.tokens, max(now - self.start, 1e-9)
+        self.totals, self.tokens, self.start = None, 0, now
         return out
 
 
@@ -135,6 +136,21 @@ def progress_bar(total: int | None, unit: str, **options) -> tqdm:
     return tqdm(
         total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options
     )
+
+
+class EverySteps(TrainerCallback):
+    """Calls `act(step)` every so many steps and, where asked, at each saved checkpoint."""
+
+    def __init__(self, act: Callable[[int], None], steps: int = 0, *, on_save: bool = False):
+        self.act, self.steps, self.at_save = act, steps, on_save
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps and state.global_step % self.steps == 0:
+            self.act(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.at_save:
+            self.act(state.global_step)
 
 
 class Progress(TrainerCallback):

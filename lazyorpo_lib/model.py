@@ -319,8 +319,9 @@ def add_adapters(model, settings: Settings):
 
 def import_peft():
     """peft, past its refusal of an old torchao that merely happens to be installed (Colab has 0.10); its weights are not used here."""
-    import peft
     from importlib.metadata import PackageNotFoundError, version
+
+    import peft
 
     with contextlib.suppress(PackageNotFoundError):
         if tuple(int(x) for x in version("torchao").split(".")[:2]) < (0, 16):
@@ -349,6 +350,7 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(scratch, save_embedding_layers=False)
+        (scratch / "README.md").unlink(missing_ok=True)  # peft's empty card, which names a folder of this machine
         config = scratch / "adapter_config.json"
         config.write_text(
             json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2)

@@ -13,14 +13,15 @@ import os
 import re
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, card, data, evaluate, history, model, trainer
-from .callbacks import Progress, Stop, memory_gib, progress_bar
+from . import __version__, card, data, evaluate, history, model, setup, share, trainer
+from .callbacks import EverySteps, Progress, Stop, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .live import LivePlot
 from .settings import FIELDS, Settings, UserError
@@ -55,6 +56,9 @@ class Run:
         if self.main:
             _claim(self.folder)
         self.fingerprint = fingerprint(settings)
+        self.drive = setup.drive_folder(self.folder.name) if settings.save_to == "drive" and self.main else None
+        if self.drive and not trainer.checkpoints(self.folder):
+            setup.mirror(self.drive, self.folder)  # what an earlier session left there
         older = read_json(self.folder / "settings.json")
         self._agree_with(older)
         self.interrupted = False
@@ -180,7 +184,10 @@ class Run:
             self.model, arguments, s, self.train_pairs, self.eval_pairs,
             tokens_per_batch=4096 if s.tokens_per_batch == "auto" else s.tokens_per_batch,
             checkpointed_layers=0 if s.checkpointed_layers == "auto" else s.checkpointed_layers,
-            on_row=self._on_row, callbacks=[self.stop, Progress(s.pairs_per_step)],
+            on_row=self._on_row, callbacks=[
+                self.stop, Progress(s.pairs_per_step), EverySteps(self._watch, s.watch_every_steps),
+                EverySteps(self._mirror, on_save=True),
+            ],
         )  # fmt: skip
         scorer = self.trainer.scorer
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
@@ -252,10 +259,7 @@ class Run:
         self.trainer.log({f"eval_{name}": value for name, value in row.items()})
         some = min(self.settings.answers, len(pairs))
         with progress_bar(some, "answers", desc=f"answers {when}") as bar:
-            texts = evaluate.answers(
-                self.trainer.model, self.tokenizer, [p.prompt for p in pairs[:some]], max_tokens=self.settings.answer_tokens,
-                end_ids=self._end_ids(), on_batch=bar.update,
-            )  # fmt: skip
+            texts = self._answer([p.prompt for p in pairs[:some]], bar.update)
         known = read_json(self.folder / "held_out.json") or {}
         self._write("held_out.json", known | {
             "columns": trainer.SUMS,
@@ -263,6 +267,26 @@ class Run:
             "chosen_shorter": [len(p.chosen) < len(p.rejected) for p in pairs],
             when: {"pairs": table.tolist(), "answers": texts},
         })  # fmt: skip
+
+    def _watch(self, step: int) -> None:
+        """Answers to the first held-out prompts while training goes on; kept in watched.jsonl and shown."""
+        prompts = [self.eval_pairs[i].prompt for i in range(min(3, len(self.eval_pairs)))]
+        texts = self._answer(prompts)
+        for pair, text in zip(self.texts, texts, strict=False):
+            question = pair.prompt[-1]["content"]
+            history.append(self.folder / "watched.jsonl", {"step": step, "prompt": question, "answer": text})
+            self.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
+
+    def _answer(self, prompts, on_batch=lambda done: None) -> list[str]:
+        return evaluate.answers(
+            self.trainer.model, self.tokenizer, prompts, max_tokens=self.settings.answer_tokens, end_ids=self._end_ids(),
+            on_batch=on_batch,
+        )  # fmt: skip
+
+    def _mirror(self, step: int = 0) -> None:
+        """Copy what is complete to Google Drive, where that was chosen; training itself stays on the local disk."""
+        if self.drive:
+            setup.mirror(self.folder, self.drive, keep=self.settings.keep_checkpoints)
 
     def _end_ids(self) -> list[int]:
         own = self.tokenizer.eos_token_id
@@ -294,6 +318,7 @@ class Run:
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
             **self.held_out_results(),
         }
         self._write("summary.json", summary)
@@ -301,6 +326,11 @@ class Run:
             (self.folder / "README.md").write_text(card.write_card(self.folder), encoding="utf-8")
             if not stopped:
                 trainer.remove_checkpoints(self.folder)
+                if self.settings.hub_repo:
+                    self.show(
+                        f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed)."
+                    )
+            self._mirror()
         self.finished = not stopped
         return summary
 

@@ -67,10 +67,11 @@ def pair(run) -> Shown:
         shown = [t.replace("\n", "↵\n") if style else t for t in pieces(run.tokenizer, ids[-LONGEST:])]
         lead = "… " if len(ids) > LONGEST else ""
         title = f"{name}: {len(ids)} tokens, {use}"
-        chips = "".join(
-            f'<span style="{style};margin-right:1px">{escape(t)}</span>' if style else escape(t) for t in shown
+        marks = '<span style="border-right:1px dotted">{}</span>' if style else "{}"
+        inside = "".join(marks.format(escape(piece)) for piece in shown)
+        html.append(
+            f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}<span style="{style}">{inside}</span></div>'
         )
-        html.append(f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}{chips}</div>')
         text.append(f"{title}\n{lead}{'·'.join(shown)}")
     return Shown("\n\n".join(text), "".join(html))
 

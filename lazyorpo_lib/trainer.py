@@ -199,7 +199,7 @@ class OrpoTrainer(Trainer):
         nll_tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * (settings.nll_over != "answer") for p in pairs)
         nll_tokens = self._over_ranks(nll_tokens)
         step_loss = torch.zeros((), device=self.args.device)
-        sums = torch.zeros(len(SUMS), device=self.args.device)
+        sums = torch.zeros(len(SUMS) + 2, device=self.args.device)  # and the squared gradient norms of the two terms
         for k, (micro, weight) in enumerate(micro_batches):
             batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
             last = k == len(micro_batches) - 1
@@ -217,9 +217,21 @@ class OrpoTrainer(Trainer):
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(loss * weight * world)
             step_loss += loss.detach() * weight
-            sums += table.detach().sum(0) * weight
+            norms = self._term_norms(out["logps"].detach(), batch, nll_tokens, total_pairs)
+            sums += torch.cat([table.detach().sum(0), norms]) * weight
         self._window.add(sums, sum(len(b) for p in pairs for b in p[1:]))
         return step_loss * world  # the Trainer averages what it logs over ranks
+
+    def _term_norms(self, logps: Tensor, batch: Batch, nll_tokens: int, pairs: int) -> Tensor:
+        """Squared norms of the gradients of the nll and of the weighted odds term with respect to the token log-probabilities,
+        where the two terms meet: (2,). It costs no forward or backward of the model."""
+        with torch.enable_grad():
+            table = pair_table(logps.requires_grad_(), batch)
+            nll = table[:, SUMS.index("nll")].sum() / nll_tokens
+            odds = self.settings.or_weight * table[:, SUMS.index("or_loss")].sum() / pairs
+            (of_nll,) = torch.autograd.grad(nll, logps, retain_graph=True)
+            (of_odds,) = torch.autograd.grad(odds, logps)
+        return torch.stack([of_nll.square().sum(), of_odds.square().sum()])
 
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
@@ -315,9 +327,12 @@ class OrpoTrainer(Trainer):
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums)
                 tokens = self._over_ranks(tokens)
-            row = averages(sums.tolist(), self.settings.objective, self.settings.or_weight)
+            *sums, nll_norm, odds_norm = sums.tolist()
+            row = averages(sums, self.settings.objective, self.settings.or_weight)
+            if self.settings.objective == "orpo" and nll_norm > 0:
+                row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
             row |= {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
-            row["pairs_per_second"], row["tokens_per_second"] = sums[-1].item() / seconds, tokens / seconds
+            row["pairs_per_second"], row["tokens_per_second"] = sums[-1] / seconds, tokens / seconds
             row["memory_gib"] = memory_gib(self.args.device)
             logs = row
         super().log(logs, start_time)

@@ -317,7 +317,7 @@ def test_long_and_odd_titles_do_no_harm(tmp_path, no_notebook):
 
 @pytest.mark.parametrize("change", [dict(), dict(chosen=-1, rejected=-3), dict(noise=6), dict(nll=1)])
 def test_the_reading_stands_under_the_curves_and_fits(tmp_path, no_notebook, change):
-    from test_history import curves
+    from .test_history import curves
 
     plot = live.LivePlot(tmp_path / "live.png")
     for one in curves(**change):

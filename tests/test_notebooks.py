@@ -140,8 +140,12 @@ def test_a_parameter_is_in_colabs_grammar_and_holds_its_default(line):
 def test_no_other_cell_assigns_a_setting():
     for path in (MAIN, STANDALONE):
         for cell, code in code_of(path).items():
-            stored = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            imported = {a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names}
+            stored = {
+                n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            imported = {
+                a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names
+            }
             assert cell == "params" or not (stored | imported) & FIELDS.keys(), cell
 
 

@@ -1,5 +1,8 @@
 """The panel: what wins over what, where a value came from, and that it works with and without ipywidgets."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lazyorpo_lib import panel as module
@@ -138,6 +141,15 @@ def test_without_ipywidgets_the_panel_is_a_table(monkeypatch, capsys):
         ["epochs", "2.0", "cell"],
         ["seed", "3", "panel"],
     ]
+
+
+def test_a_broken_ipywidgets_is_as_good_as_none(tmp_path):
+    (tmp_path / "ipywidgets.py").write_text("raise AttributeError('made for another version')")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, '.']; from lazyorpo_lib.panel import Panel; Panel({{}}).show()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("base_model "), done.stderr
 
 
 # With widgets. These run under ipywidgets 7.7.1 and 8 alike.

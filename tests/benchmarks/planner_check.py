@@ -59,6 +59,7 @@ def case(shape: str, method: str) -> dict:
         model = models.load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
         args = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(home))
         run = OrpoTrainer(model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed)
+        resident = psutil.Process().memory_info().rss / 2**30
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at what is resident now
         start = time.monotonic()
         run.train()
@@ -68,7 +69,7 @@ def case(shape: str, method: str) -> dict:
     return dict(
         shape=shape, method=method, parameters=sum(p.numel() for p in model.parameters()), predicted_gib=round(plan.peak_gib, 3),
         measured_gib=round(measured, 3), ratio=round(plan.peak_gib / measured, 4), parts={k: round(v, 3) for k, v in plan.parts.items()},
-        predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3), planned_in_seconds=round(planned_in, 1),
+        loaded_gib=round(resident, 3), predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3), planned_in_seconds=round(planned_in, 1),
     )  # fmt: skip
 
 
