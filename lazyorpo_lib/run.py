@@ -179,6 +179,7 @@ class Run:
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
+        os.environ.setdefault("WANDB_DIR", str(self.folder))
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         self.trainer = trainer.OrpoTrainer(
             self.model, arguments, s, self.train_pairs, self.eval_pairs,

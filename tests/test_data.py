@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -521,10 +522,10 @@ def test_demo_pairs_are_clean_and_enough():
 
 
 def test_real_multi_turn_sample():
-    sample = os.environ.get("PREFERENCE_SAMPLE")  # data/dpo_en_demo.json of hiyouga/LLaMA-Factory: 300 pairs
-    if not sample:
-        pytest.skip("PREFERENCE_SAMPLE does not name the file of real pairs")
-    pairs, report = clean(open_rows(sample))
+    sample = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"  # 300 pairs
+    if not sample.is_file():
+        pytest.skip("the shared sample of real pairs is not here")
+    pairs, report = clean(open_rows(str(sample)))
     pairs = list(pairs)
     assert (report.read, report.kept, report.dropped) == (300, 295, {"duplicate": 5})
     assert report.shapes == {"conversations": 295}

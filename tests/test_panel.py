@@ -78,6 +78,18 @@ def test_an_edit_gives_way_only_in_its_own_setting():
     assert now(panel, "epochs") == (3.0, "panel")
 
 
+def test_a_table_under_the_name_of_a_setting_is_a_wrong_value_and_no_crash():
+    class Table(list):
+        def __eq__(self, other):
+            raise ValueError("the truth of a table is ambiguous")
+
+        __ne__ = __eq__
+
+    panel = Panel({"dataset": Table()})
+    assert panel.table().startswith("dataset is [], but must be text")
+    assert panel.table().startswith("dataset is [], but must be text")
+
+
 def test_reset_forgets_the_edits():
     panel = Panel({"epochs": 2.0})
     panel.edit("epochs", 3)

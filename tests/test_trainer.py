@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lazyorpo_lib import trainer as module
-from lazyorpo_lib.model import add_adapters, adapters_off
+from lazyorpo_lib.model import adapters_off, add_adapters
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
 from tests.architectures import tiny_model

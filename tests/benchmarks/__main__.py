@@ -145,7 +145,8 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": str(datetime.date.today()), "device": machine.name, "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]]), "job": job | {"dataset": Path(options.dataset).name, "model": Path(options.model).name},
+        "torch": torch.__version__, "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]]),
+        "job": job | {"dataset": Path(options.dataset).name, "model": Path(options.model).name},
         "matmul_tflops": rate, "results": results,
     }  # fmt: skip
     (options.out / f"{stamp}.json").write_text(json.dumps(record, indent=1))
