@@ -4,6 +4,7 @@ Exit status: 0 done; 2 the user's mistake, one line on stderr; 130 interrupted, 
 """
 
 import argparse
+import json
 import os
 import sys
 
@@ -24,6 +25,9 @@ def _parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, metavar=field.type.__name__,
             help=f"{meta['help']}{allowed}. Default: {field.default if field.default != '' else 'empty'}".replace("%", "%%"),
         )  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="only say whether it will fit and how long it will take")
+    parser.add_argument("--device", default="", help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>")
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     return parser
 
 
@@ -32,14 +36,22 @@ def main(arguments: list[str]) -> int:
         from .share import COMMANDS
 
         return COMMANDS[arguments[0]](arguments[1:])
-    flags = vars(_parser().parse_args(arguments))
-    flags = {name: coerce(name, value) for name, value in flags.items()}
+    given = vars(_parser().parse_args(arguments))
+    flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from . import model, run
 
     settings, sources, why = resolve(layers, gpu_gib=model.this_machine().gpu_gib)
+    if given["plan"]:
+        plan = run.estimate(settings, given["device"])
+        print(
+            json.dumps(plan.as_dict())
+            if given["json"]
+            else "\n".join([plan.line(), plan.table(), plan.method.explain()])
+        )
+        return 0
     print(why[0].upper() + why[1:] + ".")
     done = run.execute(settings, sources)
     print(f"Everything is in {done.folder}")

@@ -139,18 +139,24 @@ def progress_bar(total: int | None, unit: str, **options) -> tqdm:
 
 
 class EverySteps(TrainerCallback):
-    """Calls `act(step)` every so many steps and, where asked, at each saved checkpoint."""
+    """Calls `act(step)` every so many steps; 0: never."""
 
-    def __init__(self, act: Callable[[int], None], steps: int = 0, *, on_save: bool = False):
-        self.act, self.steps, self.at_save = act, steps, on_save
+    def __init__(self, act: Callable[[int], None], steps: int):
+        self.act, self.steps = act, steps
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.steps and state.global_step % self.steps == 0:
             self.act(state.global_step)
 
+
+class OnSave(TrainerCallback):
+    """Calls `act(step)` when a checkpoint is complete."""
+
+    def __init__(self, act: Callable[[int], None]):
+        self.act = act
+
     def on_save(self, args, state, control, **kwargs):
-        if self.at_save:
-            self.act(state.global_step)
+        self.act(state.global_step)
 
 
 class Progress(TrainerCallback):

@@ -179,12 +179,13 @@ class _Shape:
 def _shape(config, rank: int) -> _Shape:
     model, text = on_meta(config, torch.float32), config.get_text_config()
     parameters = dict(model.named_parameters())  # tied ones once
-    adapted = [m.weight.shape for m in adapted_layers(model)]
+    adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
     head = model.get_output_embeddings() or model.get_input_embeddings()
     experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, 0))), 1)
     used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / experts)
     bulk = sum(a * b for a, b in adapted)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 0
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     return _Shape(
         total=sum(p.numel() for p in parameters.values()),
         bulk=bulk,
@@ -195,7 +196,7 @@ def _shape(config, rank: int) -> _Shape:
         norms=sum(p.numel() for name, p in parameters.items() if p.dim() == 1 and "norm" in name.lower()),
         factored=sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters.values()),
         layers=text.num_hidden_layers,
-        attention_width=text.num_attention_heads * head_dim,
+        attention_width=heads * head_dim,
         vocabulary=text.vocab_size,
     )
 

@@ -6,6 +6,7 @@ computed and where it is written; the parts do the computing.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -20,10 +21,10 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, card, data, evaluate, history, model, setup, share, trainer
-from .callbacks import EverySteps, Progress, Stop, memory_gib, progress_bar
+from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
+from .callbacks import EverySteps, OnSave, Progress, Stop, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
-from .live import LivePlot
+from .live import LivePlot, show_progress
 from .settings import FIELDS, Settings, UserError
 
 # Settings that change where and how a run is carried out, but not what comes out of it.
@@ -174,25 +175,42 @@ class Run:
                 "This run is finished; its results follow. Change a setting, or delete its folder, to train anew."
             )
             return
+        gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
-        self.method = "lora" if s.method == "auto" else s.method
+        self.plan = self._plan()
+        self.method, tokens, layers = (
+            self.plan.chosen,
+            self.plan.method.tokens_per_batch,
+            self.plan.method.checkpointed_layers,
+        )
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         os.environ.setdefault("WANDB_DIR", str(self.folder))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         self.trainer = trainer.OrpoTrainer(
             self.model, arguments, s, self.train_pairs, self.eval_pairs,
-            tokens_per_batch=4096 if s.tokens_per_batch == "auto" else s.tokens_per_batch,
-            checkpointed_layers=0 if s.checkpointed_layers == "auto" else s.checkpointed_layers,
+            tokens_per_batch=tokens,
+            checkpointed_layers=layers,
             on_row=self._on_row, callbacks=[
                 self.stop, Progress(s.pairs_per_step), EverySteps(self._watch, s.watch_every_steps),
-                EverySteps(self._mirror, on_save=True),
+                OnSave(self._mirror),
             ],
         )  # fmt: skip
         scorer = self.trainer.scorer
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
         self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
+
+    def _plan(self) -> planner.Plan:
+        plan = planner.make_plan(
+            model.load_config(self.settings.base_model), self.settings, self.machine,
+            planner.measured_lengths(self.train_pairs), dtype=self.dtype,
+        )  # fmt: skip
+        self.show(f"{plan.line()}. {plan.why}")
+        if not plan.method.fits:
+            self.show("It is tried all the same; when memory runs out, batches shrink. " + " ".join(plan.changes))
+        return plan
 
     def example_loss(self) -> dict[str, float]:
         """The loss terms of a few held-out pairs as the model stands."""
@@ -206,6 +224,7 @@ class Run:
         """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the newest complete
         checkpoint; after a stop it returns as after an end."""
         if self.finished:
+            show_progress(self.folder)
             return
         found = trainer.checkpoints(self.folder)
         last = int(found[-1].name.split("-")[1]) if found else -1
@@ -319,6 +338,11 @@ class Run:
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
+            "plan": self.plan.as_dict(),
+            "planned_against_measured": {
+                "peak_gib": [round(self.plan.method.peak_gib, 3), round(memory_gib(self.trainer.args.device), 3)],
+                "minutes": [round(self.plan.method.minutes, 3), round(self.training_seconds / 60, 3)],
+            },
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
             **self.held_out_results(),
         }
@@ -372,6 +396,25 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
     summary = run.finish()
     show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
     return run
+
+
+def estimate(settings: Settings, device: str = "") -> planner.Plan:
+    """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand.
+    Lengths are those of the pairs where these are on this machine already, else what is known of the dataset."""
+    config = model.load_config(settings.base_model)
+    lengths = planner.preset_lengths(settings.dataset, settings)
+    if Path(settings.dataset).expanduser().is_file():
+        tokenizer = model.load_tokenizer(settings.base_model)
+        prepare_tokenizer(tokenizer)
+        encoder = Encoder(
+            tokenizer,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_tokens=settings.max_tokens,
+            overlong=settings.overlong,
+        )
+        cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
+        lengths = planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
+    return planner.make_plan(config, settings, device or model.this_machine(), lengths)
 
 
 def fingerprint(settings: Settings) -> str:

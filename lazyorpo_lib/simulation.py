@@ -7,18 +7,21 @@ Only shapes are computed: no weights, no GPU. It counts what a step makes; weigh
 
 import contextlib
 import copy
+import logging
 import warnings
 import weakref
 from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations import moe
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +30,7 @@ from . import attention, trainer
 from .batching import EncodedPair, collate
 from .head import ScoringForward
 from .model import Machine, add_adapters, causal_lm, explained
-from .settings import Settings
+from .settings import Settings, UserError
 
 SIMULATED = "lazyorpo-simulated"  # the kit's attention, as the planned device would compute it
 LAYERS = 3  # two checkpointed, then one that is not: enough to tell what one more of either kind adds
@@ -235,18 +238,48 @@ def _float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
 
 
 def simulate(config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]]) -> Profile:
-    """Forward and backward of a micro-batch of each of `rows` as `machine` would do them.
+    """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them.
+
+    A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a Llama of its shape.
 
     Raises:
-        UserError: the model looks at values on its way, which fakes have not.
+        UserError: transformers has no causal LM for the config.
     """
-    try:
-        with explained("model", config.model_type):
+    with _quiet():
+        try:
             phases, layer_gradient = _run(config, settings, method, dtype, machine, rows)
-    finally:
-        attention.start_batch(None)
+        except UserError:
+            raise
+        except Exception:  # whatever a model raises on fakes, it means the same: not this one
+            phases, layer_gradient = _run(_llama_like(config.get_text_config()), settings, method, dtype, machine, rows)
+        finally:
+            attention.start_batch(None)
     counts = [sum(pair.tokens() for pair in row) for row in rows]
     return Profile(tuple(zip(counts, phases, strict=True)), layer_gradient)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what torch and transformers log about operations on fakes."""
+    logger, verbosity = logging.getLogger("torch._subclasses.fake_tensor"), transformers.logging.get_verbosity()
+    logger.disabled = True
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = False
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _llama_like(text):
+    return transformers.LlamaConfig(
+        vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_attention_heads=getattr(text, "num_attention_heads", None) or max(1, text.hidden_size // 64),
+        num_key_value_heads=getattr(text, "num_key_value_heads", None), tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
 
 
 def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], float]:
@@ -255,8 +288,7 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
     lm = causal_lm(model)
     dense = not lm._supports_sdpa  # soft-capping and sinks run in eager code with dense masks
     mode, results = FakeTensorMode(), []
-    with mode, contextlib.ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with mode, contextlib.ExitStack() as stack:
         _fake(model)
         lm.set_attn_implementation("eager" if dense else SIMULATED)
         ScoringForward(lm)
@@ -265,6 +297,7 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
         stack.enter_context(patch.object(attention, "_mask", _no_mask))
+        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *args: False))  # its fake takes bfloat16 alone
         _simulated_attention.varlen = cuda and autocast and machine.capability[0] >= 8
         if cuda and autocast:
             stack.enter_context(patch.object(nn.functional, "layer_norm", _float32_layer_norm))
