@@ -1,9 +1,9 @@
 """Will it fit, and how long will it take: answered from a model's config.json, before anything else is downloaded.
 
-Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are operations over a rate. Of the
-ways to split a step the quickest that fits is chosen. The peak is checked against real runs on the CPU (tests/benchmarks/planner_check.py).
-What is CUDA's own is a stated constant that no run has checked: CUDA_CONTEXT_GIB, FRAGMENTATION, EFFICIENCY, HOST_LINK.
-It loads no weights and knows neither several GPUs nor the time of writing answers.
+Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are operations over
+a rate. Of the ways to split a step the quickest that fits is chosen. Peaks are checked against real runs on the CPU
+(tests/benchmarks/planner_check.py). What is CUDA's own is a stated constant that no run has checked: CUDA_CONTEXT_GIB,
+FRAGMENTATION, EFFICIENCY, HOST_LINK. It loads no weights and knows neither several GPUs nor the time of writing answers.
 """
 
 import functools
@@ -80,7 +80,7 @@ def find_card(name: str) -> Card | Machine:
     if match := re.fullmatch(r"(cpu|apple)(?:-(\d+))?", wanted):
         ram = float(match[2] or psutil.virtual_memory().total / GIB)
         return Machine("cpu", "CPU", ram) if match[1] == "cpu" else Machine("mps", "Apple GPU", ram)
-    raise UserError(f"device is {name!r}, but must be one of {', '.join(CARDS)}, or cpu-<GiB> or apple-<GiB>; choose one.")
+    raise UserError(f"device is {name!r}, but must be one of {', '.join(CARDS)}, cpu-<GiB> or apple-<GiB>.")
 
 
 # How long the pairs are.
@@ -109,13 +109,13 @@ def measured_lengths(pairs: Sequence[EncodedPair]) -> Lengths:
     return Lengths(len(pairs), *parts, max((pair.tokens() for pair in pairs), default=16))
 
 
-# Tokens of (prompt, chosen, rejected): every tenth, by length, of 300 pairs of argilla/dpo-mix-7k's sources, 49k vocabulary.
+# Tokens of (prompt, chosen, rejected) in a 49k vocabulary: every tenth, by length, of 300 pairs of dpo-mix-7k's sources.
 _MIX = (
-    (103, 5, 30), (104, 93, 8), (56, 24, 179), (48, 48, 237), (73, 196, 93), (95, 218, 142), (52, 342, 117), (484, 73, 5),
-    (481, 109, 6), (480, 68, 76), (277, 129, 278), (100, 187, 436), (657, 15, 116), (63, 575, 214), (47, 550, 301),
-    (98, 531, 343), (85, 495, 444), (164, 438, 502), (507, 257, 455), (608, 314, 384), (48, 647, 703), (732, 384, 345),
-    (739, 414, 386), (891, 314, 446), (775, 351, 584), (1237, 98, 474), (831, 395, 679), (1180, 411, 525), (1300, 494, 511),
-    (1551, 411, 604),
+    (103, 5, 30), (104, 93, 8), (56, 24, 179), (48, 48, 237), (73, 196, 93), (95, 218, 142), (52, 342, 117),
+    (484, 73, 5), (481, 109, 6), (480, 68, 76), (277, 129, 278), (100, 187, 436), (657, 15, 116), (63, 575, 214),
+    (47, 550, 301), (98, 531, 343), (85, 495, 444), (164, 438, 502), (507, 257, 455), (608, 314, 384), (48, 647, 703), (732, 384, 345),
+    (739, 414, 386), (891, 314, 446), (775, 351, 584), (1237, 98, 474), (831, 395, 679), (1180, 411, 525),
+    (1300, 494, 511), (1551, 411, 604),
 )  # fmt: skip
 _KNOWN = {
     "demo": (264, ((45, 30, 30),)),
@@ -414,8 +414,9 @@ class _Planner:
         lines = (
             f"a pair: {lengths.mean:.0f} tokens, {pair / 1e12:.3g} TFLOP (layers {forward * passes / 1e12:.3g} in {passes:.2f} passes, "
             f"attention {scores * (3.5 + again) / 1e12:.3g}, head {head / 1e12:.3g})",
-            f"a step: {per_step} pairs in {batches} micro-batches, {step:.3g} s (computing {compute:.3g} at {self.rate / 1e12:.3g} TFLOP/s, "
-            f"{self.rate_source}; moving weights {moved / self.bandwidth:.3g}; paging optimizer state {paging:.3g})",
+            f"a step: {per_step} pairs in {batches} micro-batches, {step:.3g} s (computing {compute:.3g} at "
+            f"{self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving weights {moved / self.bandwidth:.3g}; "
+            f"paging optimizer state {paging:.3g})",
             f"the run: {steps} steps x {step:.3g} s + {evaluations} evaluations in {evaluation:.3g} s = {total:.3g} min, "
             "without the answers written for comparison",
         )
@@ -458,6 +459,8 @@ def make_plan(config, settings: Settings, target: Machine | Card | str, lengths:
     planners = {method: _Planner(config, settings, machine, card, lengths, dtype, method) for method in METHODS}
     methods = {method: planner.best() for method, planner in planners.items()}
     chosen, why = _choose(settings, methods, machine)
+    if planners[chosen].profile.stood_in:
+        why += "; this kind of model cannot be simulated, so activations are those of a Llama of its shape"
     changes = [] if methods[chosen].fits else _changes(settings, planners[chosen], methods)
     memory = planners[chosen].memory / GIB
     return Plan(machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths)

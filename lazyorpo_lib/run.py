@@ -273,13 +273,15 @@ class Run:
         if not len(self.eval_pairs):
             return
         pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
-        with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
-            table = self.trainer.pair_tables(pairs, bar.update)
+        some = min(self.settings.answers, len(pairs))
+        base = model.adapters_off(self.trainer.model) if when == "before" else contextlib.nullcontext()
+        with base:
+            with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
+                table = self.trainer.pair_tables(pairs, bar.update)
+            with progress_bar(some, "answers", desc=f"answers {when}") as bar:
+                texts = self._answer([p.prompt for p in pairs[:some]], bar.update)
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
         self.trainer.log({f"eval_{name}": value for name, value in row.items()})
-        some = min(self.settings.answers, len(pairs))
-        with progress_bar(some, "answers", desc=f"answers {when}") as bar:
-            texts = self._answer([p.prompt for p in pairs[:some]], bar.update)
         known = read_json(self.folder / "held_out.json") or {}
         self._write("held_out.json", known | {
             "columns": trainer.SUMS,

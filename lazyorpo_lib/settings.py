@@ -170,8 +170,8 @@ DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 # Sources: the article (see README); arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
 PRESETS = {
     "demo": dict(
-        method="lora", or_weight=0.5, pairs_per_step=4, max_steps=24, max_tokens=256, max_prompt_tokens=128, warmup_steps=2,
-        eval_pairs=40, answers=40, answer_tokens=48, save_every_steps=0,
+        method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128,
+        warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44, save_every_steps=0,
     ),
     "tiny": dict(
         base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4, max_steps=6,

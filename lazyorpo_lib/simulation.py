@@ -42,6 +42,7 @@ class Profile:
 
     points: tuple[tuple[int, dict], ...]
     layer_gradient: float  # bytes
+    stood_in: bool = False  # by a Llama of the same shape
 
     def at(self, tokens: int) -> dict[str, list[float]]:
         """Piecewise linear between the points, and beyond them."""
@@ -67,14 +68,17 @@ class Profile:
         forward, back = kept * kept_more + stored * stored_more, kept_back * kept_more
         moments = {"head": forward, "backward 0": made * (layers - LAYERS)}
         if stored_more >= 0:  # the first stored layer of the backward, and the last
-            moments |= {"forward 2": forward, "backward 2": back + stored_back * stored_more}
+            moments["forward 2"] = forward
+            moments["backward 2"] = back + stored_back * stored_more
             moments["backward 2 "] = back + made * stored_more
         if checkpointed:
             moments["backward 1"] = back + made * stored_more
         heights = {name: phases[name.strip()][column] + more for name, more in moments.items()}
         top = max(heights, key=heights.get)
         head = phases["head"][column] - start["head"] if top == "head" else 0.0
-        grads = 0.0 if held else phases[top.strip()][1] - phases[top.strip()][2] + (made * (layers - LAYERS) if top == "backward 0" else 0.0)
+        grads = 0.0 if held else phases[top.strip()][1] - phases[top.strip()][2]
+        if top == "backward 0":
+            grads += made * (layers - LAYERS)
         return heights[top], max(head, 0.0), grads
 
 
@@ -245,17 +249,19 @@ def simulate(config, settings: Settings, method: str, dtype, machine: Machine, r
     Raises:
         UserError: transformers has no causal LM for the config.
     """
+    stood_in = False
     with _quiet():
         try:
             phases, layer_gradient = _run(config, settings, method, dtype, machine, rows)
         except UserError:
             raise
         except Exception:  # whatever a model raises on fakes, it means the same: not this one
+            stood_in = True
             phases, layer_gradient = _run(_llama_like(config.get_text_config()), settings, method, dtype, machine, rows)
         finally:
             attention.start_batch(None)
     counts = [sum(pair.tokens() for pair in row) for row in rows]
-    return Profile(tuple(zip(counts, phases, strict=True)), layer_gradient)
+    return Profile(tuple(zip(counts, phases, strict=True)), layer_gradient, stood_in)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ SHAPES = {  # name: (model type, config, pairs in a micro-batch, tokens of promp
                             num_key_value_heads=4, tie_word_embeddings=False), 1, 400, 300, 300, 0),
     "qwen2": ("qwen2", dict(vocab_size=96000, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
                             num_key_value_heads=2, tie_word_embeddings=True), 2, 200, 200, 150, 6),
-    "phi": ("phi", dict(vocab_size=51200, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=12), 1, 300, 300, 300, 8),
+    "phi": ("phi", dict(vocab_size=51200, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=12),
+            1, 300, 300, 300, 8),
     "gemma": ("gemma", dict(vocab_size=64000, hidden_size=640, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=5,
                             num_key_value_heads=1, head_dim=128, tie_word_embeddings=True), 3, 150, 150, 150, 2),
 }  # fmt: skip
@@ -73,9 +74,11 @@ def case(shape: str, method: str) -> dict:
     status = Path("/proc/self/status").read_text()
     measured = int(status.split("VmHWM:")[1].split()[0]) / 2**20
     return dict(
-        shape=shape, method=method, parameters=sum(p.numel() for p in model.parameters()), predicted_gib=round(plan.peak_gib, 3),
-        measured_gib=round(measured, 3), ratio=round(plan.peak_gib / measured, 4), parts={k: round(v, 3) for k, v in plan.parts.items()},
-        loaded_gib=round(resident, 3), predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3), planned_in_seconds=round(planned_in, 1),
+        shape=shape, method=method, parameters=sum(p.numel() for p in model.parameters()),
+        predicted_gib=round(plan.peak_gib, 3), measured_gib=round(measured, 3), ratio=round(plan.peak_gib / measured, 4),
+        parts={k: round(v, 3) for k, v in plan.parts.items()}, loaded_gib=round(resident, 3),
+        predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3),
+        planned_in_seconds=round(planned_in, 1),
     )  # fmt: skip
 
 

@@ -1,0 +1,149 @@
+"""The planner: its arithmetic against whole simulations, its choices, its words. Configs are published shapes; no network."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import GemmaConfig, LlamaConfig
+
+from lazyorpo_lib import attention, simulation
+from lazyorpo_lib.batching import EncodedPair
+from lazyorpo_lib.model import Machine
+from lazyorpo_lib.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
+from lazyorpo_lib.settings import Settings, UserError
+
+CPU = Machine("cpu", "CPU", 16.0)
+LENGTHS = Lengths(pairs=400, prompt=60.0, chosen=50.0, rejected=40.0, longest=220)
+GEMMA_7B = dict(
+    vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
+)  # fmt: skip
+LLAMA_3_8B = dict(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def small(layers: int = 6):
+    return LlamaConfig(
+        vocab_size=4000, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def plan(target=CPU, lengths=LENGTHS, config=None, dtype=torch.float32, **settings):
+    return make_plan(config or small(), Settings(**settings), target, lengths, dtype=dtype)
+
+
+def gib(plan, method):
+    return next(m for m in plan.methods if m.method == method)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)]
+)
+def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
+    pair = [EncodedPair(0, [1] * 300, [1] * 250, [1] * 200)]
+    half = [EncodedPair(0, [1] * 150, [1] * 125, [1] * 100)]
+    given = (small(), Settings(), method, dtype, CPU)
+    foretold = simulation.simulate(*given, [half, pair])
+    monkeypatch.setattr(simulation, "LAYERS", 5)  # four checkpointed, the last one not
+    ((_, phases),) = simulation.simulate(*given, [pair]).points
+    for held in (False, True):
+        direct = max(row[2 if held else 1] for row in phases.values())
+        assert 0.995 <= foretold.peak(750, 5, 4, held)[0] / direct <= 1.03
+
+
+def test_the_peak_grows_with_tokens_and_shrinks_with_checkpointing():
+    split = [gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib for t, c in ((900, 0), (900, 6), (500, 6))]
+    assert split[0] > split[1] > split[2]
+
+
+def test_parts_sum_to_the_peak_and_the_plan_is_json():
+    result = plan(method="lora")
+    data = json.loads(json.dumps(result.as_dict()))
+    assert {"device", "memory_gib", "methods", "chosen", "why"} <= data.keys()
+    for m in data["methods"]:
+        assert sum(m["parts"].values()) == pytest.approx(m["peak_gib"])
+        assert set(m["parts"]) == {"weights", "adapters", "gradients", "optimizer", "activations", "head", "framework"}
+
+
+def test_settings_given_as_numbers_are_kept():
+    m = plan(tokens_per_batch=333, checkpointed_layers=2).methods[0]
+    assert (m.tokens_per_batch, m.checkpointed_layers) == (333, 2)
+
+
+def test_the_best_split_leaves_the_margin_and_holds_the_longest_pair():
+    for m in plan("T4", dtype=torch.float16).methods:
+        assert m.fits and m.peak_gib <= 14.7 * (1 - MARGIN) and m.tokens_per_batch >= LENGTHS.longest
+
+
+def test_auto_takes_full_tuning_only_at_its_learning_rates():
+    assert plan(learning_rate=8e-6).chosen == "full"
+    gentle = plan(learning_rate=5e-4)
+    assert gentle.chosen == "lora" and "learning_rate" in gentle.why
+
+
+def test_paged_state_leaves_the_card_but_not_the_cpu():
+    on_card = gib(plan("A40", optimizer="paged_adamw_32bit", dtype=torch.bfloat16), "full")
+    on_cpu = gib(plan(optimizer="paged_adamw_32bit"), "full")
+    assert on_card.parts["optimizer"] == 0 < on_cpu.parts["optimizer"]
+
+
+@pytest.mark.parametrize("name", ["t4", "NVIDIA A40", "a100 80GB", "H200"])
+def test_cards_are_found_in_any_case(name):
+    assert find_card(name) in CARDS.values()
+
+
+def test_an_unknown_card_is_one_sentence_that_names_all():
+    with pytest.raises(UserError) as error:
+        find_card("A41")
+    assert all(name in str(error.value) for name in CARDS)
+
+
+def test_ram_stands_for_cpu_and_apple():
+    assert find_card("cpu-32").memory_gib == 32 and find_card("Apple-24").device == "mps"
+
+
+def test_known_lengths_follow_the_limits():
+    cut = Settings(max_prompt_tokens=128, max_tokens=512)
+    assert preset_lengths("argilla/dpo-mix-7k", cut).pairs < preset_lengths("argilla/dpo-mix-7k", Settings()).pairs
+    assert preset_lengths("argilla/dpo-mix-7k", cut).longest <= 1024
+    assert "guess" in preset_lengths("someone/something", cut).source
+
+
+def test_measured_lengths_count_the_prompt_once():
+    found = measured_lengths([EncodedPair(0, [1] * 5, [1] * 4, [1] * 3), EncodedPair(1, [1] * 7, [1] * 2, [1] * 1)])
+    assert (found.mean, found.longest, found.pairs) == (11.0, 12, 2)
+
+
+def test_planning_leaves_nothing_behind():
+    layer_norm, mask = torch.nn.functional.layer_norm, attention._mask
+    plan(lengths=Lengths(400, 61.0, 50.0, 40.0, 220))
+    assert attention._row is None and attention._mask is mask and torch.nn.functional.layer_norm is layer_norm
+
+
+def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
+    lengths = preset_lengths("argilla/dpo-mix-7k", Settings())
+    result = plan("A40", lengths, GemmaConfig(**GEMMA_7B), torch.bfloat16)
+    assert gib(result, "lora").fits and not gib(result, "full").fits and result.chosen == "lora"
+    assert re.match(r"\d+\.\d of 44\.4 GiB, about \d+ min on this A40: fits", result.line())
+    full = plan("A40", lengths, GemmaConfig(**GEMMA_7B), torch.bfloat16, method="full")
+    assert full.changes and "does not fit" in full.line() and "method=lora" in " ".join(full.changes)
+
+
+@pytest.mark.slow
+def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
+    lengths = Lengths(1000, 1024.0, 1024.0, 1024.0, 3072)
+    m = plan("T4", lengths, LlamaConfig(**LLAMA_3_8B), torch.float16, method="qlora", checkpointed_layers=32, pairs_per_step=1).method
+    assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_planned_peak_is_the_measured_one(method):
+    from tests.benchmarks.planner_check import main
+
+    (row,) = main(["llama"], [method])
+    assert 0.97 <= row["ratio"] <= 1.10
