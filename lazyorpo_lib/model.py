@@ -292,6 +292,10 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" in name.lower():
                 parameter.data = parameter.data.float()
+            elif device == "cpu" and parameter.is_floating_point():
+                parameter.data = (
+                    parameter.data.clone()
+                )  # else it keeps the whole file mapped, pages read while quantising too
     model.config.use_cache = False
     return model
 

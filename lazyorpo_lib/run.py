@@ -207,9 +207,9 @@ class Run:
             model.load_config(self.settings.base_model), self.settings, self.machine,
             planner.measured_lengths(self.train_pairs), dtype=self.dtype,
         )  # fmt: skip
-        self.show(f"{plan.line()}. {plan.why}")
+        self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
-            self.show("It is tried all the same; when memory runs out, batches shrink. " + " ".join(plan.changes))
+            self.show("It is tried all the same: when memory runs out, batches shrink.")
         return plan
 
     def example_loss(self) -> dict[str, float]:

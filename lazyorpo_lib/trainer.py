@@ -38,7 +38,7 @@ SUMS = (
     "dpo",
     "pairs",
 )
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
 
 
 def pair_table(logps: Tensor, batch: Batch, reference: Tensor | None = None, dpo_beta: float = 0.1) -> Tensor:

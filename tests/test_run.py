@@ -160,10 +160,14 @@ def test_real_multi_turn_pairs_train(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")])
+@pytest.mark.parametrize(
+    "tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")]
+)
 def test_trackers_work_through_the_trainers_own_integrations_and_stay_in_the_folder(tmp_path, tracker, left):
     pytest.importorskip(tracker)
-    done = command("--preset", "tiny", "--max-steps", 2, "--report-to", tracker, "--output-dir", tmp_path, WANDB_MODE="offline")
+    done = command(
+        "--preset", "tiny", "--max-steps", 2, "--report-to", tracker, "--output-dir", tmp_path, WANDB_MODE="offline"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob(left))
 
