@@ -44,13 +44,9 @@ def main(arguments: list[str]) -> int:
     from . import model, run
 
     settings, sources, why = resolve(layers, gpu_gib=model.this_machine().gpu_gib)
-    if given["plan"]:
+    if given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
-        print(
-            json.dumps(plan.as_dict())
-            if given["json"]
-            else "\n".join([plan.line(), plan.table(), plan.method.explain()])
-        )
+        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), plan.method.explain()]))
         return 0
     print(why[0].upper() + why[1:] + ".")
     done = run.execute(settings, sources)

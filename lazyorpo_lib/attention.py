@@ -108,9 +108,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling, window) -> Tenso
         _row.varlen = _varlen_index(_row.spans, query.device)
     first, second, keys_of_second, (cu1, max1), (cu2q, max2q), (cu2k, max2k) = _row.varlen
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
-    options = dict(
-        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=k.shape[1] != q.shape[1]
-    )
+    options = dict(scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=k.shape[1] != q.shape[1])
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
     one = varlen_attn(q[first], k[first], v[first], cu1, cu1, max1, max1, **options)
     two = varlen_attn(q[second], k[keys_of_second], v[keys_of_second], cu2q, cu2k, max2q, max2k, **options)
@@ -156,9 +154,7 @@ def _varlen_agrees(query, key, value) -> bool:
     spans = [Span(0, 9, 7, 5), Span(21, 3, 2, 6)]
     n, saved, results = 32, _row, []
     with torch.enable_grad(), torch.random.fork_rng(devices=[query.device]):
-        inputs = [
-            torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)
-        ]
+        inputs = [torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)]
         for path in (lambda q, k, v: attention(None, q, k, v, None)[0], lambda q, k, v: _varlen(q, k, v, None, None)):
             _row = _Row(spans)
             leaves = [x.clone().requires_grad_() for x in inputs]
@@ -188,9 +184,7 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
 
     def additive(mask):
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[
-            None, None
-        ]
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
 
     masks = {"full_attention": additive(allowed)}
     if window:
@@ -205,12 +199,7 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
 # Which layout a model takes: the ladder, and the test that decides.
 
 # (name, layout of batching.py, attention implementation or None for the model's own), best first; the last is always right.
-LADDER = (
-    ("shared", "shared", NAME),
-    ("shared, dense masks", "shared", "eager"),
-    ("packed", "packed", None),
-    ("padded", "padded", None),
-)
+LADDER = (("shared", "shared", NAME), ("shared, dense masks", "shared", "eager"), ("packed", "packed", None), ("padded", "padded", None))
 
 
 class PairScorer:
@@ -308,10 +297,7 @@ class _Probe:
             start_batch(None)
 
     def _mismatch(self) -> str:
-        batch, moved = (
-            self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))
-            for pairs in (self.pairs, self.other)
-        )
+        batch, moved = (self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device)) for pairs in (self.pairs, self.other))
         if (error := (batch - self.truth).abs().max().item()) > self.tolerance:
             return f"differs from separate forwards by {error:.2g} nats"
         rest = slice(len(self.pairs[0].chosen), None)

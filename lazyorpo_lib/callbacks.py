@@ -133,9 +133,7 @@ def in_notebook() -> bool:
 
 def progress_bar(total: int | None, unit: str, **options) -> tqdm:
     """A bar in a notebook or on a terminal; none where the output goes to a file."""
-    return tqdm(
-        total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options
-    )
+    return tqdm(total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options)
 
 
 class EverySteps(TrainerCallback):

@@ -62,9 +62,7 @@ class BadRow(Exception):
     """A row that cannot be a pair; its text is the reason."""
 
 
-def clean(
-    rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None
-) -> tuple[Iterator[Pair], "Report"]:
+def clean(rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None) -> tuple[Iterator[Pair], "Report"]:
     """Rows -> clean pairs, one at a time. The rows are read twice: first to find the pairs that contradict each other.
 
     Memory is flat but for a digest of each distinct pair, about 0.15 kB.

@@ -67,12 +67,8 @@ class Encoder:
     def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
         self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
         self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)  # room for one answer token and its end
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
-            tokenizer.all_special_tokens
-        )
-        self._special = re.compile(
-            "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)"
-        )
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)")
 
     def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
         """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be used."""
@@ -108,9 +104,7 @@ class Encoder:
         for i in plain:
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             try:
-                results[i] = self._finish(
-                    pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected)
-                )
+                results[i] = self._finish(pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected))
             except Unusable as why:
                 results[i] = str(why)
         return results
@@ -224,9 +218,7 @@ class PairFile:
         self._tokens = None
 
     def append(self, pair: EncodedPair) -> None:
-        self._places.extend(
-            [pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)]
-        )
+        self._places.extend([pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)])
         self.lengths.append(pair.tokens())
         self._file.write(np.array([*pair.prompt, *pair.chosen, *pair.rejected], dtype=np.int32).tobytes())
 

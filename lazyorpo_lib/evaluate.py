@@ -71,11 +71,7 @@ def verdict(comparison: dict[str, dict]) -> str:
     """The held-out result in one sentence."""
     c = comparison["accuracy"]
     low, high = c["change_interval"]
-    words = (
-        "more than noise"
-        if c["more_than_noise"]
-        else "within the noise of so few pairs: hold out more, or train longer"
-    )
+    words = "more than noise" if c["more_than_noise"] else "within the noise of so few pairs: hold out more, or train longer"
     return (
         f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
         f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): {words}."

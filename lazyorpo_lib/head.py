@@ -11,13 +11,7 @@ BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not
 
 
 def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
 ) -> Tensor:
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target] for each token, in blocks.
 

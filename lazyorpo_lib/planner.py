@@ -31,7 +31,7 @@ EFFICIENCY = 0.45  # of a card's peak, reached by a whole training step
 MEASURED_EFFICIENCY = 0.65  # of one large matrix product timed on the machine at hand
 APPLE_SHARE = 0.75  # of the RAM may be the GPU's working set
 HOST_LINK = 12e9  # bytes a second between card and host, for paged optimizers
-FULL_LEARNING_RATE = 5e-5  # above it full tuning is not taken unasked: it would destroy the model
+FULL_LEARNING_RATE = 1e-5  # above it full tuning is not taken unasked: it would destroy the model
 GIB = 2**30
 
 
@@ -181,9 +181,7 @@ def _shape(config, rank: int) -> _Shape:
     parameters = dict(model.named_parameters())  # tied ones once
     adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
     head = model.get_output_embeddings() or model.get_input_embeddings()
-    experts = next(
-        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, 0))), 1
-    )
+    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, 0))), 1)
     used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / experts)
     bulk = sum(a * b for a, b in adapted)
     heads = getattr(text, "num_attention_heads", None) or 0
@@ -208,9 +206,7 @@ _shapes: dict[tuple, _Shape] = {}
 _profiles: dict[tuple, Profile] = {}
 
 
-def _profile(
-    config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int
-) -> Profile:
+def _profile(config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int) -> Profile:
     """Simulated at two lengths past which all is linear: once the blocks of the head are full, or at the most a step has."""
     shares = [part / lengths.mean for part in (lengths.prompt, lengths.chosen, lengths.rejected)]
     scored = 1.0 if settings.nll_over != "answer" else 1 - shares[0]
@@ -257,11 +253,7 @@ def _rates(machine: Machine, card: Card | None, dtype) -> tuple[float, float, st
         card = min(same, key=lambda c: abs(c.memory_gib - machine.memory_gib), default=None)
     if card is not None:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
-        return (
-            peak * 1e12 * card.efficiency,
-            card.bandwidth * 1e9,
-            f"{card.name}: {peak:g} TFLOP/s x {card.efficiency:g}",
-        )
+        return (peak * 1e12 * card.efficiency, card.bandwidth * 1e9, f"{card.name}: {peak:g} TFLOP/s x {card.efficiency:g}")
     if machine.device == "mps" and not torch.backends.mps.is_available():
         return 3e12 * EFFICIENCY, 100e9, f"an Apple GPU, assumed: 3 TFLOP/s x {EFFICIENCY:g}"
     rate, bandwidth = _timed_rate(machine.device, dtype), {"cpu": 10e9, "mps": 100e9, "cuda": 400e9}[machine.device]
@@ -317,9 +309,7 @@ class Plan:
         m = self.method
         verdict = "fits" if m.fits else "does not fit" + (f"; {self.changes[0]}" if self.changes else "")
         device = "CPU" if self.device.startswith("CPU") else self.device
-        return (
-            f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {_duration(m.minutes)} on this {device}: {verdict}"
-        )
+        return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {_duration(m.minutes)} on this {device}: {verdict}"
 
     def table(self) -> str:
         """As text, a line for each method; the chosen one has a star."""
@@ -342,9 +332,7 @@ def _duration(minutes: float) -> str:
 class _Planner:
     """One method on one device: peak and time of any split of a step, and the best split."""
 
-    def __init__(
-        self, config, settings: Settings, machine: Machine, card: Card | None, lengths: Lengths, dtype, method: str
-    ):
+    def __init__(self, config, settings: Settings, machine: Machine, card: Card | None, lengths: Lengths, dtype, method: str):
         self.settings, self.machine, self.lengths, self.dtype, self.method = settings, machine, lengths, dtype, method
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank
@@ -411,9 +399,7 @@ class _Planner:
         # Bytes moved. First-fit leaves about a tenth of a budget empty where a step does not go in at once.
         batches = math.ceil(per_step * lengths.mean / tokens * (1.1 if tokens < self.most else 1))
         size = self.dtype.itemsize
-        cast = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[
-            self.method
-        ]
+        cast = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
         moved = batches * cast * (2 + again) + 28.0 * self.trained
         _, paged, _ = self.optimizer()
         over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves the card and comes back, every step
@@ -455,9 +441,7 @@ class _Planner:
         return MethodPlan(self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, lines)
 
 
-def make_plan(
-    config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *, dtype: torch.dtype | None = None
-) -> Plan:
+def make_plan(config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *, dtype: torch.dtype | None = None) -> Plan:
     """Plan a run with every method.
 
     Args:
@@ -479,9 +463,7 @@ def make_plan(
         why += "; this kind of model cannot be simulated, so activations are those of a Llama of its shape"
     changes = [] if methods[chosen].fits else _changes(settings, planners[chosen], methods)
     memory = planners[chosen].memory / GIB
-    return Plan(
-        machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths
-    )
+    return Plan(machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths)
 
 
 def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine) -> tuple[str, str]:
@@ -498,10 +480,7 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
         return "lora", f"lora: the strongest method that fits; {reason}"
     if qlora.fits:
         return "qlora", f"qlora: it takes 4-bit weights to fit; {reason}, lora {lora.peak_gib:.1f}"
-    return (
-        "qlora",
-        f"qlora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}, qlora {qlora.peak_gib:.1f}",
-    )
+    return ("qlora", f"qlora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}, qlora {qlora.peak_gib:.1f}")
 
 
 def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPlan]) -> list[str]:
@@ -511,22 +490,15 @@ def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPla
     if least <= planner.limit:
         return ["set tokens_per_batch=auto and checkpointed_layers=auto"]
     fixed = planner.peak(longest, layers) - planner.limit
-    slope = (
-        planner.profile.peak(2 * longest, layers, layers, True)[0]
-        - planner.profile.peak(longest, layers, layers, True)[0]
-    ) / GIB
+    slope = (planner.profile.peak(2 * longest, layers, layers, True)[0] - planner.profile.peak(longest, layers, layers, True)[0]) / GIB
     if 0.1 < (share := 1 - fixed / max(slope, 1e-9)):
-        found.append(
-            f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit"
-        )
+        found.append(f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit")
     lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if methods[m].fits), None)
     if lighter:
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
     if planner.full and settings.optimizer == "adamw" and least - 5.97 * planner.trained / GIB <= planner.limit:
         found.append("optimizer=adamw_8bit would fit")
-    larger = next(
-        (c for c in sorted(CARDS.values(), key=lambda c: c.memory_gib) if least <= c.memory_gib * (1 - MARGIN)), None
-    )
+    larger = next((c for c in sorted(CARDS.values(), key=lambda c: c.memory_gib) if least <= c.memory_gib * (1 - MARGIN)), None)
     if larger:
         found.append(f"one {larger.name} ({larger.memory_gib:g} GiB) would do")
     return found or ["choose a smaller base_model"]

@@ -68,16 +68,17 @@ class Run:
             "version": __version__, "fingerprint": self.fingerprint,
             "settings": dataclasses.asdict(settings), "sources": sources,
         })  # fmt: skip
-        self.show(
-            f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}"
-        )
+        self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}")
 
     def _write(self, name: str, content) -> None:
         if self.main:
             history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _agree_with(self, older: dict | None) -> None:
-        if older and older["fingerprint"] != self.fingerprint:
+        begun = any((self.folder / name).exists() for name in ("history.jsonl", "summary.json"))
+        if not (older and begun):
+            return
+        if older["fingerprint"] != self.fingerprint:
             now = dataclasses.asdict(self.settings)
             other = [
                 f"{name} was {older['settings'].get(name)!r}, is {now[name]!r}"
@@ -88,10 +89,8 @@ class Run:
                 f"{self.folder} holds a run with other settings ({'; '.join(other) or 'another version of the kit'}): "
                 "choose another output_dir, or delete that folder."
             )
-        if older and self.settings.resume == "never":
-            raise UserError(
-                f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
-            )
+        if self.settings.resume == "never":
+            raise UserError(f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto.")
 
     # Pairs.
 
@@ -101,9 +100,7 @@ class Run:
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
-        self.encoder = Encoder(
-            self.tokenizer, max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong
-        )
+        self.encoder = Encoder(self.tokenizer, max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong)
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         pairs, digest = PairFile(), hashlib.sha256()
         draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
@@ -154,12 +151,7 @@ class Run:
             )
         lengths = pairs.lengths_of_sides()
         tokens = {
-            side: {
-                "mean": float(n.mean()),
-                "p50": float(np.median(n)),
-                "p95": float(np.quantile(n, 0.95)),
-                "max": int(n.max()),
-            }
+            side: {"mean": float(n.mean()), "p50": float(np.median(n)), "p95": float(np.quantile(n, 0.95)), "max": int(n.max())}
             for side, n in lengths.items()
         }
         figures = {"train": len(self.train_pairs), "held_out": len(self.eval_pairs), "tokens": tokens, "digest": digest}
@@ -171,18 +163,12 @@ class Run:
         """Load the base model with what is to be trained, and the trainer around it."""
         s = self.settings
         if self.finished:
-            self.show(
-                "This run is finished; its results follow. Change a setting, or delete its folder, to train anew."
-            )
+            self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
             return
         gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
         self.plan = self._plan()
-        self.method, tokens, layers = (
-            self.plan.chosen,
-            self.plan.method.tokens_per_batch,
-            self.plan.method.checkpointed_layers,
-        )
+        self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
@@ -198,6 +184,8 @@ class Run:
                 OnSave(self._mirror),
             ],
         )  # fmt: skip
+        if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone
+            self.trainer.remember_reference([*self.train_pairs, *self.eval_pairs])
         scorer = self.trainer.scorer
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
         self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
@@ -231,9 +219,7 @@ class Run:
         rows = self.folder / "history.jsonl"
         if self.main:
             history.truncate_after(rows, last)
-        self.plot = LivePlot(
-            self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps()
-        )
+        self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
         for row in history.read(rows):
             self.plot.update(row)
         if found:
@@ -251,9 +237,7 @@ class Run:
         self.stopped = self.trainer.stop_reason or self.stop.reason
         self.interrupted = bool(self.trainer.stop_reason) or self.stop.asked
         if self.stopped:
-            self.show(
-                f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there."
-            )
+            self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
         self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")
 
     def _steps(self) -> int:
@@ -354,9 +338,7 @@ class Run:
             if not stopped:
                 trainer.remove_checkpoints(self.folder)
                 if self.settings.hub_repo:
-                    self.show(
-                        f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed)."
-                    )
+                    self.show(f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed).")
             self._mirror()
         self.finished = not stopped
         return summary
@@ -409,10 +391,7 @@ def estimate(settings: Settings, device: str = "") -> planner.Plan:
         tokenizer = model.load_tokenizer(settings.base_model)
         prepare_tokenizer(tokenizer)
         encoder = Encoder(
-            tokenizer,
-            max_prompt_tokens=settings.max_prompt_tokens,
-            max_tokens=settings.max_tokens,
-            overlong=settings.overlong,
+            tokenizer, max_prompt_tokens=settings.max_prompt_tokens, max_tokens=settings.max_tokens, overlong=settings.overlong
         )
         cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
         lengths = planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
@@ -440,9 +419,7 @@ def _folder(settings: Settings) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder."
-        ) from None
+        raise UserError(f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder.") from None
     return folder.resolve()
 
 
@@ -458,9 +435,7 @@ def _claim(folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(
-            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
-        ) from None
+        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
     _locks[folder] = lock
 
 

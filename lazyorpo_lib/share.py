@@ -19,9 +19,7 @@ def _run_folder(folder, needed: str = "settings.json") -> Path:
     """The folder of a run; UserError where it is none, or has no `needed` yet."""
     folder = Path(folder).expanduser()
     if not (folder / "settings.json").is_file():
-        raise UserError(
-            f"{str(folder)!r} is not the folder of a run (it has no settings.json): give one that a run wrote."
-        )
+        raise UserError(f"{str(folder)!r} is not the folder of a run (it has no settings.json): give one that a run wrote.")
     if not (folder / needed).exists():
         raise UserError(f"The run in {str(folder)!r} has no {needed} yet: let it end, or run it again to go on.")
     return folder
@@ -71,14 +69,7 @@ python llama.cpp/convert_hf_to_gguf.py "{merged}" --outtype q8_0 --outfile "{mer
 # Talk.
 
 
-def reply(
-    model,
-    tokenizer,
-    messages: list[dict],
-    on_text: Callable[[str], None] = lambda piece: None,
-    *,
-    max_tokens: int = 512,
-) -> str:
+def reply(model, tokenizer, messages: list[dict], on_text: Callable[[str], None] = lambda piece: None, *, max_tokens: int = 512) -> str:
     """The model's greedy answer, prompted as in training; `on_text` is given each piece as soon as it is written.
 
     Args:
@@ -141,13 +132,7 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
             turn = {"role": "user", "content": text}
             print("Model: ", end="", flush=True)
             try:
-                answer = reply(
-                    loaded,
-                    tokenizer,
-                    [*messages, turn],
-                    lambda piece: print(piece, end="", flush=True),
-                    max_tokens=max_tokens,
-                )
+                answer = reply(loaded, tokenizer, [*messages, turn], lambda piece: print(piece, end="", flush=True), max_tokens=max_tokens)
             except UserError as error:
                 print(error, end="")
             else:
@@ -217,10 +202,7 @@ def _results(folder: Path) -> dict[str, str]:
     for name in ("accuracy", "log_odds_ratio", "nll"):
         if name in figures:
             row[name] = card.spread(figures[name]["after"], figures[name]["after_interval"])
-    return row | {
-        "training minutes": f"{summary['training_minutes']:.1f}",
-        "peak GiB": f"{summary['peak_memory_gib']:.2f}",
-    }
+    return row | {"training minutes": f"{summary['training_minutes']:.1f}", "peak GiB": f"{summary['peak_memory_gib']:.2f}"}
 
 
 def _against(first: Path, other: Path) -> str:

@@ -69,9 +69,7 @@ def pair(run) -> Shown:
         title = f"{name}: {len(ids)} tokens, {use}"
         marks = '<span style="border-right:1px dotted">{}</span>' if style else "{}"
         inside = "".join(marks.format(escape(piece)) for piece in shown)
-        html.append(
-            f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}<span style="{style}">{inside}</span></div>'
-        )
+        html.append(f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}<span style="{style}">{inside}</span></div>')
         text.append(f"{title}\n{lead}{'·'.join(shown)}")
     return Shown("\n\n".join(text), "".join(html))
 
@@ -122,7 +120,5 @@ def files(run) -> Shown:
             inside = [f for f in item.rglob("*") if f.is_file()] if item.is_dir() else [item]
             rows.append((item.name + "/" * item.is_dir(), f"{sum(f.stat().st_size for f in inside) / 2**20:.2f} MiB"))
     shown = table((str(run.folder), "size"), rows)
-    code = (
-        f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({str(run.folder / 'model')!r})"
-    )
+    code = f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({str(run.folder / 'model')!r})"
     return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")

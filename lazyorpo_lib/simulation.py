@@ -106,10 +106,7 @@ class _Ledger(TorchDispatchMode):
             return args[0].fake_device  # by far the most frequent call, and no operation
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive
-            ):
+            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive:
                 size = -(-storage.nbytes() // 512) * 512  # the CUDA allocator's rounding
                 self.alive.add(key)
                 self.live += size
@@ -219,9 +216,7 @@ def _fake(model) -> None:
                     tensors[name] = made[id(old)]
 
 
-def _simulated_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs
-):
+def _simulated_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
     if _simulated_attention.varlen and dropout == 0.0:
         return attention._varlen(query, key, value, scaling, sliding_window), None
     return attention.attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
@@ -246,9 +241,7 @@ def _float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
     return _layer_norm(x, shape, weight, bias, eps)
 
 
-def simulate(
-    config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]]
-) -> Profile:
+def simulate(config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]]) -> Profile:
     """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them.
 
     A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a Llama of its shape.
@@ -310,9 +303,7 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
         stack.enter_context(patch.object(attention, "_mask", _no_mask))
-        stack.enter_context(
-            patch.object(moe, "_can_use_grouped_mm", lambda *args: False)
-        )  # its fake takes bfloat16 alone
+        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *args: False))  # its fake takes bfloat16 alone
         _simulated_attention.varlen = cuda and autocast and machine.capability[0] >= 8
         if cuda and autocast:
             stack.enter_context(patch.object(nn.functional, "layer_norm", _float32_layer_norm))
@@ -320,11 +311,7 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for pairs in rows:
             batch = _fake_batch(mode, pairs, settings)
-            given = (
-                dict(attention_mask=attention.dense_masks(batch, lm.config.get_text_config(), lm.dtype))
-                if dense
-                else {}
-            )
+            given = dict(attention_mask=attention.dense_masks(batch, lm.config.get_text_config(), lm.dtype)) if dense else {}
             attention.start_batch(None if dense else batch)
             ledger.restart()
             with ledger:

@@ -26,18 +26,7 @@ from .loss import dpo_loss, odds_ratio_loss
 from .model import adapters_off, causal_lm
 from .settings import Settings, UserError
 
-SUMS = (
-    "nll",
-    "nll_tokens",
-    "or_loss",
-    "log_odds_chosen",
-    "log_odds_rejected",
-    "logp_chosen",
-    "logp_rejected",
-    "accuracy",
-    "dpo",
-    "pairs",
-)
+SUMS = ("nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected", "accuracy", "dpo", "pairs")
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
 
 
@@ -146,9 +135,6 @@ class OrpoTrainer(Trainer):
     ):
         self.settings, self.on_row = settings, on_row
         self.tokens_per_batch, self.oom_notes = tokens_per_batch, []
-        # Before the Trainer wraps anything: the probe runs the bare model.
-        self.scorer = PairScorer(ScoringForward(causal_lm(model)))
-        self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.bad_steps, self.stop_reason, self._bad_in_a_row, self._rows_of_step = [], "", 0, []
         self._reference: dict[int, Tensor] = {}
         self._window = StepWindow()
@@ -156,6 +142,9 @@ class OrpoTrainer(Trainer):
             model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, data_collator=_as_step,
             callbacks=[StepGuard(self), *callbacks],
         )  # fmt: skip
+        # After the Trainer has put the model in its place (and Liger's layers into it), before it wraps it for training.
+        self.scorer = PairScorer(ScoringForward(causal_lm(model)))
+        self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.remove_callback(PrinterCallback)
         self.sampler = None
 
@@ -305,15 +294,18 @@ class OrpoTrainer(Trainer):
     def pair_tables(self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None) -> Tensor:
         """`pair_table` of each pair in the order given, (len(pairs), len(SUMS)) on the CPU. Every rank computes all."""
         rows = {}
+        if self.settings.objective == "dpo":
+            self._remember_reference(pairs)
         for batch, logps in self._score(pairs):
-            rows |= dict(zip([p.index for p in batch.pairs], pair_table(logps, batch).cpu(), strict=True))
+            table = pair_table(logps, batch, self._reference_of(batch.pairs), self.settings.dpo_beta)
+            rows |= dict(zip([p.index for p in batch.pairs], table.cpu(), strict=True))
             on_batch(len(batch.pairs))
         return torch.stack([rows[p.index] for p in pairs])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         sums = self.pair_tables(pairs).sum(0).tolist()
-        row = averages(sums, "orpo", self.settings.or_weight)
+        row = averages(sums, self.settings.objective, self.settings.or_weight)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in row.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -356,14 +348,13 @@ class OrpoTrainer(Trainer):
             self.args.output_dir = str(home)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith(
-                    "the checkpoint"
-                ):
+                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith("the checkpoint"):
                     shutil.rmtree(home / name, ignore_errors=True)
                     (scratch / name).rename(home / name)
                 shutil.rmtree(scratch, ignore_errors=True)
         if self.args.should_save:
             for old in checkpoints(home)[: -self.settings.keep_checkpoints]:
+                shutil.rmtree(home / ".old", ignore_errors=True)
                 shutil.rmtree(old.rename(home / ".old"), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 

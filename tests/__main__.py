@@ -9,17 +9,7 @@ import sys
 import tempfile
 import time
 
-NBVAL = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "--nbval-current-env",
-    "--nbval-cell-timeout=900",
-]
+NBVAL = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--nbval-current-env", "--nbval-cell-timeout=900"]
 
 
 def run(*command: str, **environment: str) -> None:

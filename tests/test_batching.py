@@ -65,9 +65,7 @@ def test_a_pair_longer_than_the_budget_is_a_batch_of_its_own(pairs):
 def test_every_pair_comes_once_an_epoch_over_all_ranks(count, step, world):
     lengths = [10 + i % 7 for i in range(count)]
     ranks = [list(StepSampler(lengths, step, seed=3, rank=r, world=world)) for r in range(world)]
-    assert (
-        len({len(r) for r in ranks}) == 1 == len({len(ranks[0]), len(StepSampler(lengths, step, seed=3, world=world))})
-    )
+    assert len({len(r) for r in ranks}) == 1 == len({len(ranks[0]), len(StepSampler(lengths, step, seed=3, world=world))})
     assert sorted(i for rank in ranks for s in rank for i in s) == list(range(count))
     assert all(s for rank in ranks for s in rank)
 

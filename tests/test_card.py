@@ -11,9 +11,7 @@ from markdown_it import MarkdownIt
 from lazyorpo_lib import card
 from lazyorpo_lib.settings import DEFAULTS
 
-EVIL = (
-    "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"
-)
+EVIL = "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"
 FIGURE = {
     "pairs": 40, "before": 0.55, "before_interval": [0.4, 0.7], "after": 0.8, "after_interval": [0.675, 0.9],
     "change": 0.25, "change_interval": [0.1, 0.4], "more_than_noise": True,
@@ -23,9 +21,7 @@ FIGURE = {
 def write_run(folder, *, settings=None, summary=None, held_out=None, without=()):
     """The files of a finished run, without its model."""
     folder.mkdir(exist_ok=True)
-    values = (
-        DEFAULTS | {"base_model": "owner/base", "dataset": "maker/pairs:train", "method": "lora"} | (settings or {})
-    )
+    values = DEFAULTS | {"base_model": "owner/base", "dataset": "maker/pairs:train", "method": "lora"} | (settings or {})
     figures = dict.fromkeys(("mean", "p50", "p95", "max"), 30.0)
     texts = ["first\nsecond"]
     files = {
@@ -68,9 +64,7 @@ def test_front_matter_is_what_the_hub_takes_and_reads_back(tmp_path):
     front = front_matter(card.write_card(write_run(tmp_path)))
     assert front["base_model"] == "owner/base" and front["base_model_relation"] == "adapter"
     assert front["datasets"] == ["maker/pairs"] and front["library_name"] == "peft"
-    assert front["pipeline_tag"] == "text-generation" and {"orpo", "lazyorpo", "preference", "lora"} == set(
-        front["tags"]
-    )
+    assert front["pipeline_tag"] == "text-generation" and {"orpo", "lazyorpo", "preference", "lora"} == set(front["tags"])
     _, (result,) = model_index_to_eval_results(front["model-index"])
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.8, "maker/pairs")
     ModelCardData(**front)
@@ -78,11 +72,7 @@ def test_front_matter_is_what_the_hub_takes_and_reads_back(tmp_path):
 
 
 def test_local_model_and_data_show_only_their_names(tmp_path):
-    settings = {
-        "base_model": "/home/me/secret dir/my-model/",
-        "dataset": "C:\\data\\pairs.jsonl",
-        "output_dir": "/home/me/o",
-    }
+    settings = {"base_model": "/home/me/secret dir/my-model/", "dataset": "C:\\data\\pairs.jsonl", "output_dir": "/home/me/o"}
     stopped = {"finished": False, "why": "no room ([Errno 28] No space left: '/home/me/secret dir/x')"}
     text = card.write_card(write_run(tmp_path, settings=settings, summary=stopped))
     front = front_matter(text)
@@ -130,9 +120,7 @@ def test_a_local_name_cannot_write_front_matter(tmp_path):
     assert front["model-index"][0]["name"] == "x --- license: evil --- ORPO pairs" and "license" not in front
 
 
-@pytest.mark.parametrize(
-    "text", ["__a b__", "_x_", "www.a.b", "https://a.b", "a|b", "a\nb", "<b>", "&amp;", "\\|", "~~a~~", "$a$"]
-)
+@pytest.mark.parametrize("text", ["__a b__", "_x_", "www.a.b", "https://a.b", "a|b", "a\nb", "<b>", "&amp;", "\\|", "~~a~~", "$a$"])
 def test_inline_text_renders_as_itself(text):
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     html = parser.render(card.table(["a"], [[f"x {card.inline(text)}"]]))
@@ -158,12 +146,7 @@ def test_an_empty_folder_gives_a_card_that_claims_nothing(tmp_path):
 
 
 def test_results_settings_plan_and_drops_are_told(tmp_path):
-    plan = {
-        "methods": [
-            {"method": "full", "peak_gib": 9.0, "minutes": 9.0},
-            {"method": "lora", "peak_gib": 1.5, "minutes": 2.0},
-        ]
-    }
+    plan = {"methods": [{"method": "full", "peak_gib": 9.0, "minutes": 9.0}, {"method": "lora", "peak_gib": 1.5, "minutes": 2.0}]}
     run = write_run(tmp_path, settings={"learning_rate": 1e-4}, summary={"plan": plan, "versions": {"torch": "2.9.0"}})
     text = card.write_card(run)
     assert "| accuracy | 40 | 0.550 (0.400 to 0.700) | 0.800 (0.675 to 0.900) | 0.250 (0.100 to 0.400) | yes |" in text

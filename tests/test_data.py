@@ -244,13 +244,7 @@ def test_report_figures_and_a_pair_dropped_by_the_caller():
     assert figures["characters"]["prompt"] == {"mean": 10, "p50": 10, "p95": 10, "max": 10}
     assert figures["chosen_longer"] == pytest.approx(40 / 90)
     assert figures["shapes"] == {"prompt": 90}
-    assert dropped[0]["row"] == {
-        "index": 90,
-        "prompt": [U("p" * 10)],
-        "chosen": "c" * 91,
-        "rejected": "r" * 50,
-        "shape": "prompt",
-    }
+    assert dropped[0]["row"] == {"index": 90, "prompt": [U("p" * 10)], "chosen": "c" * 91, "rejected": "r" * 50, "shape": "prompt"}
     json.dumps(figures, allow_nan=False)
 
 
@@ -301,9 +295,7 @@ def test_white_space_does_not_let_a_prompt_cross():
     assert set(range(10)) <= set(train) or set(range(10)) <= set(held_out)
 
 
-@pytest.mark.parametrize(
-    ("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)]
-)
+@pytest.mark.parametrize(("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)])
 def test_at_most_a_fifth_is_held_out(count, asked, held):
     assert len(split_held_out(numbered(count, 10**6), asked, 42)[1]) == held
 
@@ -345,10 +337,7 @@ def test_parquet_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    many = [
-        {"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None}
-        for n in range(1000)
-    ]
+    many = [{"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None} for n in range(1000)]
     pq.write_table(pa.Table.from_pylist(many), tmp_path / "a.parquet")
     pairs, report = clean(open_rows(str(tmp_path / "a.parquet")))
     assert [pair.prompt[0]["content"] for pair in pairs] == [f"Why {n}?" for n in range(1000)]
@@ -490,10 +479,7 @@ def hub_errors():
         (LocalEntryNotFoundError("not cached"), "cannot be reached"),
         (slow, "cannot be reached"),
         (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "no code of a dataset is ever run"),
-        (
-            ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"),
-            "among: .'a', 'b'.",
-        ),
+        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"), "among: .'a', 'b'."),
         (OSError(28, "No space left on device"), "No space left on device"),
     ]
 
@@ -535,10 +521,7 @@ def test_real_multi_turn_sample():
 
 def test_importing_it_loads_nothing_heavy():
     code = "import sys, lazyorpo_lib.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "set()"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
 MILLION = """

@@ -98,9 +98,7 @@ def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values)
 @given(st.lists(row, max_size=3))
 def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
     once = list(clean(list(enumerate([GOOD, *values])))[0])
-    again = [
-        (pair.index, {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}) for pair in once
-    ]
+    again = [(pair.index, {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}) for pair in once]
     pairs, report = clean(again)
     assert list(pairs) == once
     assert report.kept == len(once)
@@ -116,10 +114,7 @@ def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
 
 
 @cases(1000)
-@given(
-    any_json | st.sampled_from(WRONG) | st.decimals() | st.complex_numbers() | st.sets(st.integers()) | st.datetimes(),
-    st.integers(),
-)
+@given(any_json | st.sampled_from(WRONG) | st.decimals() | st.complex_numbers() | st.sets(st.integers()) | st.datetimes(), st.integers())
 def test_any_object_becomes_json(value, number):
     safe = json_safe({"value": value, number: datetime.timedelta(1), b"\xff": Pair(number, (), "\ud800", "")})
     assert json.loads(json.dumps(safe, allow_nan=False, ensure_ascii=False).encode()) == safe

@@ -29,9 +29,7 @@ PLAIN_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n--\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-THINKING = CHATML.replace(
-    "{{ m['role'] }}\n", "{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think></think>\n\n{% endif %}"
-)
+THINKING = CHATML.replace("{{ m['role'] }}\n", "{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think></think>\n\n{% endif %}")
 NO_GENERATION_PROMPT = CHATML.split("{% if add")[0]
 
 
@@ -44,9 +42,7 @@ def byte_tokenizer(template=None, merges=(), special=("<s>", "</s>"), bos="<s>",
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in every])
     if adds_bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
-        )
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
     tokenizer.chat_template = template
     return tokenizer
@@ -114,11 +110,7 @@ TURNS = {
     "one turn": [{"role": "user", "content": "Say hi"}],
     "with a system turn": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi"}],
     "two user turns in a row": [{"role": "user", "content": "Say hi"}, {"role": "user", "content": "Please."}],
-    "several turns": [
-        {"role": "user", "content": "Yes?"},
-        {"role": "assistant", "content": "No."},
-        {"role": "user", "content": "Hm"},
-    ],
+    "several turns": [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Hm"}],
 }
 
 
@@ -150,9 +142,7 @@ def test_the_prompt_is_what_the_model_answers_from(kind):
     text = tokenizer.decode(pair.prompt)
     assert "Hm" in text and "Hi there." not in text
     if tokenizer.bos_token and tokenizer.bos_token != "<|im_start|>":
-        assert list(pair.prompt).count(tokenizer.bos_token_id) <= sum(
-            t["role"] == "user" for t in TURNS["several turns"]
-        )
+        assert list(pair.prompt).count(tokenizer.bos_token_id) <= sum(t["role"] == "user" for t in TURNS["several turns"])
 
 
 def test_a_base_models_default_template_begins_with_bos_once_where_the_tokenizer_adds_it():

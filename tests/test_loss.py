@@ -5,23 +5,7 @@ import torch
 
 from lazyorpo_lib.loss import dpo_loss, log_odds, odds_ratio_loss, orpo_loss
 
-EDGES = [
-    0.0,
-    -1e-12,
-    -1e-8,
-    -1e-7,
-    -1e-6,
-    -1e-5,
-    -1e-3,
-    -0.5,
-    -math.log(2),
-    -1.0,
-    -17.0,
-    -120.0,
-    -1e4,
-    -1e30,
-    -math.inf,
-]
+EDGES = [0.0, -1e-12, -1e-8, -1e-7, -1e-6, -1e-5, -1e-3, -0.5, -math.log(2), -1.0, -17.0, -120.0, -1e4, -1e30, -math.inf]
 
 
 def test_log_odds_is_zero_for_a_probability_of_one_half():

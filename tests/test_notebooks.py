@@ -140,12 +140,8 @@ def test_a_parameter_is_in_colabs_grammar_and_holds_its_default(line):
 def test_no_other_cell_assigns_a_setting():
     for path in (MAIN, STANDALONE):
         for cell, code in code_of(path).items():
-            stored = {
-                n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-            }
-            imported = {
-                a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names
-            }
+            stored = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            imported = {a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names}
             assert cell == "params" or not (stored | imported) & FIELDS.keys(), cell
 
 
@@ -162,11 +158,7 @@ ARTIFACTS = {
 def execute(path, *arguments, cwd, **environment):
     """`jupyter execute`, or papermill where arguments are given; the executed notebook."""
     done = cwd / f"executed-{len(list(cwd.glob('executed-*')))}.ipynb"
-    command = (
-        ["papermill", "--no-progress-bar", path, done, *arguments]
-        if arguments
-        else ["jupyter", "execute", path, f"--output={done}"]
-    )
+    command = ["papermill", "--no-progress-bar", path, done, *arguments] if arguments else ["jupyter", "execute", path, f"--output={done}"]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT | environment
     ran = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -221,9 +213,7 @@ def test_papermill_from_another_folder_with_flags_and_yaml(tmp_path):
 @pytest.mark.slow
 def test_papermill_lists_the_parameters(tmp_path):
     pytest.importorskip("papermill")
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", "--help-notebook", str(MAIN)], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(MAIN)], capture_output=True, text=True, cwd=tmp_path)
     assert all(line.split(" = ")[0] + ": " in done.stdout for line in parameter_lines()), done.stdout
 
 

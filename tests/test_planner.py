@@ -41,8 +41,7 @@ def gib(plan, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"),
-    [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)],
+    ("method", "dtype"), [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)]
 )
 def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
     pair = [EncodedPair(0, [1] * 300, [1] * 250, [1] * 200)]
@@ -57,9 +56,7 @@ def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
 
 
 def test_the_peak_grows_with_tokens_and_shrinks_with_checkpointing():
-    split = [
-        gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib for t, c in ((900, 0), (900, 6), (500, 6))
-    ]
+    split = [gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib for t, c in ((900, 0), (900, 6), (500, 6))]
     assert split[0] > split[1] > split[2]
 
 
@@ -139,15 +136,7 @@ def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
 @pytest.mark.slow
 def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
     lengths = Lengths(1000, 1024.0, 1024.0, 1024.0, 3072)
-    m = plan(
-        "T4",
-        lengths,
-        LlamaConfig(**LLAMA_3_8B),
-        torch.float16,
-        method="qlora",
-        checkpointed_layers=32,
-        pairs_per_step=1,
-    ).method
+    m = plan("T4", lengths, LlamaConfig(**LLAMA_3_8B), torch.float16, method="qlora", checkpointed_layers=32, pairs_per_step=1).method
     assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
 
 

@@ -15,16 +15,7 @@ from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
-CONTRACT = {
-    "settings.json",
-    "data_report.json",
-    "dropped.jsonl",
-    "history.jsonl",
-    "live.png",
-    "summary.json",
-    "README.md",
-    "model",
-}
+CONTRACT = {"settings.json", "data_report.json", "dropped.jsonl", "history.jsonl", "live.png", "summary.json", "README.md", "model"}
 
 
 def tiny(folder, **changes):
@@ -33,10 +24,7 @@ def tiny(folder, **changes):
 
 def command(*flags, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
+        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)], capture_output=True, text=True, env=os.environ | environment
     )
 
 
@@ -49,9 +37,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_every_file_of_the_contract(finished):
     names = {p.name for p in finished.folder.iterdir()}
     assert names >= CONTRACT and not any(n.startswith("checkpoint") for n in names)
-    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
-        p.name for p in (finished.folder / "model").iterdir()
-    }
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {p.name for p in (finished.folder / "model").iterdir()}
     assert not [p for p in finished.folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     assert not any(p.stat().st_mode & 0o002 for p in finished.folder.rglob("*"))
 
@@ -76,9 +62,7 @@ def test_reports_add_up(finished):
     assert summary["finished"] and summary["steps"] == 6
     assert 0 <= summary["accuracy_before"] <= 1 and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
     sources = json.loads((finished.folder / "settings.json").read_text())["sources"]
-    assert (
-        sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
-    )
+    assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
 
 
 def test_running_a_finished_run_again_trains_nothing(finished):
@@ -160,14 +144,10 @@ def test_real_multi_turn_pairs_train(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")]
-)
+@pytest.mark.parametrize("tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")])
 def test_trackers_work_through_the_trainers_own_integrations_and_stay_in_the_folder(tmp_path, tracker, left):
     pytest.importorskip(tracker)
-    done = command(
-        "--preset", "tiny", "--max-steps", 2, "--report-to", tracker, "--output-dir", tmp_path, WANDB_MODE="offline"
-    )
+    done = command("--preset", "tiny", "--max-steps", 2, "--report-to", tracker, "--output-dir", tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob(left))
 

@@ -17,14 +17,7 @@ ROOT = Path(__file__).parents[1]
 def train(folder, processes, *resume):
     folder.mkdir()
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--standalone"]
-    command = [
-        sys.executable,
-        *(launch if processes > 1 else []),
-        "-m",
-        "tests.two_processes",
-        str(folder),
-        *map(str, resume),
-    ]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "tests.two_processes", str(folder), *map(str, resume)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "weights.pt", weights_only=True)

@@ -71,9 +71,7 @@ def test_a_local_or_development_version_is_new_enough(wishes, monkeypatch):
 def test_pip_gets_exactly_the_missing_and_no_upgrade(wishes):
     wishes("")
     setup.install(["a>=1", "b>=2"])
-    assert wishes.commands == [
-        [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]
-    ]
+    assert wishes.commands == [[sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]]
 
 
 def test_a_failing_pip_is_one_sentence(wishes):

@@ -23,9 +23,7 @@ IDS = torch.arange(10, 40)[None]
 def run(tmp_path_factory):
     """A finished run of a tiny model whose adapter has learned something random; never changed by a test."""
     folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
-    tuned = model.add_adapters(
-        model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=model.TINY_MODEL)
-    )
+    tuned = model.add_adapters(model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=model.TINY_MODEL))
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -223,9 +221,7 @@ def hub(monkeypatch):
 
 def commit(hub):
     lines = [json.loads(line) for path, body in hub.heard if "/commit/" in path for line in body.splitlines()]
-    return {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
-    }
+    return {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
 
 
 def test_push_makes_a_private_repository_with_model_card_picture_and_summary(hub, run):

@@ -14,14 +14,7 @@ from tests.architectures import tiny_model
 from tests.conftest import random_pairs
 
 SETTINGS = dict(
-    method="lora",
-    pairs_per_step=8,
-    learning_rate=1e-2,
-    save_every_steps=0,
-    eval_pairs=0,
-    lora_rank=4,
-    lora_alpha=8,
-    max_steps=4,
+    method="lora", pairs_per_step=8, learning_rate=1e-2, save_every_steps=0, eval_pairs=0, lora_rank=4, lora_alpha=8, max_steps=4
 )
 
 
@@ -249,9 +242,7 @@ def trl_loss_and_gradients(model, pairs, beta, folder):
         return {f"{side}_input_ids": torch.tensor(ids), f"{side}_labels": torch.tensor(labels),
                 f"{side}_attention_mask": torch.tensor(mask)}  # fmt: skip
 
-    config = orpo.ORPOConfig(
-        str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False
-    )
+    config = orpo.ORPOConfig(str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
     fake = orpo.ORPOTrainer.__new__(orpo.ORPOTrainer)
     fake.args, fake.beta, fake.model, fake.is_encoder_decoder = config, beta, model, False
     fake.aux_loss_enabled, fake.padding_value, fake._peft_has_been_casted_to_bf16 = False, 0, False
@@ -272,6 +263,4 @@ def test_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path, name):
     assert loss == pytest.approx(true_loss, rel=1e-5)
     assert relative(grads, true) < 1e-5
     for parameter in true:
-        assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(1.0, true[parameter].abs().max()), (
-            parameter
-        )
+        assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(1.0, true[parameter].abs().max()), parameter

@@ -10,9 +10,7 @@ from tests.test_trainer import make, weights
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    trainer = make(
-        folder / "run", random_pairs(30), max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2
-    )
+    trainer = make(folder / "run", random_pairs(30), max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2)
     trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
     if trainer.is_world_process_zero():
         torch.save(weights(trainer), folder / "weights.pt")

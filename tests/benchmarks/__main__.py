@@ -30,13 +30,9 @@ SYSTEMS = {
 
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", default=DEMO_MODEL, help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)"
-    )
+    parser.add_argument("--model", default=DEMO_MODEL, help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)")
     parser.add_argument("--dataset", default="demo")
-    parser.add_argument(
-        "--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out"
-    )
+    parser.add_argument("--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out")
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step")
     parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
@@ -45,18 +41,14 @@ def arguments():
     parser.add_argument("--checkpointing", action="store_true", help="recompute every layer, in all systems")
     parser.add_argument("--only", choices=SYSTEMS, help="one system alone")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument(
-        "--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results")
-    )
+    parser.add_argument("--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results"))
     return parser.parse_args()
 
 
 class Worker:
     def __init__(self, name: str, job: dict):
         command = [sys.executable, "-m", "tests.benchmarks.worker", json.dumps(job)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.name, self.steps = name, []
         self.model = self.read()
         self.loaded_gib = self.read()["memory_gib"]
@@ -130,9 +122,7 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({options.precision}); {options.method}, checkpointing "
           f"{'on' if options.checkpointing else 'off'}; {options.pairs} pairs a step, {options.steps} steps, "
           f"{workers[0].model['mean_tokens']:.0f} tokens a pair\n")  # fmt: skip
-    print(
-        "| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |"
-    )
+    print("| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |")
     print("|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
         print(
@@ -145,7 +135,7 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": str(datetime.date.today()), "device": machine.name, "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]]),
+        "torch": torch.__version__, "command": " ".join(["python -m tests.benchmarks", *(Path(a).name for a in sys.argv[1:])]),
         "job": job | {"dataset": Path(options.dataset).name, "model": Path(options.model).name},
         "matmul_tflops": rate, "results": results,
     }  # fmt: skip

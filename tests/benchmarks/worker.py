@@ -78,12 +78,7 @@ class Stepwise(TrainerCallback):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - self.began
-            say(
-                loss=logs["loss"],
-                seconds=seconds,
-                memory_gib=peak(self.device),
-                tokens=self.tokens(state.global_step - 1),
-            )
+            say(loss=logs["loss"], seconds=seconds, memory_gib=peak(self.device), tokens=self.tokens(state.global_step - 1))
 
 
 def say(**figures) -> None:
@@ -99,9 +94,7 @@ def peak(device) -> float:
 
 def lazyorpo(job: dict, pairs: list, built, folder: str):
     settings = settings_of(job)
-    arguments = training_arguments(
-        settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder)
-    )
+    arguments = training_arguments(settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder))
     trainer = OrpoTrainer(
         built, arguments, settings, pairs, tokens_per_batch=job["tokens_per_batch"],
         checkpointed_layers=10**6 if job["checkpointing"] else 0,
@@ -173,11 +166,7 @@ def main(job: dict) -> None:
     if job["method"] != "full":
         torch.manual_seed(0)
         built = model.add_adapters(built, settings_of(job))
-    say(
-        parameters=sum(p.numel() for p in built.parameters()),
-        pairs=len(pairs),
-        mean_tokens=sum(p.tokens() for p in pairs) / len(pairs),
-    )
+    say(parameters=sum(p.numel() for p in built.parameters()), pairs=len(pairs), mean_tokens=sum(p.tokens() for p in pairs) / len(pairs))
     with tempfile.TemporaryDirectory() as folder:
         {"lazyorpo": lazyorpo, "trl": trl}[job["system"]](job, pairs, built, folder).train()
 
