@@ -22,13 +22,13 @@ def now(panel, name):
 
 
 LAYERS = [  # preset, environment, cell, panel edit -> value and source of learning_rate
-    (None, None, 5e-4, None, (5e-4, "default")),
+    (None, None, 5e-4, None, (2e-3, "preset demo")),
     ("phi2-article", None, 5e-4, None, (5e-6, "preset phi2-article")),
     ("phi2-article", "1e-5", 5e-4, None, (1e-5, "env")),
     (None, "1e-5", 5e-4, None, (1e-5, "env")),
     (None, "1e-5", 2e-5, None, (2e-5, "cell")),
     (None, "1e-5", "2e-5", None, (2e-5, "cell")),  # papermill's YAML gives text
-    (None, None, "5e-4", None, (5e-4, "default")),
+    (None, None, "5e-4", None, (2e-3, "preset demo")),
     ("phi2-article", "1e-5", 2e-5, "3e-5", (3e-5, "panel")),
     (None, None, 5e-4, "5e-4", (5e-4, "panel")),  # an edit counts even where it repeats the default
 ]
