@@ -4,6 +4,8 @@
 It runs no model body and knows no layout: hidden states in, one number a token out.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -146,6 +148,7 @@ class ScoringForward:
         self.router_loss = float(getattr(config, "router_aux_loss_coef", None) or 0.0)
         self.hidden = None
         (model.model if body is model else body).register_forward_hook(self._catch)  # Llama 4 names itself
+        self.__signature__ = inspect.signature(model.forward)  # generate() asks what a forward takes
         model.forward = self
 
     def _catch(self, module, args, output):
@@ -159,8 +162,10 @@ class ScoringForward:
         if router:  # transformers' router loss cannot read a dense mask, so gpt-oss goes without
             kwargs["output_router_logits"] = True
         keep = 1 if self.plain else 0
-        out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
-        hidden, self.hidden = self.hidden, None
+        try:
+            out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
+        finally:  # also where memory ran out: the graph behind it must not live on
+            hidden, self.hidden = self.hidden, None
         if self.plain:
             layer = self.model.get_output_embeddings()
             hidden = hidden.flatten(0, 1).index_select(0, hidden_index)

@@ -250,7 +250,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
 
     Args:
         dtype: of the weights; with `four_bit`, of the computation and of what stays in 16 bit.
-        four_bit: NF4 with double quantisation; embeddings and head keep `dtype`, norms become float32.
+        four_bit: NF4 with double quantisation; embeddings, head and norms keep `dtype`.
     """
     options = {}
     if four_bit:
@@ -261,13 +261,15 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         model = AutoModelForCausalLM.from_pretrained(
             locate(base_model), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **options
         )
-    if four_bit:
-        # peft.prepare_model_for_kbit_training would cast embeddings and head as well: 2 GiB more on Llama-3-8B.
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and "norm" in name.lower():
-                parameter.data = parameter.data.float()
-            elif device == "cpu" and parameter.is_floating_point():
-                parameter.data = parameter.data.clone()  # else it keeps the whole file mapped, pages read while quantising too
+    if four_bit and device == "cpu":
+        # Nothing is cast (peft.prepare_model_for_kbit_training would cast embeddings, head and norms: 2 GiB on Llama-3-8B).
+        # A copy, else what stays in 16 bit keeps the whole file mapped, with the pages read while quantising.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+    if not model.generation_config.do_sample:  # some models ship sampling values that saving then refuses
+        for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
+            setattr(model.generation_config, name, None)
     model.config.use_cache = False
     return model
 

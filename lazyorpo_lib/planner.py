@@ -159,7 +159,6 @@ class _Shape:
     head: int
     adapters: int
     largest: int
-    norms: int
     factored: int  # numbers in adafactor's row and column averages
     layers: int
     attention_width: int
@@ -171,9 +170,9 @@ class _Shape:
             return 4.0 * self.total
         if method == "lora":
             return float(dtype.itemsize * self.total)
-        # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales; norms in float32.
+        # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         four_bit = self.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8
-        return four_bit + dtype.itemsize * (self.total - self.bulk) + (4 - dtype.itemsize) * self.norms
+        return four_bit + dtype.itemsize * (self.total - self.bulk)
 
 
 def _shape(config, rank: int) -> _Shape:
@@ -193,7 +192,6 @@ def _shape(config, rank: int) -> _Shape:
         head=head.weight.numel(),
         adapters=sum(rank * (a + b) for a, b in adapted),
         largest=max(p.numel() for p in parameters.values()),
-        norms=sum(p.numel() for name, p in parameters.items() if p.dim() == 1 and "norm" in name.lower()),
         factored=sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters.values()),
         layers=text.num_hidden_layers,
         attention_width=heads * head_dim,

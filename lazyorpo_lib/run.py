@@ -172,7 +172,7 @@ class Run:
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        os.environ.setdefault("WANDB_DIR", str(self.folder))
+        os.environ["WANDB_DIR"] = str(self.folder)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         self.trainer = trainer.OrpoTrainer(
@@ -234,8 +234,9 @@ class Run:
                 self._look("after")
             finally:
                 self.plot.close()
-        self.stopped = self.trainer.stop_reason or self.stop.reason
-        self.interrupted = bool(self.trainer.stop_reason) or self.stop.asked
+        done = self.trainer.state.global_step >= self.trainer.state.max_steps
+        self.stopped = self.trainer.stop_reason or ("" if done else self.stop.reason)
+        self.interrupted = bool(self.trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
             self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
         self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")

@@ -192,9 +192,6 @@ def _small_model(config, settings: Settings, method: str, dtype, cuda: bool):
         for layer in adapted_layers(model):
             if isinstance(layer, nn.Linear):
                 layer.__class__, layer.compute_dtype = _FourBit, dtype
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and "norm" in name.lower():
-                parameter.data = parameter.data.float()
     with torch.device("meta"):
         model = add_adapters(model, settings)
     for module in model.modules():

@@ -143,7 +143,8 @@ class OrpoTrainer(Trainer):
             callbacks=[StepGuard(self), *callbacks],
         )  # fmt: skip
         # After the Trainer has put the model in its place (and Liger's layers into it), before it wraps it for training.
-        self.scorer = PairScorer(ScoringForward(causal_lm(model)))
+        with self.accelerator.autocast():
+            self.scorer = PairScorer(ScoringForward(causal_lm(model)))
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.remove_callback(PrinterCallback)
         self.sampler = None
@@ -304,6 +305,8 @@ class OrpoTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not len(pairs):
+            return {}
         sums = self.pair_tables(pairs).sum(0).tolist()
         row = averages(sums, self.settings.objective, self.settings.or_weight)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in row.items()}
@@ -376,4 +379,5 @@ def _as_step(pairs: list[EncodedPair]) -> dict:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

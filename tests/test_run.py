@@ -124,8 +124,10 @@ def test_without_held_out_pairs_a_run_still_ends_well(tmp_path):
 
 
 @pytest.mark.slow
-def test_qlora_runs_on_a_cpu(tmp_path):
-    run = execute(*tiny(tmp_path, method="qlora", optimizer="adamw_8bit", max_steps=2), show=lambda text: None)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_qlora_runs_on_a_cpu(tmp_path, precision):
+    options = dict(method="qlora", optimizer="adamw_8bit", max_steps=2, precision=precision)
+    run = execute(*tiny(tmp_path, **options), show=lambda text: None)
     kinds = {type(m).__name__ for m in run.model.modules()}
     assert "Linear4bit" in kinds and run.finished
     head = run.model.get_output_embeddings().weight
