@@ -142,6 +142,8 @@ class OrpoTrainer(Trainer):
             model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, data_collator=_as_step,
             callbacks=[StepGuard(self), *callbacks],
         )  # fmt: skip
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError("Several GPUs are used with DDP alone so far: take DeepSpeed or FSDP out of the accelerate config.")
         # After the Trainer has put the model in its place (and Liger's layers into it), before it wraps it for training.
         with self.accelerator.autocast():
             self.scorer = PairScorer(ScoringForward(causal_lm(model)))
