@@ -169,7 +169,7 @@ class OrpoTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         pairs = inputs["pairs"]
-        self._rows_of_step = [p.index for p in pairs]
+        self._rows_of_step, self._computing = [p.index for p in pairs], pairs
         if self.settings.objective == "dpo":
             self._remember_reference(pairs)
         model.train()
@@ -182,7 +182,7 @@ class OrpoTrainer(Trainer):
                 message = str(error).splitlines()[0][:160]
             # Outside the except block, so that the traceback no longer holds the failed step's tensors.
             model.zero_grad(set_to_none=True)
-            self._use_less_memory(pairs, message)
+            self._use_less_memory(self._computing, message)
 
     def _forward_backward(self, model, pairs: list[EncodedPair]) -> Tensor:
         settings, world = self.settings, self.args.world_size
@@ -193,6 +193,7 @@ class OrpoTrainer(Trainer):
         step_loss = torch.zeros((), device=self.args.device)
         sums = torch.zeros(len(SUMS) + 2, device=self.args.device)  # and the squared gradient norms of the two terms
         for k, (micro, weight) in enumerate(micro_batches):
+            self._computing = micro
             batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
             last = k == len(micro_batches) - 1
             with contextlib.nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
@@ -238,14 +239,14 @@ class OrpoTrainer(Trainer):
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device)).item())
 
-    def _use_less_memory(self, pairs: list[EncodedPair], message: str) -> None:
-        """After an out-of-memory: half the token budget; once single pairs are left, more checkpointed layers."""
+    def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
+        """After an out-of-memory in `micro`: half its tokens at once; where it is a single pair, more checkpointed layers."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        largest = max(split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout), key=len)
         layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
-        if len(largest) > 1:
-            self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
+        if len(micro) > 1:
+            tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
+            self.tokens_per_batch = max(1, min(self.tokens_per_batch, tokens) // 2)
             change = f"tokens_per_batch is now {self.tokens_per_batch}"
         elif self.checkpointed_layers < layers:
             more = self.checkpointed_layers + max(1, math.ceil((layers - self.checkpointed_layers) / 2))

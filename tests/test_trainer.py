@@ -144,6 +144,23 @@ def test_out_of_memory_halves_the_budget_then_checkpoints_layers_and_repeats_the
     assert relative(results[60][0], results[10**9][0]) < 1e-4
 
 
+def test_out_of_memory_on_one_long_pair_checkpoints_layers_and_leaves_the_budget_alone(tmp_path):
+    short = random_pairs(6, longest=5)
+    pairs = [*short, short[0]._replace(index=6, chosen=[7] * 100)]
+    trainer = make(tmp_path, pairs, tokens_per_batch=60, pairs_per_step=7, max_steps=2)
+    inner = trainer.scorer.forward.original
+
+    def forward(*args, **kwargs):
+        if kwargs["input_ids"].numel() > 100 and not trainer.checkpointed_layers:
+            raise torch.OutOfMemoryError("injected")
+        return inner(*args, **kwargs)
+
+    trainer.scorer.forward.original = forward
+    with pytest.warns(UserWarning, match="layers are now checkpointed"):
+        trainer.train()
+    assert trainer.tokens_per_batch == 60 and trainer.state.global_step == 2 and len(trainer.oom_notes) == 1
+
+
 def test_out_of_memory_with_nothing_left_to_give_says_what_to_change(tmp_path):
     trainer = make(tmp_path, random_pairs(8))
 
