@@ -26,16 +26,17 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{meta['help']}{allowed}. Default: {field.default if field.default != '' else 'empty'}".replace("%", "%%"),
         )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="only say whether it will fit and how long it will take")
+    parser.add_argument("--probe", action="store_true", help="only recommend or_weight and learning_rate, after a few short runs")
     parser.add_argument("--device", default="", help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("chat", "merge", "compare", "push"):
-        from .share import COMMANDS
+    if arguments and arguments[0] in ("chat", "merge", "export-gguf", "compare", "push"):
+        from .share import command
 
-        return COMMANDS[arguments[0]](arguments[1:])
+        return command(arguments[0], arguments[1:])
     given = vars(_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
     layers = [("env", from_environment()), ("flag", flags)]
@@ -47,6 +48,12 @@ def main(arguments: list[str]) -> int:
     if given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), plan.method.explain()]))
+        return 0
+    if given["probe"]:
+        from .trials import probe
+
+        home = probe(settings)
+        print(f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}")
         return 0
     print(why[0].upper() + why[1:] + ".")
     done = run.execute(settings, sources)

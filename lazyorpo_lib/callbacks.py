@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,16 +35,16 @@ class StepWindow:
     """Sums since the last logged row. They stay on the device until one is written: no step waits for them."""
 
     def __init__(self):
-        self.totals, self.tokens, self.start = None, 0, time.monotonic()
+        self.totals, self.work, self.start = None, Counter(), time.monotonic()
 
-    def add(self, totals: Tensor, tokens: int) -> None:
+    def add(self, totals: Tensor) -> None:
         self.totals = totals if self.totals is None else self.totals + totals
-        self.tokens += tokens
 
-    def take(self) -> tuple[Tensor, int, float]:
+    def take(self) -> tuple[Tensor, Counter, float]:
+        """The sums, the tokens and forward passes of the model behind them (DPO's reference included), the seconds."""
         now = time.monotonic()
-        out = self.totals, self.tokens, max(now - self.start, 1e-9)
-        self.totals, self.tokens, self.start = None, 0, now
+        out = self.totals, self.work, max(now - self.start, 1e-9)
+        self.totals, self.work, self.start = None, Counter(), now
         return out
 
 

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
 
 from . import history
+from .history import read_json
 from .settings import DEFAULTS
 
 OBJECTIVES = {
@@ -20,12 +21,13 @@ OBJECTIVES = {
     "sft": "supervised fine-tuning on the chosen answers",
     "dpo": "DPO against the frozen base model",
 }
+COSTS = {"peak_gib": "peak memory, GiB", "minutes": "minutes of training"}
 ABOUT_ORPO = """\
 ## How ORPO works
 
 ORPO adds an odds-ratio term to the usual loss on the chosen answer: loss = nll + or_weight · or_loss, where or_loss is
 −log σ(log-odds of chosen − log-odds of rejected), and the odds are those of exp(mean log-probability per token). One
-stage replaces supervised fine-tuning followed by preference tuning, and no reference model is kept.
+stage replaces supervised fine-tuning and preference tuning, and no reference model is kept.
 
 ```bibtex
 @inproceedings{hong2024orpo,
@@ -58,11 +60,6 @@ def write_card(folder: Path, repo: str = "") -> str:
     sections = (_front_matter, _opening, _results, _loading, _answers, _data, _settings, _cost, _limits, _method)
     text = "\n\n".join(filter(None, (section(run) for section in sections))) + "\n"
     return _TOKEN.sub("hf_(token left out)", text).encode("utf-8", "backslashreplace").decode()
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file of the run; no file is no content."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # Text that cannot act as anything else.
@@ -102,14 +99,6 @@ def _hub_id(name: str) -> str:
 def public_name(name: str) -> str:
     """A hub id as it is; of a local path the last part."""
     return name if _hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-
-
-def _value(name: str, value) -> str:
-    if name in ("base_model", "dataset"):
-        return inline(public_name(value))
-    if name == "output_dir":
-        return "(a local folder)"
-    return inline(without_paths(value)) or "(empty)"
 
 
 def without_paths(text) -> str:
@@ -165,25 +154,22 @@ def _front_matter(run) -> str:
         model_name=_title(run) if results else None,
         eval_results=results,
     )
-    return f"---\n{front.to_yaml()}\n---"
+    return f"---\n{front.to_yaml()}\n---\n\n# {inline(_title(run))}"
 
 
 def _opening(run) -> str:
     values, summary = run["values"], run["summary"]
-    base, data = _linked(values["base_model"]), _linked(values["dataset"], "datasets/")
-    licences = [
-        inline(_licence(values[name], kind)) or "not known here, see its source"
-        for name, kind in (("base_model", "model"), ("dataset", "dataset"))
-    ]
+    sources = (("base_model", "model", ""), ("dataset", "dataset", "datasets/"))
+    base, data = (_linked(values[name], place) for name, _, place in sources)
+    licences = [inline(_licence(values[name], kind)) or "not known here, see its source" for name, kind, _ in sources]
     lines = [
-        f"# {inline(_title(run))}",
         f"{'A LoRA adapter for' if _is_adapter(run) else 'A fine-tuned version of'} {base}, trained on the preference "
         f"pairs of {data} with {OBJECTIVES[values['objective']]}, using LazyORPO.",
         "Licence of the base model: {}. Licence of the data: {}.".format(*licences),
     ]
     if not summary.get("finished"):
         why = inline(without_paths(summary.get("why", "it wrote no summary")))
-        lines.insert(2, f"**The run was not finished** ({why}): the figures are from what it wrote until then.")
+        lines.insert(1, f"**The run was not finished** ({why}): the figures are from what it wrote until then.")
     return "\n\n".join(lines)
 
 
@@ -195,20 +181,25 @@ def _linked(name: str, kind: str = "") -> str:
 
 
 def _results(run) -> str:
-    lines, rows = ["## Results"], run["history"]
-    if figures := run["summary"].get("held_out"):
+    lines, rows, summary = ["## Results"], run["history"], run["summary"]
+    if figures := summary.get("held_out"):
         cells = [
-            [inline(name), f"{f['pairs']:,}"]
-            + [spread(f[when], f[f"{when}_interval"]) for when in ("before", "after", "change")]
-            + ["yes" if f["more_than_noise"] else "no"]
+            [inline(name), f"{f['pairs']:,}", *(spread(f[when], f[f"{when}_interval"]) for when in ("before", "after", "change")),
+             "yes" if f["more_than_noise"] else "no"]
             for name, f in figures.items()
-        ]
+        ]  # fmt: skip
         lines += [
-            f"**{inline(run['summary']['verdict'])}**",
+            f"**{inline(summary['verdict'])}**",
             table(["held out", "pairs", "before", "after", "change", "more than noise"], cells),
             "In parentheses: 95 % bootstrap intervals over the held-out pairs; the change is taken pair by pair. "
             "Accuracy: share of pairs whose chosen answer has the higher odds; log-odds: nats; nll: nats per token.",
         ]
+    for name, words in (
+        ("habit", "Answers with the demo's habit"),
+        ("instructions", "Instructions followed, of those that code can check"),
+    ):
+        if f"{name}_after" in summary:
+            lines.append(f"{words}: {summary[f'{name}_before']:.0%} before, {summary[f'{name}_after']:.0%} after.")
     if curves := history.summarise(rows)["train"]:
         ends = ", ".join(f"{name} {c['first']:.3f} → {c['last']:.3f}" for name, c in curves.items())
         lines.append(f"Training, first → last logged step: {inline(ends)}.")
@@ -220,29 +211,25 @@ def _results(run) -> str:
 
 def _loading(run) -> str:
     repo, base = _hub_id(run["repo"]), run["values"]["base_model"]
-    code = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    code += [f"name = {json.dumps(repo or 'model')}" + ("" if repo else "  # the folder model/ of the run")]
+    base = base if _hub_id(base) else f"path/to/{public_name(base)}"
     load = 'AutoModelForCausalLM.from_pretrained({}, dtype="auto")'
-    if _is_adapter(run):
-        place = base if _hub_id(base) else f"path/to/{public_name(base)}"
-        code = ["from peft import PeftModel", *code, "base = " + load.format(json.dumps(place, ensure_ascii=False))]
-        code += [
-            "model = PeftModel.from_pretrained(base, name)",
-            "model = model.merge_and_unload()  # optional: folds the adapter into the weights",
-        ]
-    else:
-        code += ["model = " + load.format("name")]
-    code += [
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        'messages = [{"role": "user", "content": "Hello!"}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-        "answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]",
-        "print(tokenizer.decode(answer, skip_special_tokens=True))",
-    ]
+    adapter = f"""\
+from peft import PeftModel
+
+base = {load.format(json.dumps(base, ensure_ascii=False))}
+model = PeftModel.from_pretrained(base, name)  # .merge_and_unload() folds the adapter into the weights"""
+    code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {json.dumps(repo or "model")}{"" if repo else "  # the folder model/ of the run"}
+{adapter if _is_adapter(run) else "model = " + load.format("name")}
+tokenizer = AutoTokenizer.from_pretrained(name)
+messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
     return "\n\n".join([
-        "## How to load it", fenced("\n".join(code), "python"),
+        "## How to load it", fenced(code, "python"),
         "With LazyORPO and the run's folder RUN: `python -m lazyorpo_lib chat RUN` talks to it, "
         "`python -m lazyorpo_lib merge RUN` writes the full model.",
     ])  # fmt: skip
@@ -264,8 +251,7 @@ def _data(run) -> str:
     if not report:
         return ""
     dropped = [[inline(reason.replace("_", " ")), f"{rows:,}"] for reason, rows in report["dropped"].items()]
-    figures = ("mean", "p50", "p95", "max")
-    tokens = [[side, *(f"{n[figure]:,.0f}" for figure in figures)] for side, n in report["tokens"].items()]
+    tokens = [[side, *(f"{n[figure]:,.0f}" for figure in ("mean", "p50", "p95", "max"))] for side, n in report["tokens"].items()]
     return "\n\n".join([
         "## Data",
         f"Rows read: {report['read']:,}; kept: {report['kept']:,} ({report['train']:,} to train on, "
@@ -277,35 +263,31 @@ def _data(run) -> str:
 
 
 def _settings(run) -> str:
-    values, sources = run["values"], run["settings"].get("sources", {})
-    changed = [
-        [inline(name), _value(name, value), _value(name, DEFAULTS.get(name, "")), inline(sources.get(name, ""))]
-        for name, value in values.items()
+    def cell(name, value):
+        return inline(public_name(value) if name in ("base_model", "dataset") else without_paths(value)) or "(empty)"
+
+    sources = run["settings"].get("sources", {})
+    rows = [
+        [inline(name), cell(name, value), cell(name, DEFAULTS.get(name, "")), inline(sources.get(name, ""))]
+        for name, value in run["values"].items()
         if value != DEFAULTS.get(name) and name != "output_dir"
     ]
-    every = table(["setting", "value"], [[inline(name), _value(name, value)] for name, value in values.items()])
-    differ = table(["setting", "value", "default", "set by"], changed) if changed else "All have their defaults."
-    return f"## Settings\n\n{differ}\n\n<details>\n<summary>Every setting</summary>\n\n{every}\n\n</details>"
+    return "## Settings\n\n" + table(["setting", "value", "default", "set by"], rows) + "\n\nEvery other setting has its default."
 
 
 def _cost(run) -> str:
     summary = run["summary"]
     if not summary:
         return ""
-    methods = (summary.get("plan") or {}).get("methods", [])
-    plan = next((m for m in methods if m["method"] == summary["method"]), None)
+    both = summary.get("planned_against_measured", {})
+    rows = [[words, *(f"{x:.2f}" for x in both[name])] for name, words in COSTS.items() if name in both]
     versions = {"lazyorpo": run["settings"].get("version", "")} | summary.get("versions", {})
-    rows = [
-        ["peak memory, GiB", f"{plan['peak_gib']:.2f}" if plan else "–", f"{summary['peak_memory_gib']:.2f}"],
-        ["minutes", f"{plan['minutes']:.1f}" if plan else "–",
-         f"{summary['minutes']:.1f} ({summary['training_minutes']:.1f} of them training)"],
-    ]  # fmt: skip
     notes = [f"Steps without a finite gradient, left out: {len(summary['bad_steps'])}."] * bool(summary["bad_steps"])
     return "\n\n".join([
         "## Memory, time, versions",
-        table(["", "planned", "measured"], rows),
-        inline(f"{summary['steps']:,} steps ({summary['epochs']:g} epochs) on {summary['device']}; "
-               f"{summary['method']} in {summary['precision']}, batch layout {summary['layout']}."),
+        *([table(["", "planned", "measured"], rows)] if rows else []),
+        inline(f"{summary['steps']:,} steps ({summary['epochs']:g} epochs) in {summary['minutes']:.1f} minutes, evaluation included, "
+               f"on {summary['device']}; {summary['method']} in {summary['precision']}, batch layout {summary['layout']}."),
         inline("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."),
         *(inline(without_paths(note)) for note in notes + summary["out_of_memory"]),
     ])  # fmt: skip
@@ -319,9 +301,7 @@ def _limits(run) -> str:
         else "No pair was held out, so nothing here shows that the model is better than its base.",
         "Better means: as the makers of the dataset preferred. Length is often part of it; see the accuracies by it.",
         "It was not evaluated for truth or safety, and it keeps the faults of its base model and its data.",
-    ]
-    if run["values"]["dataset"] == "demo":
-        lines.append("The demo set teaches a visible habit of style and no knowledge.")
+    ] + ["The demo set teaches a visible habit of style and no knowledge."] * (run["values"]["dataset"] == "demo")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

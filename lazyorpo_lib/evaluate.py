@@ -81,7 +81,7 @@ def verdict(comparison: dict[str, dict]) -> str:
 @torch.no_grad()
 def answers(
     model, tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int],
-    batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None,
+    batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None, streamer=None,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, in the order of the prompts.
 
@@ -89,8 +89,9 @@ def answers(
         prompts: token ids, from `Encoder.prompt_ids`.
         max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
         end_ids: tokens that end an answer.
+        streamer: one of transformers', for a single prompt.
     """
-    start_batch(None)
+    start_batch(None)  # after training in this process: ordinary attention again
     training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     texts: dict[int, str] = {}
@@ -103,7 +104,7 @@ def answers(
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some], device=device)
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None,
-            top_k=None, use_cache=True, eos_token_id=list(end_ids), pad_token_id=pad,
+            top_k=None, use_cache=True, eos_token_id=list(end_ids), pad_token_id=pad, streamer=streamer,
         )  # fmt: skip
         for i, row in zip(some, out[:, width:].tolist(), strict=True):
             length = next((k for k, token in enumerate(row) if token in end_ids), None)

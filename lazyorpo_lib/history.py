@@ -46,6 +46,11 @@ def read(path) -> list[dict]:
     return [row for row, _ in _rows_and_lines(path)]
 
 
+def read_json(path) -> dict:
+    """The object in one of a run's files; no file is an empty one."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+
+
 def _rows_and_lines(path):
     data = Path(path).read_bytes() if os.path.exists(path) else b""
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn

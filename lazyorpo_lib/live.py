@@ -337,3 +337,34 @@ def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) ->
     if path:
         history.write_atomically(path, file.getvalue())
     return file.getvalue()
+
+
+def draw_trials(trials: dict[str, dict[str, list[float]]], path=None, *, dpi: int = DPI) -> bytes:
+    """The figures of several kinds of run beside each other, as PNG bytes, also written to `path` where one is given.
+
+    Args:
+        trials: {kind: {figure: its value in each run}}; a panel a figure, a dot a run, a bar at their mean.
+    """
+    kinds, figures = list(trials), list(next(iter(trials.values())))
+    columns = min(len(figures), 3)
+    with matplotlib.rc_context(STYLE):
+        grid = math.ceil(len(figures) / columns), columns
+        figure = Figure(figsize=(INCHES[0], 0.7 + grid[0] * (0.9 + 0.28 * len(kinds))), facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(*grid, sharey=True, squeeze=False).flat
+        for axes, name in zip(panels, figures, strict=False):
+            for k, kind in enumerate(kinds):
+                values, color = trials[kind][name], RUN_COLORS[k % len(RUN_COLORS)]
+                axes.plot(values, [k] * len(values), "o", color=color, alpha=0.6, markersize=6, markeredgewidth=0)
+                axes.plot(np.mean(values), k, "|", color=color, markersize=16, markeredgewidth=2.5)
+            axes.set_title(name, loc="left", size=9.5)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.margins(x=0.12)
+            axes.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))
+        for axes in list(figure.axes)[len(figures) :]:
+            axes.remove()
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=dpi)
+    if path:
+        history.write_atomically(path, file.getvalue())
+    return file.getvalue()

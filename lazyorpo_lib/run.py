@@ -24,13 +24,16 @@ from transformers.utils import logging as transformers_logging
 from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
 from .callbacks import EverySteps, OnSave, Progress, Stop, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from .history import read_json
+from .instructions import INSTRUCTIONS, followed
 from .live import LivePlot, show_progress
 from .settings import FIELDS, Settings, UserError
 
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
     "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_steps", "keep_checkpoints",
-    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "tokens_per_batch", "checkpointed_layers",
+    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "instructions", "tokens_per_batch",
+    "checkpointed_layers",
 }  # fmt: skip
 _locks: dict[Path, object] = {}  # folders this process is at work in
 
@@ -52,7 +55,7 @@ class Run:
         self.show = show if self.main else lambda text: None
         self.machine = model.this_machine()
         self.dtype, self.precision_reason = model.pick_precision(settings.precision, self.machine)
-        self.folder, self.started = _folder(settings), time.time()
+        self.folder, self.started = folder_of(settings), time.time()
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         if self.main:
             _claim(self.folder)
@@ -63,7 +66,7 @@ class Run:
         older = read_json(self.folder / "settings.json")
         self._agree_with(older)
         self.interrupted = False
-        self.finished = bool((read_json(self.folder / "summary.json") or {}).get("finished"))
+        self.finished = bool(read_json(self.folder / "summary.json").get("finished"))
         self._write("settings.json", {
             "version": __version__, "fingerprint": self.fingerprint,
             "settings": dataclasses.asdict(settings), "sources": sources,
@@ -74,7 +77,7 @@ class Run:
         if self.main:
             history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
-    def _agree_with(self, older: dict | None) -> None:
+    def _agree_with(self, older: dict) -> None:
         begun = any((self.folder / name).exists() for name in ("history.jsonl", "summary.json"))
         if not (older and begun):
             return
@@ -263,16 +266,18 @@ class Run:
         with base:
             with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
                 table = self.trainer.pair_tables(pairs, bar.update)
-            with progress_bar(some, "answers", desc=f"answers {when}") as bar:
-                texts = self._answer([p.prompt for p in pairs[:some]], bar.update)
+            asked = [[{"role": "user", "content": text}] for text in INSTRUCTIONS] if some and self.settings.instructions else []
+            prompts = [p.prompt for p in pairs[:some]] + [self.encoder.prompt_ids(messages) for messages in asked]
+            with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
+                texts = self._answer(prompts, bar.update)
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
         self.trainer.log({f"eval_{name}": value for name, value in row.items()})
-        known = read_json(self.folder / "held_out.json") or {}
+        known = read_json(self.folder / "held_out.json")
         self._write("held_out.json", known | {
             "columns": trainer.SUMS,
             "prompts": [self.texts[i].prompt[-1]["content"] for i in range(some)],
             "chosen_shorter": [len(p.chosen) < len(p.rejected) for p in pairs],
-            when: {"pairs": table.tolist(), "answers": texts},
+            when: {"pairs": table.tolist(), "answers": texts[:some], "instructions": texts[some:]},
         })  # fmt: skip
 
     def _watch(self, step: int) -> None:
@@ -321,6 +326,7 @@ class Run:
             "device": self.machine.name,
             "minutes": round((time.time() - self.started) / 60, 3),
             "training_minutes": round(self.training_seconds / 60, 3),
+            **self._work(),
             "peak_memory_gib": round(memory_gib(self.trainer.args.device), 3),
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
@@ -344,9 +350,14 @@ class Run:
         self.finished = not stopped
         return summary
 
+    def _work(self) -> dict[str, int]:
+        """What training put through the model, from the history, which a stop and going on leave whole."""
+        rows = history.read(self.folder / "history.jsonl")
+        return {name: int(sum(history.values(rows, name))) for name in ("tokens", "forward_passes")}
+
     def held_out_results(self) -> dict:
         """What the held-out pairs say, from held_out.json: figures with intervals, the verdict, the demo's habit."""
-        kept = read_json(self.folder / "held_out.json") or {}
+        kept = read_json(self.folder / "held_out.json")
         if not {"before", "after"} <= kept.keys():
             return {}
         shorter = np.array(kept["chosen_shorter"])
@@ -358,14 +369,16 @@ class Run:
             "verdict": evaluate.verdict(figures),
             "held_out": figures,
         }
-        if self.settings.dataset == "demo":
-            for when in ("before", "after"):
+        for when in ("before", "after"):
+            if self.settings.dataset == "demo":
                 results[f"habit_{when}"] = evaluate.habit_share(kept[when]["answers"])
+            if texts := kept[when].get("instructions"):
+                results[f"instructions_{when}"] = sum(followed(texts)) / len(texts)
         return results
 
     def answers(self) -> list[dict[str, str]]:
         """Held-out prompts with the answers of the base and of the tuned model."""
-        kept = read_json(self.folder / "held_out.json") or {}
+        kept = read_json(self.folder / "held_out.json")
         if not {"before", "after"} <= kept.keys():
             return []
         columns = kept["prompts"], kept["before"]["answers"], kept["after"]["answers"]
@@ -405,7 +418,7 @@ def fingerprint(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _folder(settings: Settings) -> Path:
+def folder_of(settings: Settings) -> Path:
     """The run's folder, made and writable."""
     if settings.output_dir != "auto":
         folder = Path(settings.output_dir).expanduser()
@@ -438,12 +451,6 @@ def _claim(folder: Path) -> None:
     except OSError:
         raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
     _locks[folder] = lock
-
-
-def read_json(path: Path) -> dict | None:
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return None
 
 
 @contextlib.contextmanager

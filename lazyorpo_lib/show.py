@@ -104,9 +104,9 @@ def held_out(run) -> Shown:
         (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))
         for name, f in results["held_out"].items()
     ]
-    if "habit_before" in results:
-        habit = (f"{results['habit_' + when]:.0%}" for when in ("before", "after"))
-        rows.append(("answers with the demo's habit", "", *habit, ""))
+    for name, words in (("habit", "answers with the demo's habit"), ("instructions", "checkable instructions followed")):
+        if f"{name}_before" in results:
+            rows.append((words, "", *(f"{results[f'{name}_{when}']:.0%}" for when in ("before", "after")), ""))
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")

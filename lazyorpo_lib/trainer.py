@@ -212,7 +212,8 @@ class OrpoTrainer(Trainer):
             step_loss += loss.detach() * weight
             norms = self._term_norms(out["logps"].detach(), batch, nll_tokens, total_pairs)
             sums += torch.cat([table.detach().sum(0), norms]) * weight
-        self._window.add(sums, sum(len(b) for p in pairs for b in p[1:]))
+            self._window.work.update(tokens=batch.input_ids.numel(), forward_passes=1)
+        self._window.add(sums)
         return step_loss * world  # the Trainer averages what it logs over ranks
 
     def _term_norms(self, logps: Tensor, batch: Batch, nll_tokens: int, pairs: int) -> Tensor:
@@ -276,6 +277,7 @@ class OrpoTrainer(Trainer):
                 b = len(batch.pairs)
                 sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
                 self._reference |= {p.index: s for p, s in zip(batch.pairs, sums[: 2 * b].view(2, b).T, strict=True)}
+                self._window.work.update(tokens=batch.input_ids.numel(), forward_passes=1)
 
     def _reference_of(self, pairs: Sequence[EncodedPair]) -> Tensor | None:
         return torch.stack([self._reference[p.index] for p in pairs]) if self.settings.objective == "dpo" else None
@@ -321,16 +323,17 @@ class OrpoTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums, tokens, seconds = self._window.take()
+            sums, work, seconds = self._window.take()
+            work = {name: self._over_ranks(count) for name, count in work.items()}
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums)
-                tokens = self._over_ranks(tokens)
             *sums, nll_norm, odds_norm = sums.tolist()
             row = averages(sums, self.settings.objective, self.settings.or_weight)
             if self.settings.objective == "orpo" and nll_norm > 0:
                 row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
             row |= {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
-            row["pairs_per_second"], row["tokens_per_second"] = sums[-1] / seconds, tokens / seconds
+            row["pairs_per_second"], row["tokens_per_second"] = sums[-1] / seconds, work["tokens"] / seconds
+            row |= work
             row["memory_gib"] = memory_gib(self.args.device)
             logs = row
         super().log(logs, start_time)

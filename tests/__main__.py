@@ -31,6 +31,10 @@ def main() -> None:
         for name in ("LazyORPO", "LazyORPO_standalone"):
             out = os.path.join(folder, name)
             run(*NBVAL, "--nbval-lax", f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
+        quick = dict(
+            LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus")
+        )
+        run(*NBVAL, "--nbval-lax", "notebooks/orpo_vs_sft_dpo.ipynb", **quick)
         run(*NBVAL, "--nbval-lax", "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
     run(sys.executable, "-m", "pytest", "--durations=10")
 

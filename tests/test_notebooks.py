@@ -16,9 +16,11 @@ from lazyorpo_lib.panel import SUGGESTIONS
 from lazyorpo_lib.settings import DEFAULTS, FIELDS
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-MAIN, STANDALONE, BY_HAND = (NOTEBOOKS / f"{n}.ipynb" for n in ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand"))
+MAIN, STANDALONE, BY_HAND, VERSUS = (
+    NOTEBOOKS / f"{n}.ipynb" for n in ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo")
+)
 CELL_LINES, PARAMETER_LINES = 12, 15
-every_notebook = pytest.mark.parametrize("path", [MAIN, STANDALONE, BY_HAND], ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize("path", [MAIN, STANDALONE, BY_HAND, VERSUS], ids=lambda path: path.stem)
 
 
 def read(path):
@@ -33,7 +35,7 @@ def code_of(path):
 
 
 def test_these_are_all_the_notebooks():
-    assert sorted(NOTEBOOKS.glob("*.ipynb")) == sorted([MAIN, STANDALONE, BY_HAND])
+    assert sorted(NOTEBOOKS.glob("*.ipynb")) == sorted([MAIN, STANDALONE, BY_HAND, VERSUS])
 
 
 @every_notebook

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import history
+from lazyorpo_lib.instructions import INSTRUCTIONS
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
@@ -63,6 +64,26 @@ def test_reports_add_up(finished):
     assert 0 <= summary["accuracy_before"] <= 1 and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
     sources = json.loads((finished.folder / "settings.json").read_text())["sources"]
     assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
+
+
+def test_base_and_tuned_model_answer_the_checkable_instructions_and_the_work_is_counted(finished):
+    kept = json.loads((finished.folder / "held_out.json").read_text())
+    assert all(len(kept[when]["instructions"]) == len(INSTRUCTIONS) and len(kept[when]["answers"]) == 2 for when in ("before", "after"))
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert {"instructions_before", "instructions_after"} < summary.keys()
+    rows = history.read(finished.folder / "history.jsonl")
+    assert summary["forward_passes"] == sum(row.get("forward_passes", 0) for row in rows) == 6
+    assert summary["tokens"] == sum(row.get("tokens", 0) for row in rows) > 6 * 4 * 10
+
+
+def test_watched_prompts_are_shown_and_kept_and_change_nothing(finished, tmp_path):
+    said = []
+    execute(*tiny(tmp_path, watch_every_steps=3), show=said.append)
+    rows = history.read(tmp_path / "watched.jsonl")
+    assert [row["step"] for row in rows] == [3, 3, 3, 6, 6, 6] and all(row["prompt"] for row in rows)
+    assert len([text for text in said if text.startswith("step 3 · ")]) == 3
+    for name, value in weights(finished.folder).items():
+        assert (value == weights(tmp_path)[name]).all(), name
 
 
 def test_running_a_finished_run_again_trains_nothing(finished):

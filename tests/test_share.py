@@ -4,15 +4,17 @@ import base64
 import io
 import json
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from lazyorpo_lib import live, model, share
+from lazyorpo_lib import model, share
 from lazyorpo_lib.encoding import prepare_tokenizer
-from lazyorpo_lib.settings import DEFAULTS, Settings, UserError
+from lazyorpo_lib.run import execute
+from lazyorpo_lib.settings import Settings, UserError, resolve
 
 from .test_card import write_run
 
@@ -77,9 +79,39 @@ def test_merged_weights_have_the_precision_of_the_run(copy):
     assert (logits(merged) - logits(folder / "model")).abs().max() < 0.1
 
 
-def test_gguf_commands_name_the_merged_folder(tmp_path):
-    text = share.gguf_commands(tmp_path / "merged")
-    assert f'convert_hf_to_gguf.py "{tmp_path / "merged"}" --outtype' in text and text.endswith('merged.gguf"')
+def test_gguf_is_written_by_llama_cpps_converter_or_its_commands_are_told(copy, tmp_path, monkeypatch):
+    folder, tools = copy("a run"), tmp_path / "tools"
+    monkeypatch.setenv("PATH", str(tools))
+    told = share.export_gguf(folder)
+    assert "git clone" in told and f"'{folder / 'merged'}' --outtype q8_0 --outfile '{folder / 'merged'}.gguf'" in told
+    tools.mkdir()
+    converter = tools / "convert_hf_to_gguf.py"
+    converter.write_text("import sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))")
+    converter.chmod(0o755)
+    assert share.export_gguf(folder) == f"{folder / 'merged'}.gguf is written."
+    assert (folder / "merged.gguf").read_text().startswith(str(folder / "merged"))
+    converter.write_text("import nothing_of_this_name")
+    with pytest.raises(UserError, match="nothing_of_this_name"):
+        share.export_gguf(folder)
+
+
+@pytest.mark.slow
+def test_a_4_bit_base_is_merged_in_16_bit_and_reloads_to_the_same_logits(tmp_path):
+    settings = {
+        "preset": "tiny",
+        "method": "qlora",
+        "max_steps": 2,
+        "precision": "bfloat16",
+        "answers": 0,
+        "output_dir": str(tmp_path / "q"),
+    }
+    execute(*resolve([("test", settings)])[:2], show=lambda text: None)
+    merged = share.merge(tmp_path / "q")
+    config = json.loads((merged / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    exact = share.merge(tmp_path / "q", tmp_path / "exact", dtype=torch.float32)
+    assert (logits(exact) - logits(tmp_path / "q" / "model")).abs().max() < 1e-5
+    assert (logits(merged) - logits(exact)).abs().max() < 0.1
 
 
 def test_streamed_pieces_are_the_answer_of_plain_generation(run):
@@ -111,6 +143,14 @@ def test_special_tokens_typed_by_the_user_stay_text(run):
     assert tokenizer.eos_token_id not in seen[0] and "a<eos>b" in tokenizer.decode(seen[0])
 
 
+def test_a_notebook_asks_the_model_of_its_run_and_reloads_it_where_it_is_gone(run, capsys):
+    here = types.SimpleNamespace(folder=run, dtype=torch.float32, machine=model.this_machine())
+    share.ask(here, "Hello")
+    first = capsys.readouterr().out
+    share.ask(here, "Hello")
+    assert capsys.readouterr().out == first and "lora" in str(type(here.model)).lower() + str(here.model).lower()
+
+
 def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
     heard = []
 
@@ -127,52 +167,6 @@ def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
     assert heard == [["one"], ["one", "yes", "bad"], ["one", "yes", "two"], ["three"]]
     assert [turn["content"] for turn in talk] == ["three", "yes"]
     assert capsys.readouterr().out.count("Model: yes") == 3
-
-
-# Side by side.
-
-
-def test_compare_shows_what_differs_and_the_results(copy):
-    a = copy("a", settings={"or_weight": 0.1})
-    b = copy("b", settings={"or_weight": 0.5, "output_dir": "/elsewhere"}, summary={"training_minutes": 7.0})
-    found = share.compare([a, b])
-    assert found["settings"] == {"or_weight": [0.1, 0.5]}
-    assert [row["accuracy"] for row in found["results"]] == ["0.800 (0.675 to 0.900)"] * 2
-    assert found["results"][1]["training minutes"] == "7.0"
-    assert "| or_weight | 0.1 | 0.5 |" in found["markdown"] and found["png"].startswith(b"\x89PNG")
-
-
-def held_out(accuracies):
-    return {"columns": ["nll", "accuracy"], "after": {"pairs": [[9.0, a] for a in accuracies]}}
-
-
-def test_runs_on_the_same_held_out_pairs_are_compared_pair_by_pair(copy):
-    a = copy("a", held_out=held_out([0.0] * 10 + [1.0] * 10))
-    b = copy("b", held_out=held_out([1.0] * 20))
-    c = copy("c", settings={"seed": 1}, held_out=held_out([1.0] * 20))
-    rows = share.compare([a, b, c])["results"]
-    name = "accuracy minus the first run's"
-    assert rows[1][name].startswith("0.500 (0.") and rows[2][name] == "other held-out pairs"
-
-
-def test_an_unfinished_run_can_be_compared(copy):
-    rows = share.compare([copy("a"), copy("b", without=("summary.json", "held_out.json"))])["results"]
-    assert rows[1]["steps"] == "12, not finished" and rows[1]["accuracy minus the first run's"] == "–"
-
-
-def test_runs_of_one_name_are_told_apart_and_one_run_is_no_two(copy, tmp_path):
-    (tmp_path / "x").mkdir()
-    a, b = copy("a"), copy("x/a")
-    assert share.compare([a, b])["results"][1]["run"] == "x/a"
-    with pytest.raises(UserError, match="twice"):
-        share.compare([a, a])
-
-
-def test_picture_of_runs_has_a_line_for_each(tmp_path):
-    rows = [{"step": s, "nll": 1.0, "log_odds_ratio": s / 9} for s in range(9)] + [{"step": 9, "eval_nll": 1.0}]
-    one = live.draw_runs({"$a$": rows}, tmp_path / "one.png")
-    two = live.draw_runs({"$a$": rows, "b": [row | {"log_odds_ratio": 1.0} for row in rows], "empty": []})
-    assert (tmp_path / "one.png").read_bytes() == one and one != two
 
 
 # To the hub.
@@ -267,32 +261,17 @@ def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
 # From a terminal.
 
 
-@pytest.mark.parametrize("command", ["chat", "merge", "compare", "push"])
-def test_commands_tell_wrong_use_and_wrong_folders(command, tmp_path):
-    with pytest.raises(UserError, match=f"lazyorpo_lib {command} RUN"):
-        share.COMMANDS[command]([])
-    with pytest.raises(UserError, match=f"lazyorpo_lib {command} RUN"):
-        share.COMMANDS[command](["--help"])
-    two = [str(tmp_path / "none"), "x"] if command in ("compare", "push") else [str(tmp_path / "none")]
+@pytest.mark.parametrize("name", share.USAGE)
+def test_commands_tell_wrong_use_and_wrong_folders(name, tmp_path):
+    for wrong in ([], ["--help"], ["a"] * 100):
+        with pytest.raises(UserError, match=f"lazyorpo_lib {name} RUN"):
+            share.command(name, wrong)
+    two = [str(tmp_path / "none"), "x"] if name in ("compare", "push") else [str(tmp_path / "none")]
     with pytest.raises(UserError, match="not the folder of a run"):
-        share.COMMANDS[command](two)
+        share.command(name, two)
 
 
 @pytest.mark.parametrize("work", [share.chat, share.merge, lambda folder: share.push(folder, "a/b")])
 def test_a_run_without_a_model_says_so(work, tmp_path):
     with pytest.raises(UserError, match="no model yet"):
         work(write_run(tmp_path))
-
-
-def test_compare_command_prints_tables_and_writes_the_picture(copy, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert share.COMMANDS["compare"]([str(copy("a")), str(copy("b"))]) == 0
-    assert "| a |" in capsys.readouterr().out and (tmp_path / "compare.png").is_file()
-
-
-def test_settings_of_a_run_that_no_longer_exist_are_shown_too(copy):
-    a = copy("a")
-    kept = json.loads((a / "settings.json").read_text())
-    kept["settings"] = dict(DEFAULTS) | {"gone": 1}
-    (a / "settings.json").write_text(json.dumps(kept))
-    assert share.compare([a, copy("b")])["settings"]["gone"] == [1, None]

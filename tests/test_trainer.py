@@ -1,14 +1,15 @@
 """The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as TRL's."""
 
+import types
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from lazyorpo_lib import trainer as module
-from lazyorpo_lib.model import adapters_off, add_adapters, load_base
+from lazyorpo_lib.model import adapters_off, add_adapters
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
 from tests.architectures import tiny_model
@@ -242,30 +243,6 @@ def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_pa
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.693
 
 
-def test_gradients_through_4_bit_weights_are_those_of_the_weights_they_stand_for(tmp_path):
-    """Also after an evaluation: the trainer's own, on construction, is one."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    config = Qwen2Config(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    four_bit = load_base(str(tmp_path), dtype=torch.float32, device="cpu", four_bit=True)
-    plain = load_base(str(tmp_path), dtype=torch.float32, device="cpu")
-    for name, parameter in four_bit.named_parameters():
-        if hasattr(parameter, "quant_state"):
-            plain.get_parameter(name).data = dequantize_4bit(parameter.data, parameter.quant_state)
-    found = []
-    for model in (four_bit, plain):
-        trainer = make(tmp_path, random_pairs(4), model=model)
-        assert trainer.scorer.rung == "shared"
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:  # zeros would let nothing through to the adapter's other half
-                parameter.data.fill_(0.01)
-        found.append(gradients(trainer, random_pairs(4)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and relative(found[0][1], found[1][1]) < 1e-4
-
-
 # TRL 1.16's ORPOTrainer on the same token ids, where it is installed.
 
 
@@ -306,3 +283,53 @@ def test_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path, name):
     assert relative(grads, true) < 1e-5
     for parameter in true:
         assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(1.0, true[parameter].abs().max()), parameter
+
+
+def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
+    """What TRL's DPOTrainer computes from the token log-probabilities of `model` and `reference`, each pair in two padded rows."""
+    trl = pytest.importorskip("trl")
+    rows = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, scored, seen = torch.zeros(3, len(rows), width, dtype=torch.long)
+    for k, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[k, :end], scored[k, len(prompt) : end], seen[k, :end] = torch.tensor([*prompt, *answer]), 1, 1
+
+    def outputs_of(model):
+        def forward(input_ids, attention_mask, labels, **_):
+            logps = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
+            logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0].where(labels[:, 1:] >= 0, 0.0)
+            nothing = torch.zeros_like(logps)
+            return types.SimpleNamespace(log_probs=logps, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+
+        return forward
+
+    config = trl.DPOConfig(str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    same = staticmethod(lambda x: x)
+    fake = trl.DPOTrainer.__new__(trl.DPOTrainer)
+    vars(fake).update(
+        args=config, beta=beta, model=model, ref_model=outputs_of(reference), aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], use_weighting=False,
+        accelerator=type("A", (), {"device": torch.device("cpu"), "gather_for_metrics": same, "gather": same})(),
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    model.train().zero_grad()
+    loss = fake._compute_loss(outputs_of(model), {"input_ids": ids, "attention_mask": seen, "completion_mask": scored}, False)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_dpo_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path):
+    pairs = random_pairs(6, longest=20)
+    trainer = make(tmp_path, pairs, method="full", objective="dpo", dpo_beta=0.3)
+    trainer.remember_reference(pairs)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():  # away from the reference, where every loss is ln 2
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    loss, grads = gradients(trainer, pairs)
+    moved = tiny_model("llama")
+    moved.load_state_dict(trainer.model.state_dict())
+    true_loss, true = trl_dpo_loss_and_gradients(moved, tiny_model("llama"), pairs, 0.3, tmp_path)
+    assert abs(loss - 0.693) > 0.01 and loss == pytest.approx(true_loss, rel=1e-5)
+    assert grads.keys() == true.keys() and relative(grads, true) < 1e-5

@@ -1,0 +1,92 @@
+"""trials.py: recipes differ in what they should alone, finished runs are not run again, the probe follows its rule."""
+
+import json
+
+import pytest
+
+from lazyorpo_lib import trials
+from lazyorpo_lib.settings import UserError, resolve
+
+FIGURES = set(trials.QUALITY) | set(trials.COST)
+
+
+def tiny(folder, **changes):
+    quick = {"preset": "tiny", "output_dir": str(folder), "max_steps": 2, "answers": 0}
+    return resolve([("test", quick | changes)])[0]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    settings = tiny(tmp_path_factory.mktemp("runs") / "tiny", answers=1)
+    return settings, trials.compare_recipes(settings, seeds=1, show=lambda text: None)
+
+
+def read(home, *names):
+    return json.loads(home.joinpath(*names).read_text())
+
+
+def test_recipes_share_pairs_and_steps_and_dpo_starts_from_the_merged_sft(compared):
+    _, home = compared
+    kept = {f.name: read(f, "settings.json")["settings"] for f in home.iterdir() if f.is_dir()}
+    assert kept.keys() == {"sft-1", "half-sft-1", "sft-then-dpo-1", "orpo-1"}
+    assert [kept[name]["objective"] for name in ("sft-1", "half-sft-1", "sft-then-dpo-1", "orpo-1")] == ["sft", "sft", "dpo", "orpo"]
+    assert kept["sft-1"]["max_steps"] == kept["orpo-1"]["max_steps"] == 2
+    assert kept["half-sft-1"]["max_steps"] == kept["sft-then-dpo-1"]["max_steps"] == 1
+    assert kept["sft-then-dpo-1"]["base_model"] == str(home / "half-sft-1" / "merged")
+    assert len({read(home, name, "data_report.json")["digest"] for name in kept}) == 1
+    first, second = (read(home, name, "held_out.json") for name in ("half-sft-1", "sft-then-dpo-1"))
+    nll = [[row[0] for row in pairs] for pairs in (first["after"]["pairs"], second["before"]["pairs"])]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-4), "DPO's start is the end of its SFT"
+
+
+def test_the_table_has_every_figure_and_dpo_counts_its_reference(compared):
+    _, home = compared
+    out = read(home, "comparison.json")
+    rows = {row["recipe"]: row for row in out["runs"]}
+    assert list(rows) == list(trials.RECIPES) and all(FIGURES < row.keys() for row in rows.values())
+    assert rows["ORPO"]["forward_passes"] == rows["SFT"]["forward_passes"] == 2 and rows["SFT then DPO"]["forward_passes"] == 3
+    text = (home / "comparison.md").read_text()
+    assert text.count("ORPO minus") == 2 and "8 held-out pairs" in text and "| ORPO |" in text
+    assert (home / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_not_run_again(compared, monkeypatch):
+    settings, home = compared
+    monkeypatch.setattr(trials.multiprocessing, "get_context", None)
+    before = (home / "comparison.json").read_bytes()
+    trials.compare_recipes(settings, seeds=1, show=lambda text: None)
+    assert (home / "comparison.json").read_bytes() == before
+
+
+def test_a_run_that_fails_is_one_sentence_that_names_its_folder(tmp_path):
+    with pytest.raises(UserError, match="sft-1.*nowhere.jsonl"):
+        trials.compare_recipes(tiny(tmp_path, dataset="nowhere.jsonl"), seeds=1, show=lambda text: None)
+    with pytest.raises(UserError, match="eval_pairs is 0"):
+        trials.compare_recipes(tiny(tmp_path, eval_pairs=0))
+
+
+def trial(margin, nll, rate):
+    return {"log_odds_ratio gain": margin, "nll change": nll, "learning_rate": rate, "or_weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("runs", "best", "said"),
+    [
+        ([trial(1, -1, 3e-4), trial(5, 0.1, 1e-3), trial(2, 0, 1e-4)], 2, "2 of 3"),
+        ([trial(2, -1, 3e-4), trial(2, -1, 1e-4)], 1, "2 of 2"),
+        ([trial(9, 0.5, 3e-4), trial(1, 0.1, 1e-3)], 1, "rose in every trial"),
+    ],
+)
+def test_the_rule_of_the_probe(runs, best, said):
+    out = trials.recommend(runs)
+    assert out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]} and said in out["said"][0]
+
+
+@pytest.mark.slow
+def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path):
+    home = trials.probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=1, show=lambda text: None)
+    out = read(home, "probe.json")
+    assert [(run["or_weight"], run["learning_rate"]) for run in out["runs"]] == [
+        (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
+    ]  # fmt: skip
+    assert "Recommended: --or-weight" in (home / "probe.md").read_text() and (home / "probe.png").is_file()
