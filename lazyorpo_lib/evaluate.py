@@ -8,13 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .attention import start_batch
-from .trainer import SUMS
 
 DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")  # of the demo set: the answer, then one line of reason
-COLUMNS = {name: SUMS.index(name) for name in SUMS}
 
 
 def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -24,23 +21,23 @@ def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[f
     return float(low), float(high)
 
 
-def measures(table: Tensor, chosen_shorter: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures of each held-out pair by name, from the trainer's `pair_tables`; a pair that a figure does not speak of is NaN.
+def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
+    """Figures of each held-out pair by name, each (pairs,); a pair that a figure does not speak of is NaN.
 
     Args:
-        table: (pairs, len(SUMS)).
-        chosen_shorter: (pairs,) bool, whether chosen is the shorter answer, in tokens.
+        kept: the content of a run's held_out.json.
+        when: "before" or "after" training.
     """
-    t = table.double().numpy()
-    accuracy = t[:, COLUMNS["accuracy"]]
+    columns = dict(zip(kept["columns"], np.array(kept[when]["pairs"], dtype=float).T, strict=True))
+    shorter, accuracy = np.array(kept["chosen_shorter"]), columns["accuracy"]
     return {
         "accuracy": accuracy,
-        "accuracy_chosen_shorter": np.where(chosen_shorter, accuracy, np.nan),
-        "accuracy_chosen_longer": np.where(~chosen_shorter, accuracy, np.nan),
-        "log_odds_chosen": t[:, COLUMNS["log_odds_chosen"]],
-        "log_odds_rejected": t[:, COLUMNS["log_odds_rejected"]],
-        "log_odds_ratio": t[:, COLUMNS["log_odds_chosen"]] - t[:, COLUMNS["log_odds_rejected"]],
-        "nll": t[:, COLUMNS["nll"]] / t[:, COLUMNS["nll_tokens"]],
+        "accuracy_chosen_shorter": np.where(shorter, accuracy, np.nan),
+        "accuracy_chosen_longer": np.where(~shorter, accuracy, np.nan),
+        "log_odds_chosen": columns["log_odds_chosen"],
+        "log_odds_rejected": columns["log_odds_rejected"],
+        "log_odds_ratio": columns["log_odds_chosen"] - columns["log_odds_rejected"],
+        "nll": columns["nll"] / columns["nll_tokens"],
     }
 
 

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
@@ -360,9 +359,7 @@ class Run:
         kept = read_json(self.folder / "held_out.json")
         if not {"before", "after"} <= kept.keys():
             return {}
-        shorter = np.array(kept["chosen_shorter"])
-        sides = [evaluate.measures(torch.tensor(kept[when]["pairs"]), shorter) for when in ("before", "after")]
-        figures = evaluate.compare(*sides)
+        figures = evaluate.compare(*(evaluate.measures(kept, when) for when in ("before", "after")))
         results = {
             "accuracy_before": figures["accuracy"]["before"],
             "accuracy_after": figures["accuracy"]["after"],

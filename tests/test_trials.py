@@ -1,6 +1,8 @@
 """trials.py: recipes differ in what they should alone, finished runs are not run again, the probe follows its rule."""
 
 import json
+import types
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +92,25 @@ def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_fr
         (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
     ]  # fmt: skip
     assert "Recommended: --or-weight" in (home / "probe.md").read_text() and (home / "probe.png").is_file()
+
+
+def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, monkeypatch):
+    class Process:
+        started = 0
+
+        def __init__(self, target, args):
+            self.folder = Path(args[0].output_dir)
+
+        def start(self):
+            Process.started += 1
+
+        def join(self):
+            if not (self.folder / "STOP").exists():
+                raise KeyboardInterrupt
+            (self.folder / "log.txt").write_text("Stopped at step 1.\n")
+
+    context = types.SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr(trials.multiprocessing, "get_context", lambda kind: context)
+    with pytest.raises(UserError, match="sft-1 is not finished.*Stopped at step 1.*goes on from there"):
+        trials.compare_recipes(tiny(tmp_path), seeds=1, show=lambda text: None)
+    assert Process.started == 1, "nothing more is begun"
