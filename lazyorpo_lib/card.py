@@ -200,8 +200,9 @@ def _results(run) -> str:
     ):
         if f"{name}_after" in summary:
             lines.append(f"{words}: {summary[f'{name}_before']:.0%} before, {summary[f'{name}_after']:.0%} after.")
-    if curves := history.summarise(rows)["train"]:
-        ends = ", ".join(f"{name} {c['first']:.3f} → {c['last']:.3f}" for name, c in curves.items())
+    train = [row for row in rows if not history.is_evaluation(row)]
+    if curves := {name: seen for name in history.CURVES if (seen := history.values(train, name))}:
+        ends = ", ".join(f"{name} {seen[0]:.3f} → {seen[-1]:.3f}" for name, seen in curves.items())
         lines.append(f"Training, first → last logged step: {inline(ends)}.")
         lines.append(f"Reading of the curves: {inline(history.reading(rows))}.")
     if run["picture"]:

@@ -64,7 +64,8 @@ def _names(folders: list[Path]) -> list[str]:
 def _results(folder: Path) -> dict[str, str]:
     summary = read_json(folder / "summary.json")
     if not summary:
-        return {"steps": f"{history.summarise(history.read(folder / 'history.jsonl'))['steps']:,}, not finished"}
+        steps = max((row["step"] for row in history.read(folder / "history.jsonl")), default=0)
+        return {"steps": f"{steps:,}, not finished"}
     row = {"steps": f"{summary['steps']:,}" + ("" if summary["finished"] else ", not finished")}
     figures = summary.get("held_out", {})
     for name in ("accuracy", "log_odds_ratio", "nll"):

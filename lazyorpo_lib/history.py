@@ -1,4 +1,4 @@
-"""What a run wrote down: append to it, read it, cut it back, sum it up, and say in words what the curves show.
+"""What a run wrote down: append to it, read it, cut it back, and say in words what the curves show.
 
 `history.jsonl` holds one flat JSON object a line. Training rows carry `step` and the curves by name (`nll`, `or_loss`,
 `log_odds_chosen`, …); evaluation rows carry `step` and the same names after `eval_`. Numbers that are not finite are
@@ -86,27 +86,6 @@ def values(rows: list[dict], name: str) -> list[float]:
     """The finite values of one curve, in order; rows without it are passed over."""
     found = (row.get(name) for row in rows)
     return [value for value in found if value is not None and math.isfinite(value)]
-
-
-def summarise(rows: list[dict]) -> dict:
-    """The run in a few numbers, for the curves that were logged.
-
-    Returns:
-        {"steps": last step, "train": {curve: {"first", "last", "best"}}, "eval": {curve: {"before", "after", "best"}}}.
-        "before" is the evaluation at step 0 and "after" the last one past it, None where there was none.
-        "best" is the lowest for losses, the highest for the others.
-    """
-    train = [row for row in rows if not is_evaluation(row)]
-    untrained, trained = [row for row in rows if row["step"] == 0], [row for row in rows if row["step"] > 0]
-    summary = {"steps": max((row["step"] for row in rows), default=0), "train": {}, "eval": {}}
-    for name in CURVES:
-        best = min if name in ("loss", "nll", "or_loss") else max
-        if seen := values(train, name):
-            summary["train"][name] = {"first": seen[0], "last": seen[-1], "best": best(seen)}
-        before, after = (values(part, f"eval_{name}") or [None] for part in (untrained, trained))
-        if seen := values(rows, f"eval_{name}"):
-            summary["eval"][name] = {"before": before[-1], "after": after[-1], "best": best(seen)}
-    return summary
 
 
 def trend(curve: list[float], floor: float) -> tuple[int, float]:

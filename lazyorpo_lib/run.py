@@ -230,9 +230,9 @@ class Run:
             try:
                 if not found:
                     self._look("before")
-                self.training_began = time.monotonic()
+                began = time.monotonic()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-                self.training_seconds = time.monotonic() - self.training_began
+                self.training_seconds = time.monotonic() - began
                 self._look("after")
             finally:
                 self.plot.close()

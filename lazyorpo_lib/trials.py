@@ -7,6 +7,7 @@ process only waits, reads what the runs left and draws it.
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
@@ -67,10 +68,9 @@ def _stages(settings: Settings, home: Path, recipe: str, seed: int, dpo_rate: fl
 
     if recipe != "SFT then DPO":
         return [stage(recipe.lower(), objective=recipe.lower())]
-    first = {"max_steps": settings.max_steps - settings.max_steps // 2, "epochs": settings.epochs / 2}
-    sft = stage("half-sft", objective="sft", answers=0, **first)
-    second = first | {"max_steps": settings.max_steps // 2, "base_model": f"{sft.output_dir}/merged", "learning_rate": dpo_rate}
-    return [sft, stage("sft-then-dpo", objective="dpo", **second)]
+    half = {"max_steps": math.ceil(settings.max_steps / 2), "epochs": settings.epochs / 2}
+    sft = stage("half-sft", objective="sft", answers=0, **half)
+    return [sft, stage("sft-then-dpo", objective="dpo", base_model=f"{sft.output_dir}/merged", learning_rate=dpo_rate, **half)]
 
 
 def _figures(stages: list[Path]) -> dict[str, float]:
@@ -218,6 +218,6 @@ def _write(home: Path, runs: list[dict], key: str, rest: dict) -> Path:
 
 def _spread(values: Sequence[float]) -> str:
     """Mean, and from lowest to highest."""
-    form = ",.0f" if min(values) >= 100 else ".3f"
+    form = ",.0f" if isinstance(values[0], int) else ".3f"
     mean = f"{sum(values) / len(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"

@@ -1,6 +1,5 @@
 """history.py: rows survive kills and resumes, and the reading says what synthetic curves were made to show."""
 
-import json
 import math
 import random
 import re
@@ -124,31 +123,6 @@ def test_a_kill_while_cutting_back_leaves_the_old_rows(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         history.truncate_after(path, 1)
     assert len(history.read(path)) == 4
-
-
-def test_summary_tells_before_from_after_and_low_from_high():
-    rows = [
-        {"step": 0, "eval_nll": 2.0, "eval_accuracy": 0.5},
-        {"step": 1, "nll": 1.9, "accuracy": 0.4},
-        {"step": 2, "nll": 1.1, "accuracy": 0.9},
-        {"step": 2, "eval_nll": 1.2, "eval_accuracy": 0.8},
-        {"step": 3, "nll": 1.3, "accuracy": 0.7},
-        {"step": 3, "nll": None},
-        {"step": 3, "eval_nll": 1.4, "eval_accuracy": 0.7},
-    ]
-    summary = history.summarise(rows)
-    assert summary["steps"] == 3
-    assert summary["train"]["nll"] == {"first": 1.9, "last": 1.3, "best": 1.1}
-    assert summary["train"]["accuracy"] == {"first": 0.4, "last": 0.7, "best": 0.9}
-    assert summary["eval"]["nll"] == {"before": 2.0, "after": 1.4, "best": 1.2}
-    assert summary["eval"]["accuracy"] == {"before": 0.5, "after": 0.7, "best": 0.8}
-    assert "or_loss" not in summary["train"]
-    json.dumps(summary, allow_nan=False)
-
-
-def test_summary_of_a_run_without_the_evaluation_before_says_none():
-    assert history.summarise([{"step": 4, "eval_nll": 1.0}])["eval"]["nll"]["before"] is None
-    assert history.summarise([]) == {"steps": 0, "train": {}, "eval": {}}
 
 
 @pytest.mark.parametrize("seed", range(5))
