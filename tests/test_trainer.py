@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from lazyorpo_lib import trainer as module
-from lazyorpo_lib.model import adapters_off, add_adapters
+from lazyorpo_lib.model import adapters_off, add_adapters, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
 from tests.architectures import tiny_model
@@ -241,6 +242,30 @@ def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_pa
     trainer.remember_reference(pairs)
     trainer.train()
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.693
+
+
+def test_gradients_through_4_bit_weights_are_those_of_the_weights_they_stand_for(tmp_path):
+    """Also after an evaluation: the trainer's own, on construction, is one."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    config = Qwen2Config(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    four_bit = load_base(str(tmp_path), dtype=torch.float32, device="cpu", four_bit=True)
+    plain = load_base(str(tmp_path), dtype=torch.float32, device="cpu")
+    for name, parameter in four_bit.named_parameters():
+        if hasattr(parameter, "quant_state"):
+            plain.get_parameter(name).data = dequantize_4bit(parameter.data, parameter.quant_state)
+    found = []
+    for model in (four_bit, plain):
+        trainer = make(tmp_path, random_pairs(4), model=model)
+        assert trainer.scorer.rung == "shared"
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # zeros would let nothing through to the adapter's other half
+                parameter.data.fill_(0.01)
+        found.append(gradients(trainer, random_pairs(4)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and relative(found[0][1], found[1][1]) < 1e-4
 
 
 # TRL 1.16's ORPOTrainer on the same token ids, where it is installed.
