@@ -21,47 +21,51 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x @ W.T + bias + scale * x @ A.T @ B.T, in the dtype of x, with gradients for x, A and B alone."""
+    """x @ W.T + bias + scale * y @ A.T @ B.T with gradients for x, y, A and B; y is x after dropout, or None for x itself."""
 
     @staticmethod
-    def forward(ctx, x, a, b, layer, scale):
-        # x (M, in), A (rank, in), B (out, rank)
-        down = x @ a.to(x.dtype).T
+    def forward(ctx, x, y, a, b, layer, scale):
+        # x, y (M, in), A (rank, in), B (out, rank)
+        seen = x if y is None else y
+        down = seen @ a.to(x.dtype).T
         out = nn.functional.linear(x, frozen_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-        ctx.save_for_backward(x, a, b, down)
+        ctx.save_for_backward(seen, a, b, down)
         ctx.layer, ctx.scale = layer, scale
         return out.addmm_(down, b.to(x.dtype).T, alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
-        x, a, b, down = ctx.saved_tensors
-        grad_down = (grad @ b.to(x.dtype)).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ frozen_weight(ctx.layer, x.dtype)).addmm_(grad_down, a.to(x.dtype))
-        grad_b = (grad.T @ down).mul_(ctx.scale)
-        return grad_x, (grad_down.T @ x).to(a.dtype), grad_b.to(b.dtype), None, None
+        seen, a, b, down = ctx.saved_tensors
+        up, narrow = (w.to(seen.dtype) for w in (b, a))
+        grad_down = (grad @ up).mul_(ctx.scale)
+        grad_x = grad @ frozen_weight(ctx.layer, seen.dtype) if ctx.needs_input_grad[0] else None
+        grad_y = None
+        if ctx.needs_input_grad[1]:
+            grad_y = grad_down @ narrow
+        elif grad_x is not None:
+            grad_x.addmm_(grad_down, narrow)
+        return grad_x, grad_y, (grad_down.T @ seen).to(a.dtype), (grad.T @ down).mul_(ctx.scale).to(b.dtype), None, None
 
 
 def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:
     if lora.disable_adapters or lora.merged or not torch.is_grad_enabled():
         return plain(x, *args, **kwargs)
     (name,) = lora.active_adapters
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        dropout = lora.lora_dropout[name]
+        dropped = None if isinstance(dropout, nn.Identity) else dropout(flat)
         weights = lora.lora_A[name].weight, lora.lora_B[name].weight
-        return _AdaptedLinear.apply(flat, *weights, lora.base_layer, lora.scaling[name]).view(*x.shape[:-1], -1)
+        return _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name]).view(*x.shape[:-1], -1)
 
 
 def fuse(model) -> None:
-    """Have the LoRA layers of a PEFT model computed in one piece: those without dropout over an `nn.Linear`, 4-bit or not.
+    """Have the LoRA layers of a PEFT model that lie over an `nn.Linear`, 4-bit or not, computed in one piece.
 
     The forward is replaced on each instance, and PEFT's own is used where no gradient is asked for, or the adapter is off.
     """
     for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Linear) and hasattr(module, "lora_A"):
-            if all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
-                module.forward = functools.partial(_forward, module, module.forward)
+        if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear):
+            module.forward = functools.partial(_forward, module, module.forward)

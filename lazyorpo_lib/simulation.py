@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from . import attention, trainer
+from . import adapters, attention, trainer
 from .batching import EncodedPair, collate
 from .head import ScoringForward
 from .model import Machine, add_adapters, causal_lm, explained
@@ -123,31 +123,18 @@ class _Ledger(TorchDispatchMode):
         self.grads += parameter.numel() * parameter.element_size()
 
 
-class _FourBitProduct(torch.autograd.Function):
-    """What bitsandbytes holds during a 4-bit layer: the weight, dequantised in the forward and again in the backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.weight = weight
-        return nn.functional.linear(x, _FourBitProduct.dequantised(weight, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ _FourBitProduct.dequantised(ctx.weight, grad.dtype), None, None
-
-    @staticmethod
-    def dequantised(weight, dtype):
-        scales = torch.empty(weight.numel() // 64, dtype=torch.float32)  # double quantisation undone, first
-        weight = torch.empty(weight.shape, dtype=dtype)
-        del scales
-        return weight
-
-
 class _FourBit(nn.Linear):
-    def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        out = _FourBitProduct.apply(x.to(self.compute_dtype), self.weight, bias)
-        return out.to(x.dtype).clone()  # PEFT clones what comes out of a 4-bit layer
+    """Stands for bitsandbytes' layer."""
+
+
+def _dequantised(layer, dtype):
+    """What `adapters.frozen_weight` holds for a moment, of a 4-bit layer and of any other."""
+    if not isinstance(layer, _FourBit):
+        return layer.weight.to(dtype)
+    scales = torch.empty(layer.weight.numel() // 64, dtype=torch.float32)  # double quantisation undone, first
+    weight = torch.empty(layer.weight.shape, dtype=dtype)
+    del scales
+    return weight
 
 
 def adapted_layers(model) -> list[nn.Module]:
@@ -183,7 +170,7 @@ def _cut(config):
     return config
 
 
-def _small_model(config, settings: Settings, method: str, dtype, cuda: bool):
+def _small_model(config, settings: Settings, method: str, dtype):
     """The cut model as `method` trains it, its parameters on meta."""
     model = on_meta(_cut(config), torch.float32 if method == "full" else dtype)
     if method == "full":
@@ -191,12 +178,9 @@ def _small_model(config, settings: Settings, method: str, dtype, cuda: bool):
     if method == "qlora":
         for layer in adapted_layers(model):
             if isinstance(layer, nn.Linear):
-                layer.__class__, layer.compute_dtype = _FourBit, dtype
+                layer.__class__ = _FourBit
     with torch.device("meta"):
         model = add_adapters(model, settings)
-    for module in model.modules():
-        if cuda and method == "qlora" and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # PEFT's 4-bit layers do not cast under autocast
     return model
 
 
@@ -287,7 +271,7 @@ def _llama_like(text):
 
 def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], float]:
     cuda, autocast = machine.device == "cuda", dtype != torch.float32
-    model = _small_model(config, settings, method, dtype, cuda)
+    model = _small_model(config, settings, method, dtype)
     lm = causal_lm(model)
     dense = not lm._supports_sdpa  # soft-capping and sinks run in eager code with dense masks
     mode, results = FakeTensorMode(), []
@@ -299,6 +283,7 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
         trainer.checkpoint_layers(model, LAYERS - 1)
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
+        stack.enter_context(patch.object(adapters, "frozen_weight", _dequantised))
         stack.enter_context(patch.object(attention, "_mask", _no_mask))
         stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *args: False))  # its fake takes bfloat16 alone
         _simulated_attention.varlen = cuda and autocast and machine.capability[0] >= 8
