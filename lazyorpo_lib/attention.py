@@ -156,14 +156,16 @@ def _varlen_agrees(query, key, value) -> bool:
     global _row
     spans = [Span(0, 9, 7, 5), Span(21, 3, 2, 6)]
     n, saved, results = 32, _row, []
-    with torch.enable_grad(), torch.random.fork_rng(devices=[query.device]):
-        inputs = [torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)]
-        for path in (lambda q, k, v: attention(None, q, k, v, None)[0], lambda q, k, v: _varlen(q, k, v, None, None)):
-            _row = _Row(spans)
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            out = path(*leaves)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-    _row = saved
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[query.device]):
+            inputs = [torch.randn(1, x.shape[1], n, x.shape[-1], device=x.device, dtype=x.dtype) for x in (query, key, value)]
+            for path in (lambda q, k, v: attention(None, q, k, v, None)[0], lambda q, k, v: _varlen(q, k, v, None, None)):
+                _row = _Row(spans)
+                leaves = [x.clone().requires_grad_() for x in inputs]
+                out = path(*leaves)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    finally:
+        _row = saved
     return all(torch.allclose(a.float(), b.float(), atol=3e-2, rtol=3e-2) for a, b in zip(*results, strict=True))
 
 
@@ -243,6 +245,9 @@ class PairScorer:
         if self.layout == "padded":
             return given | dict(attention_mask=batch.attention_mask)
         given["position_ids"] = batch.position_ids
+        if self.rung == "shared":
+            # Not read; without a mask transformers would look through the positions for documents, and wait for the device.
+            given["attention_mask"] = torch.ones_like(batch.input_ids)
         if self.rung == "shared, dense masks":
             given["attention_mask"] = dense_masks(batch, self.model.config.get_text_config(), self.model.dtype)
         return given

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from lazyorpo_lib import trainer as module
@@ -72,6 +73,26 @@ def test_checkpointed_layers_change_no_gradient(tmp_path):
     for layers in (1, 2):
         assert checkpoint_layers(trainer.model, layers) == layers
         assert relative(gradients(trainer, pairs)[1], plain) < 1e-6
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for: on a GPU each time waits for all that was queued."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path):
+    counts = []
+    for steps in (2, 6):
+        trainer = make(tmp_path, random_pairs(48), max_steps=steps, log_every_steps=1000, tokens_per_batch=60)
+        with HostReads() as reads:
+            trainer.train()
+        counts.append(reads.count)
+    assert counts[1] - counts[0] == 4
 
 
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
