@@ -3,15 +3,19 @@
     python -m tests.benchmarks                                    # the demo's model and pairs, LoRA
     python -m tests.benchmarks --dataset pairs.json --max-tokens 760 --method full --checkpointing
     python -m tests.benchmarks --model llama-3-8b --method qlora --precision bfloat16      # random weights, on a GPU
+    python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16   # one system against itself
+    python -m tests.benchmarks --growth 256 1024 4096             # one pair of so many tokens: how the cost grows
 
 Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up on one step of short pairs that does
-not count; while one computes the others wait. Memory is the peak above the loaded model.
+not count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
+Memory is the peak above the loaded model.
 """
 
 import argparse
 import datetime
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -36,10 +40,12 @@ def arguments():
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step")
     parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--precision", default=["float32"], nargs="+", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true", help="recompute every layer, in all systems")
-    parser.add_argument("--only", choices=SYSTEMS, help="one system alone")
+    parser.add_argument("--systems", default=list(SYSTEMS), nargs="+", choices=SYSTEMS, help="the first is the one compared with")
+    parser.add_argument("--growth", type=int, nargs="+", help="in place of a dataset: one random pair of so many tokens a step")
+    parser.add_argument("--profile", action="store_true", help="after the steps, one more under torch's profiler: where the time goes")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results"))
     return parser.parse_args()
@@ -49,7 +55,7 @@ class Worker:
     def __init__(self, name: str, job: dict):
         command = [sys.executable, "-m", "tests.benchmarks.worker", json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.name, self.steps = name, []
+        self.name, self.job, self.steps, self.rates, self.profile = name, job, [], [], None
         self.model = self.read()
         self.loaded_gib = self.read()["memory_gib"]
 
@@ -59,20 +65,32 @@ class Worker:
             raise SystemExit(f"{self.name} ended early:\n{self.process.stderr.read()[-2000:]}")
         return json.loads(line)
 
-    def step(self) -> dict:
+    def step(self, rate: float) -> None:
+        """One step, and the machine's matmul rate (TFLOP/s) taken just before it."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         self.steps.append(self.read())
-        return self.steps[-1]
+        self.rates.append(rate)
+        print(f"{self.name}: {self.steps[-1]}, matmul {rate:.3f} TFLOP/s", file=sys.stderr, flush=True)
 
-    def figures(self, pairs: int) -> dict:
+    def finish(self) -> None:
+        if self.job["profile"]:
+            self.step(0.0)
+            self.profile = self.steps.pop()["profile"]
+            self.rates.pop()
+        self.process.kill()
+
+    def figures(self) -> dict:
         counted = self.steps[1:]
-        seconds = sum(s["seconds"] for s in counted)
-        tokens = sum(s["tokens"] for s in counted)
+        seconds, tokens = sum(s["seconds"] for s in counted), sum(s["tokens"] for s in counted)
+        per_weight = (6 if self.job["method"] == "full" else 4) + 2 * self.job["checkpointing"]
+        possible = sum(s["seconds"] * rate for s, rate in zip(counted, self.rates[1:], strict=True)) * 1e12
         return {
-            "pairs_per_second": pairs * len(counted) / seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
-            "peak_gib_above_model": counted[-1]["memory_gib"] - self.loaded_gib, "losses": [s["loss"] for s in self.steps],
-            "seconds": [s["seconds"] for s in counted],
+            "pairs_per_second": self.job["pairs"] * len(counted) / seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "peak_gib_above_model": counted[-1]["memory_gib"] - self.loaded_gib,
+            "matmul_share": per_weight * self.model["parameters"] * tokens / possible, "losses": [s["loss"] for s in self.steps],
+            "seconds": [s["seconds"] for s in counted], "step_tokens": [s["tokens"] for s in counted],
+            "attention_seconds": [s["attention_seconds"] for s in counted], "matmul_tflops": self.rates[1:], "profile": self.profile,
         }  # fmt: skip
 
 
@@ -93,34 +111,42 @@ def matmul_rate(dtype: torch.dtype, device: str, width: int) -> float:
 
 def main() -> None:
     options = arguments()
-    job = {k: v for k, v in vars(options).items() if k not in ("out", "only")}
-    job["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    systems = {options.only: SYSTEMS[options.only]} if options.only else SYSTEMS
-    in_turn = job["device"] == "cpu"  # two models of 8B do not fit one card, so there they follow one another
+    shared = {k: v for k, v in vars(options).items() if k not in ("out", "systems", "precision")}
+    shared["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.growth:
+        shared |= {"pairs": 1, "steps": len(options.growth), "max_tokens": max(options.growth)}
+    jobs = {}
+    for precision in options.precision:
+        for name in options.systems:
+            full_name = name if len(options.precision) == 1 else f"{name}, {precision}"
+            jobs[full_name] = shared | SYSTEMS[name] | {"precision": precision}
+    in_turn = shared["device"] == "cpu"  # two models of 8B do not fit one card, so there they follow one another
     workers = []
-    for name, system in systems.items():
-        workers.append(Worker(name, job | system))
+    for name, job in jobs.items():
+        workers.append(Worker(name, job))
         if not in_turn:
-            for _ in range(options.steps + 1):
-                workers[-1].step()
-            workers[-1].process.kill()
-    for _ in range(options.steps + 1) if in_turn else ():
+            for _ in range(job["steps"] + 1):
+                workers[-1].step(rate_for(job))
+            workers[-1].finish()
+    for _ in range(shared["steps"] + 1) if in_turn else ():
         for worker in workers:
-            print(f"{worker.name}: {worker.step()}", file=sys.stderr, flush=True)
-    report(options, job, workers)
+            worker.step(rate_for(worker.job))
+    for worker in workers if in_turn else ():
+        worker.finish()
+    report(options, shared, workers)
+
+
+def rate_for(job: dict) -> float:
+    return matmul_rate(getattr(torch, job["precision"]), job["device"], 1024)
 
 
 def report(options, job: dict, workers: list[Worker]) -> None:
     machine = this_machine()
-    rate = matmul_rate(getattr(torch, options.precision), job["device"], 1024)
-    results = {w.name: w.figures(options.pairs) for w in workers}
-    per_weight = (6 if options.method == "full" else 4) + 2 * options.checkpointing
-    for worker in workers:
-        r = results[worker.name]
-        r["matmul_share"] = per_weight * worker.model["parameters"] * r["tokens_per_second"] / (rate * 1e12)
+    results = {w.name: w.figures() for w in workers}
     first = next(iter(results.values()))
-    print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({options.precision}); {options.method}, checkpointing "
-          f"{'on' if options.checkpointing else 'off'}; {options.pairs} pairs a step, {options.steps} steps, "
+    rate = statistics.median(first["matmul_tflops"])
+    print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({workers[0].job['precision']}); {options.method}, checkpointing "
+          f"{'on' if options.checkpointing else 'off'}; {job['pairs']} pairs a step, {job['steps']} steps, "
           f"{workers[0].model['mean_tokens']:.0f} tokens a pair\n")  # fmt: skip
     print("| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |")
     print("|---|---|---|---|---|---|---|---|")
@@ -130,8 +156,15 @@ def report(options, job: dict, workers: list[Worker]) -> None:
             f"{r['peak_gib_above_model']:.2f} | {r['peak_gib_above_model'] / first['peak_gib_above_model']:.2f} | "
             f"{r['matmul_share']:.0%} | {r['losses'][1]:.5f} |"
         )
+    if options.growth:
+        print("\n| tokens a pair | tokens/s | of a token's time: attention, ms | the rest, ms |\n|---|---|---|---|")
+        for tokens, seconds, attention in zip(*(first[k] for k in ("step_tokens", "seconds", "attention_seconds")), strict=True):
+            print(f"| {tokens} | {tokens / seconds:.0f} | {1e3 * attention / tokens:.2f} | {1e3 * (seconds - attention) / tokens:.2f} |")
+    for worker in workers:
+        for name, share in worker.profile or ():
+            print(f"{worker.name}: {name} {share:.1%}")
     stamp = f"{datetime.date.today()}-{machine.device}-{Path(options.model).name}-{options.method}"
-    stamp += "-checkpointed" * options.checkpointing
+    stamp += "-checkpointed" * options.checkpointing + "-growth" * bool(options.growth) + "-precision" * (len(options.precision) > 1)
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": str(datetime.date.today()), "device": machine.name, "processor": platform.processor() or platform.machine(),
@@ -139,7 +172,7 @@ def report(options, job: dict, workers: list[Worker]) -> None:
         "job": job | {"dataset": Path(options.dataset).name, "model": Path(options.model).name},
         "matmul_tflops": rate, "results": results,
     }  # fmt: skip
-    (options.out / f"{stamp}.json").write_text(json.dumps(record, indent=1))
+    (options.out / f"{stamp}.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(results, options.out / f"{stamp}.png", f"{Path(options.model).name}, {options.method}, {machine.name}")
 
 

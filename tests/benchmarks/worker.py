@@ -5,6 +5,7 @@
 
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -13,10 +14,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from lazyorpo_lib import data, model
-from lazyorpo_lib.batching import StepSampler
+from lazyorpo_lib import attention, data, model
+from lazyorpo_lib.batching import EncodedPair, StepSampler
 from lazyorpo_lib.encoding import Encoder, prepare_tokenizer
 from lazyorpo_lib.settings import Settings
 from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
@@ -34,7 +36,11 @@ SHAPES = {
 
 
 def encoded_pairs(job: dict) -> list:
-    """The first pairs of the dataset that fit, then the order in which the kit would take them."""
+    """The first pairs of the dataset that fit, then the order in which the kit would take them; or random ones of given lengths."""
+    if job["growth"]:
+        rng = random.Random(0)
+        return [EncodedPair(i, *([rng.randrange(5, 5000) for _ in range(n // 3 + k * (n % 3))] for k in (1, 0, 0)))
+                for i, n in enumerate([256, *job["growth"], *job["growth"][-1:] * job["profile"]])]  # fmt: skip
     tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
@@ -42,7 +48,7 @@ def encoded_pairs(job: dict) -> list:
     pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
     order = [i for step in StepSampler([p.tokens() for p in pairs], job["pairs"], seed=0) for i in step]
     short = sorted(pairs, key=lambda p: p.tokens())[: job["pairs"]]  # the warm-up's
-    return short + [pairs[i] for i in order][: job["pairs"] * job["steps"]]
+    return short + [pairs[i] for i in order][: job["pairs"] * (job["steps"] + job["profile"])]
 
 
 def base_model(job: dict, device: str):
@@ -60,10 +66,10 @@ def base_model(job: dict, device: str):
 
 
 class Stepwise(TrainerCallback):
-    """Waits for a line before each step and reports after it."""
+    """Waits for a line before each step and reports after it; after the counted ones comes the profiled one, if asked for."""
 
-    def __init__(self, tokens):
-        self.tokens, self.losses = tokens, []
+    def __init__(self, job: dict, tokens):
+        self.job, self.tokens, self.profiler = job, tokens, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.device = args.device
@@ -71,14 +77,50 @@ class Stepwise(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         sys.stdin.readline()
+        if state.global_step > self.job["steps"]:
+            activities = [getattr(ProfilerActivity, name) for name in ("CPU", "CUDA")[: 1 + torch.cuda.is_available()]]
+            self.profiler = profile(activities=activities).__enter__()
         self.began = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.began
-            say(loss=logs["loss"], seconds=seconds, memory_gib=peak(self.device), tokens=self.tokens(state.global_step - 1))
+        if "loss" not in (logs or {}):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, step = time.perf_counter() - self.began, state.global_step - 1
+        figures = dict(loss=logs["loss"], seconds=seconds, memory_gib=peak(self.device), tokens=self.tokens(step), attention_seconds=0.0)
+        if self.profiler:
+            self.profiler.__exit__(None, None, None)
+            figures["profile"] = shares(self.profiler.key_averages())
+        if self.job["growth"]:
+            figures["attention_seconds"] = attention_seconds(self.job, self.model, step)
+        say(**figures)
+
+
+def shares(events, most: int = 12) -> list:
+    """[(operation, its share of the time)], the largest first."""
+    times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in events}
+    total = sum(times.values())
+    return [(name, times[name] / total) for name in sorted(times, key=times.get, reverse=True)[:most]]
+
+
+def attention_seconds(job: dict, trained, step: int) -> float:
+    """What the kit's attention alone takes for this step's row, forward and backward, over all layers."""
+    config = trained.config.get_text_config()
+    heads, few = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pair = encoded_pairs(job)[step]
+    dtype, times = getattr(torch, job["precision"]), []
+    attention.start_batch(attention.collate([pair]))
+    q, k, v = (torch.randn(1, h, pair.tokens(), size, dtype=dtype, device=job["device"], requires_grad=True) for h in (heads, few, few))
+    for _ in range(4):
+        began = time.perf_counter()
+        attention.attention(trained, q, k, v, None)[0].sum().backward()
+        if job["device"] == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    attention.start_batch(None)
+    return min(times) * config.num_hidden_layers
 
 
 def say(**figures) -> None:
@@ -98,8 +140,9 @@ def lazyorpo(job: dict, pairs: list, built, folder: str):
     trainer = OrpoTrainer(
         built, arguments, settings, pairs, tokens_per_batch=job["tokens_per_batch"],
         checkpointed_layers=10**6 if job["checkpointing"] else 0,
-        callbacks=[Stepwise(lambda step: sum(p.tokens() for p in pairs[step * job["pairs"] : (step + 1) * job["pairs"]]))],
+        callbacks=[stepwise := Stepwise(job, lambda step: sum(p.tokens() for p in pairs[step * job["pairs"] : (step + 1) * job["pairs"]]))],
     )  # fmt: skip
+    stepwise.model = model.causal_lm(built)
     from torch.utils.data import DataLoader
 
     def in_order():
@@ -148,7 +191,7 @@ def trl(job: dict, pairs: list, built, folder: str):
         return 2 * len(some) * max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in some)
 
     return SameTokens(
-        built, config, train_dataset=texts, processing_class=tokenizer, callbacks=[Stepwise(tokens)]
+        built, config, train_dataset=texts, processing_class=tokenizer, callbacks=[Stepwise(job, tokens)]
     )  # fmt: skip
 
 
