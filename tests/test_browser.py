@@ -50,7 +50,7 @@ class Notebook:
     def run_all(self) -> None:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        self.page.locator(".jp-InputPrompt", has_text="*").first.wait_for()
+        self.page.locator(".jp-InputPrompt", has_text="*").first.wait_for(state="attached")
 
     def running(self) -> bool:
         return self.page.locator(".jp-InputPrompt", has_text="*").count() > 0
@@ -110,13 +110,16 @@ def jupyter_lab(folder: Path, **environment: str):
         try:
             address = _address(Path(homes["JUPYTER_RUNTIME_DIR"]), server)
             browser = play.chromium.launch(executable_path=CHROMIUM)
-            page = browser.new_page(viewport={"width": 1100, "height": 1400})
+            page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
             page.goto(f"{address}lab/tree/notebooks/LazyORPO.ipynb?token={token}")
             page.locator(".jp-CodeCell").first.wait_for()
             page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-            page.keyboard.press("Control+b")  # without the sidebar
-            yield Notebook(page)
+            try:
+                yield Notebook(page)
+            except BaseException:
+                page.screenshot(path=folder / "failure.png")
+                raise
             browser.close()
         finally:
             server.terminate()
