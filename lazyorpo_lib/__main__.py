@@ -27,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="only say whether it will fit and how long it will take")
     parser.add_argument("--probe", action="store_true", help="only recommend or_weight and learning_rate, after a few short runs")
-    parser.add_argument("--device", default="", help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>")
-    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--device", default="", help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards")
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object (of all cards: a list of them)")
     return parser
 
 
@@ -42,9 +42,13 @@ def main(arguments: list[str]) -> int:
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from . import model, run
+    from . import model, planner, run
 
     settings, sources, why = resolve(layers, gpu_gib=model.this_machine().gpu_gib)
+    if given["device"] == "all":
+        plans = run.estimates(settings)
+        print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
+        return 0
     if given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), plan.method.explain()]))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,13 +23,21 @@ BAD_STEPS_ALLOWED = 3
 
 
 def memory_gib(device) -> float:
-    """Peak memory so far: of the GPU as its allocator reserved it, else of the process."""
+    """Peak memory since `forget_peak_memory`: of the GPU as its allocator reserved it, else of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_reserved() / 2**30
-    import psutil
-
+    with contextlib.suppress(OSError, IndexError):  # Linux alone keeps a peak that can be reset
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     process = psutil.Process().memory_info()
     return max(getattr(process, "peak_wset", 0), process.rss) / 2**30
+
+
+def forget_peak_memory() -> None:
+    """A second run in one process starts its peak anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class StepWindow:
@@ -86,10 +95,6 @@ class StepGuard(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-class Stopped(Exception):
-    """Somebody asked to stop while there was no step to finish."""
-
-
 class Stop(TrainerCallback):
     """Ends training at the end of a step, with a checkpoint, when asked to: by an interrupt (the first one; a second one
     acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
@@ -121,15 +126,11 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
         self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
 
-    def look(self) -> bool:
-        """Whether somebody has asked to stop."""
+    def on_step_end(self, args, state, control, **kwargs):
         if self.file.exists():
             self.reason, self.asked = f"the file {self.file.name} was found", True
             self.file.unlink(missing_ok=True)
-        return self.asked
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if not self.look() and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
+        elif self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
         if self.reason and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ from .simulation import Profile, adapted_layers, on_meta, simulate
 METHODS = ("full", "lora", "qlora")  # strongest first
 MARGIN = 0.08  # share of the memory that a plan leaves free
 CUDA_CONTEXT_GIB = 0.5  # context 0.35 to 0.45, cuBLAS workspace 0.03 to 0.1; not in torch's own count
+CPU_GROWTH_GIB = 0.02  # of the process in its first steps, tensors apart: threads, kernels made at run time; 0.013 to 0.018 measured
 FRAGMENTATION = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}  # of what comes and goes in a step
 EFFICIENCY = 0.45  # of a card's peak, reached by a whole training step
 MEASURED_EFFICIENCY = 0.65  # of one large matrix product timed on the machine at hand
@@ -157,6 +158,7 @@ class _Shape:
     bulk: int
     active: int
     head: int
+    untied: int  # in input embeddings that are not the head too
     adapters: int
     largest: int
     factored: int  # numbers in adafactor's row and column averages
@@ -164,22 +166,13 @@ class _Shape:
     attention_width: int
     vocabulary: int
 
-    def weights(self, method: str, dtype) -> float:
-        """Bytes."""
-        if method == "full":
-            return 4.0 * self.total
-        if method == "lora":
-            return float(dtype.itemsize * self.total)
-        # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
-        four_bit = self.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8
-        return four_bit + dtype.itemsize * (self.total - self.bulk)
-
 
 def _shape(config, rank: int) -> _Shape:
     model, text = on_meta(config, torch.float32), config.get_text_config()
     parameters = dict(model.named_parameters())  # tied ones once
     adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
-    head = model.get_output_embeddings() or model.get_input_embeddings()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings() or embeddings
     experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, 0))), 1)
     used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / experts)
     bulk = sum(a * b for a, b in adapted)
@@ -190,6 +183,7 @@ def _shape(config, rank: int) -> _Shape:
         bulk=bulk,
         active=bulk + round(used * sum(p.numel() for p in parameters.values() if p.dim() == 3)),
         head=head.weight.numel(),
+        untied=0 if head.weight is embeddings.weight else embeddings.weight.numel(),
         adapters=sum(rank * (a + b) for a, b in adapted),
         largest=max(p.numel() for p in parameters.values()),
         factored=sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters.values()),
@@ -307,7 +301,7 @@ class Plan:
         m = self.method
         verdict = "fits" if m.fits else "does not fit" + (f"; {self.changes[0]}" if self.changes else "")
         device = "CPU" if self.device.startswith("CPU") else self.device
-        return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {_duration(m.minutes)} on this {device}: {verdict}"
+        return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {duration(m.minutes)} on this {device}: {verdict}"
 
     def table(self) -> str:
         """As text, a line for each method; the chosen one has a star."""
@@ -316,12 +310,29 @@ class Plan:
             layers = f"{m.checkpointed_layers} of {m.layers}"
             rows.append(
                 f"{'*' if m.method == self.chosen else '':2}{m.method:8}{m.peak_gib:8.1f}{self.memory_gib:8.1f}  "
-                f"{'fits' if m.fits else 'does not fit':14}{_duration(m.minutes):>9}{m.tokens_per_batch:9}{layers:>15}"
+                f"{'fits' if m.fits else 'does not fit':14}{duration(m.minutes):>9}{m.tokens_per_batch:9}{layers:>15}"
             )
         return "\n".join([*rows, self.why, *self.changes])
 
 
-def _duration(minutes: float) -> str:
+def cards_table(plans: Sequence[Plan]) -> str:
+    """Device x method, as text: GiB and time, or that it does not fit."""
+    rows = [f"{'':10}{'GiB':>6}" + "".join(f"{method:>24}" for method in METHODS)]
+    for plan in plans:
+        cells = [f"{m.peak_gib:.1f} GiB, {duration(m.minutes) if m.fits else 'too much'}" for m in plan.methods]
+        rows.append(f"{plan.device:10}{plan.memory_gib:6.1f}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(rows)
+
+
+def tokens_per_second(rows: Sequence[dict]) -> float:
+    """Of a history's training rows but the first, which pays for warming up."""
+    rows = [row for row in rows if "tokens" in row]
+    rows = rows[1:] or rows
+    return sum(row["tokens"] for row in rows) / sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+
+
+def duration(minutes: float) -> str:
+    """In words, e.g. 40 s, 14 min, 2.5 h."""
     if minutes < 1:
         return f"{max(1, round(60 * minutes))} s"
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
@@ -336,6 +347,7 @@ class _Planner:
         key = config.to_json_string(), settings.lora_rank
         self.shape = _shapes[key] if key in _shapes else _shapes.setdefault(key, _shape(config, settings.lora_rank))
         self.trained = self.shape.total if self.full else self.shape.adapters
+        self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
         # Eight random pairs are rarely half as long again as eight mean ones.
         step = settings.pairs_per_step * min(lengths.longest, 1.5 * lengths.mean)
         self.most = max(lengths.longest, round(step), 16)
@@ -343,7 +355,19 @@ class _Planner:
         self.rate, self.bandwidth, self.rate_source = _rates(machine, card, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
-        self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else float(psutil.Process().memory_info().rss)
+        self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
+
+    def _weights(self, stored: torch.dtype) -> float:
+        """Bytes, of a model whose file has them as `stored`."""
+        shape, size = self.shape, self.dtype.itemsize
+        if self.full:
+            return 4.0 * shape.total
+        if self.method == "lora":
+            # On a CPU what is not converted stays a view of the file, and rows that are never looked up stay on the disk.
+            unread = shape.untied if self.machine.device == "cpu" and stored == self.dtype else 0
+            return float(size * (shape.total - unread))
+        # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
+        return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
 
     def optimizer(self) -> tuple[float, float, float]:
         """Bytes of its state on the device, of state that may leave it, and of what an update holds for a moment."""
@@ -373,7 +397,7 @@ class _Planner:
         if gradients + passing > activations + head + gradients_then:  # the optimizer's own moment, activations gone
             activations, head, gradients_then = passing, 0.0, gradients
         parts = {
-            "weights": self.shape.weights(self.method, self.dtype), "adapters": 0.0 if self.full else gradients,
+            "weights": self.weights, "adapters": 0.0 if self.full else gradients,
             "gradients": gradients_then, "optimizer": state, "activations": activations, "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }  # fmt: skip
@@ -462,6 +486,13 @@ def make_plan(config, settings: Settings, target: Machine | Card | str, lengths:
     changes = [] if methods[chosen].fits else _changes(settings, planners[chosen], methods)
     memory = planners[chosen].memory / GIB
     return Plan(machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths)
+
+
+def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
+    """A plan on each of CARDS; one without bfloat16 in hardware computes in what it has."""
+    auto = replace(settings, precision="auto")
+    has_it = [settings.precision != "bfloat16" or card.capability[0] >= 8 for card in CARDS.values()]
+    return [make_plan(config, settings if has else auto, card, lengths) for card, has in zip(CARDS.values(), has_it, strict=True)]
 
 
 def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import EverySteps, OnSave, Progress, Stop, Stopped, memory_gib, progress_bar
+from .callbacks import EverySteps, OnSave, Progress, Stop, forget_peak_memory, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
@@ -35,6 +34,7 @@ NOT_THE_RESULT = {
     "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "instructions", "tokens_per_batch",
     "checkpointed_layers",
 }  # fmt: skip
+FIRST_STEPS = 10  # real steps that tell how long the rest will take
 _locks: dict[Path, object] = {}  # folders this process is at work in
 
 
@@ -54,7 +54,6 @@ class Run:
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
         self.machine = model.this_machine()
-        self.dtype, self.precision_reason = model.pick_precision(settings.precision, self.machine)
         self.folder, self.started = folder_of(settings), time.time()
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         if self.main:
@@ -64,23 +63,29 @@ class Run:
         if self.drive and not trainer.checkpoints(self.folder):
             setup.mirror(self.drive, self.folder)  # what an earlier session left there
         older = read_json(self.folder / "settings.json")
-        self._agree_with(older)
-        self.interrupted = False
+        # What auto chose when the run began holds to its end, also where it goes on on another kind of machine.
+        chosen = older.get("chosen", {}) if self._agree_with(older) else {}
+        self.settings = dataclasses.replace(settings, **chosen)
+        self.dtype, self.precision_reason = model.pick_precision(self.settings.precision, self.machine)
+        self.interrupted, self.foreseen_minutes = False, None
+        self.looked_seconds = self.evaluated_seconds = 0.0
         self.finished = bool(read_json(self.folder / "summary.json").get("finished"))
-        self._write("settings.json", {
-            "version": __version__, "fingerprint": self.fingerprint,
-            "settings": dataclasses.asdict(settings), "sources": sources,
-        })  # fmt: skip
+        self.record = {
+            "version": __version__, "fingerprint": self.fingerprint, "settings": dataclasses.asdict(settings),
+            "sources": sources, "chosen": chosen,
+        }  # fmt: skip
+        self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}")
 
     def _write(self, name: str, content) -> None:
         if self.main:
             history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
-    def _agree_with(self, older: dict) -> None:
+    def _agree_with(self, older: dict) -> bool:
+        """Whether the folder holds this run, begun; an error where it holds another one."""
         begun = any((self.folder / name).exists() for name in ("history.jsonl", "summary.json"))
         if not (older and begun):
-            return
+            return False
         if older["fingerprint"] != self.fingerprint:
             now = dataclasses.asdict(self.settings)
             other = [
@@ -94,6 +99,7 @@ class Run:
             )
         if self.settings.resume == "never":
             raise UserError(f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto.")
+        return True
 
     # Pairs.
 
@@ -169,9 +175,12 @@ class Run:
             self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
             return
         gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
+        forget_peak_memory()
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
         self.plan = self._plan()
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
+        chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
+        self._write("settings.json", self.record | {"chosen": chosen})
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
@@ -203,6 +212,11 @@ class Run:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
         return plan
 
+    def cards(self) -> str:
+        """What these pairs would take on each card that the planner knows, by each method, as text."""
+        config, lengths = model.load_config(self.settings.base_model), planner.measured_lengths(self.train_pairs)
+        return planner.cards_table(planner.plan_cards(config, self.settings, lengths))
+
     def example_loss(self) -> dict[str, float]:
         """The loss terms of a few held-out pairs as the model stands."""
         pairs = [self.eval_pairs[i] for i in range(min(4, len(self.eval_pairs)))] or [self.train_pairs[0]]
@@ -227,18 +241,18 @@ class Run:
             self.plot.update(row)
         if found:
             self.show(f"Going on from step {last}.")
-        self.training_seconds = 0.0
-        with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
+        with self.stop.listening(), _quiet():
             try:
                 if not found:
                     self._look("before")
-                began = time.monotonic()
+                self.peak_before, began = memory_gib(self.trainer.args.device), time.monotonic()
+                forget_peak_memory()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-                self.training_seconds = time.monotonic() - began
+                self.training_seconds, self.training_peak = time.monotonic() - began, memory_gib(self.trainer.args.device)
                 self._look("after")
             finally:
                 self.plot.close()
-        done = 0 < self.trainer.state.max_steps <= self.trainer.state.global_step
+        done = self.trainer.state.global_step >= self.trainer.state.max_steps
         self.stopped = self.trainer.stop_reason or ("" if done else self.stop.reason)
         self.interrupted = bool(self.trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
@@ -256,6 +270,15 @@ class Run:
     def _on_row(self, row: dict) -> None:
         history.append(self.folder / "history.jsonl", row)
         self.plot.update(row)
+        if self.foreseen_minutes is None and "loss" in row and row["step"] >= FIRST_STEPS:
+            self._foresee(row["step"])
+
+    def _foresee(self, step: int) -> None:
+        """How long all of this run takes, now that real steps and an evaluation have been timed."""
+        tokens_left = (self._steps() - step) * self.settings.pairs_per_step * self.plan.lengths.mean
+        left = tokens_left / planner.tokens_per_second(history.read(self.folder / "history.jsonl")) + self.looked_seconds
+        self.foreseen_minutes = (time.time() - self.started + left) / 60
+        self.show(f"After {step} steps: {planner.duration(left / 60)} left, {planner.duration(self.foreseen_minutes)} in all.")
 
     def _look(self, when: str) -> None:
         """Figures and answers on the held-out pairs, `before` or `after` training; kept in held_out.json."""
@@ -264,19 +287,16 @@ class Run:
         pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
         some = min(self.settings.answers, len(pairs))
         base = model.adapters_off(self.trainer.model) if when == "before" else contextlib.nullcontext()
-
-        def advance(bar, done):
-            bar.update(done)
-            if when == "before" and self.stop.look():
-                raise Stopped  # nothing is written yet, and the next run begins here
-
+        began = time.monotonic()
         with base:
             with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
-                table = self.trainer.pair_tables(pairs, partial(advance, bar))
+                table = self.trainer.pair_tables(pairs, bar.update)
+            self.evaluated_seconds += time.monotonic() - began
             asked = [[{"role": "user", "content": text}] for text in INSTRUCTIONS] if some and self.settings.instructions else []
             prompts = [p.prompt for p in pairs[:some]] + [self.encoder.prompt_ids(messages) for messages in asked]
             with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
-                texts = self._answer(prompts, partial(advance, bar))
+                texts = self._answer(prompts, bar.update)
+        self.looked_seconds = time.monotonic() - began
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
         self.trainer.log({f"eval_{name}": value for name, value in row.items()})
         known = read_json(self.folder / "held_out.json")
@@ -318,10 +338,12 @@ class Run:
         if self.finished:
             return read_json(self.folder / "summary.json")
         state, stopped = self.trainer.state, self.stopped
-        if self.main and state.global_step:
+        if self.main:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
                 model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model)
+        minutes, peak = (time.time() - self.started) / 60, max(self.peak_before, memory_gib(self.trainer.args.device))
+        as_planned = (self.training_seconds + self.evaluated_seconds) / 60  # a plan knows neither answers nor loading
         summary = {
             "finished": not stopped,
             "why": stopped or "every step was taken",
@@ -331,17 +353,18 @@ class Run:
             "layout": self.trainer.scorer.rung,
             "precision": str(self.dtype).removeprefix("torch."),
             "device": self.machine.name,
-            "minutes": round((time.time() - self.started) / 60, 3),
+            "minutes": round(minutes, 3),
             "training_minutes": round(self.training_seconds / 60, 3),
             **self._work(),
-            "peak_memory_gib": round(memory_gib(self.trainer.args.device), 3),
+            "peak_memory_gib": round(peak, 3),
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
             "plan": self.plan.as_dict(),
             "planned_against_measured": {
-                "peak_gib": [round(self.plan.method.peak_gib, 3), round(memory_gib(self.trainer.args.device), 3)],
-                "minutes": [round(self.plan.method.minutes, 3), round(self.training_seconds / 60, 3)],
+                "peak_gib": [round(self.plan.method.peak_gib, 3), round(self.training_peak, 3)],
+                "minutes": [round(self.plan.method.minutes, 3), round(as_planned, 3)],
+                "minutes_of_the_whole_run_after_ten_steps": [self.foreseen_minutes and round(self.foreseen_minutes, 3), round(minutes, 3)],
             },
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
             **self.held_out_results(),
@@ -402,19 +425,25 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
 
 
 def estimate(settings: Settings, device: str = "") -> planner.Plan:
-    """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand.
-    Lengths are those of the pairs where these are on this machine already, else what is known of the dataset."""
-    config = model.load_config(settings.base_model)
-    lengths = planner.preset_lengths(settings.dataset, settings)
-    if Path(settings.dataset).expanduser().is_file():
-        tokenizer = model.load_tokenizer(settings.base_model)
-        prepare_tokenizer(tokenizer)
-        encoder = Encoder(
-            tokenizer, max_prompt_tokens=settings.max_prompt_tokens, max_tokens=settings.max_tokens, overlong=settings.overlong
-        )
-        cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
-        lengths = planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
-    return planner.make_plan(config, settings, device or model.this_machine(), lengths)
+    """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand."""
+    target = planner.find_card(device) if device else model.this_machine()
+    return planner.make_plan(model.load_config(settings.base_model), settings, target, _lengths(settings))
+
+
+def estimates(settings: Settings) -> list[planner.Plan]:
+    """The same on every card that the planner knows."""
+    return planner.plan_cards(model.load_config(settings.base_model), settings, _lengths(settings))
+
+
+def _lengths(settings: Settings) -> planner.Lengths:
+    """Of the pairs where these are on this machine already, else what is known of the dataset."""
+    if not Path(settings.dataset).expanduser().is_file():
+        return planner.preset_lengths(settings.dataset, settings)
+    tokenizer = model.load_tokenizer(settings.base_model)
+    prepare_tokenizer(tokenizer)
+    encoder = Encoder(tokenizer, max_prompt_tokens=settings.max_prompt_tokens, max_tokens=settings.max_tokens, overlong=settings.overlong)
+    cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
+    return planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
 
 
 def fingerprint(settings: Settings) -> str:

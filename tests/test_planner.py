@@ -8,9 +8,12 @@ import torch
 from transformers import GemmaConfig, LlamaConfig
 
 from lazyorpo_lib import attention, simulation
+from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.model import Machine
+from lazyorpo_lib.panel import Panel
 from lazyorpo_lib.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
+from lazyorpo_lib.run import estimate
 from lazyorpo_lib.settings import Settings, UserError
 
 CPU = Machine("cpu", "CPU", 16.0)
@@ -67,6 +70,16 @@ def test_parts_sum_to_the_peak_and_the_plan_is_json():
     for m in data["methods"]:
         assert sum(m["parts"].values()) == pytest.approx(m["peak_gib"])
         assert set(m["parts"]) == {"weights", "adapters", "gradients", "optimizer", "activations", "head", "framework"}
+
+
+def test_the_panels_line_moves_with_the_settings(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000)))
+    cell = {"base_model": str(tmp_path), "dataset": "argilla/dpo-mix-7k", "method": "lora"}
+    panel = Panel(cell, estimate=lambda settings: estimate(settings, "T4").line())
+    before = panel.table().splitlines()[-1]
+    panel.edit("method", "full")
+    after = panel.table().splitlines()[-1]
+    assert before != after and all(re.match(r"\d+\.\d of 14\.7 GiB, about .* on this T4: fits", line) for line in (before, after))
 
 
 def test_settings_given_as_numbers_are_kept():
@@ -131,6 +144,32 @@ def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
     assert re.match(r"\d+\.\d of 44\.4 GiB, about \d+ min on this A40: fits", result.line())
     full = plan("A40", lengths, GemmaConfig(**GEMMA_7B), torch.bfloat16, method="full")
     assert full.changes and "does not fit" in full.line() and "method=lora" in " ".join(full.changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "nonesuch"}', "does not know: choose another base_model"),
+        ('{"model_type": "vit"}', "does not know: choose another base_model"),
+        ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "check base_model"),
+        (None, "holds no config.json"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_one_sentence(tmp_path, content, said):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        main(["--plan", "--base-model", str(tmp_path), "--device", "T4"])
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_table_names_every_card_and_what_fits(capsys):
+    assert main(["--plan", "--preset", "tiny", "--device", "all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(CARDS) and "min" in lines[1] or " s" in lines[1]
+    assert main(["--preset", "tiny", "--device", "all", "--json"]) == 0
+    assert [plan["device"] for plan in json.loads(capsys.readouterr().out)] == list(CARDS)
 
 
 @pytest.mark.slow

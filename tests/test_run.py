@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib import history
-from lazyorpo_lib.callbacks import Stop
+from lazyorpo_lib import history, model, planner
+from lazyorpo_lib.callbacks import forget_peak_memory, memory_gib
 from lazyorpo_lib.instructions import INSTRUCTIONS
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
@@ -209,31 +209,37 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
         assert (value == weights(tmp_path)[name]).all(), name
 
 
-def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_what_auto_chose_holds_where_a_run_goes_on_on_another_kind_of_machine(tmp_path, monkeypatch):
+    options = dict(method="auto", max_minutes=1e-4, max_steps=50)
+    first = execute(*tiny(tmp_path, **options), show=lambda text: None)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept["settings"]["method"] == kept["settings"]["precision"] == "auto"
+    assert kept["chosen"] == {"method": first.method, "precision": str(first.dtype).removeprefix("torch.")}
+    dtype, pick = first.dtype, model.pick_precision
+    monkeypatch.setattr(model, "pick_precision", lambda setting, machine: pick("float16" if setting == "auto" else setting, machine))
+    monkeypatch.setattr(planner, "FULL_LEARNING_RATE", 1.0)  # auto would now choose full
+    second = Run(*tiny(tmp_path, **options), show=lambda text: None)
+    second.load_pairs()
+    second.load_model()
+    assert (second.method, second.dtype) == (first.method, dtype) == ("lora", dtype)
+
+
+def test_the_first_ten_steps_foretell_the_minutes_of_the_run(tmp_path):
     said = []
-    run = Run(*tiny(tmp_path, max_steps=2), show=said.append)
-    run.load_pairs()
-    run.load_model()
-    answer = run._answer
-    monkeypatch.setattr(run, "_answer", lambda *args: os.kill(os.getpid(), signal.SIGINT) or answer(*args))
-    run.train()
-    summary = run.finish()
-    assert (summary["steps"], summary["finished"], run.interrupted) == (0, False, True) and "SIGINT" in summary["why"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and "Stopped at step 0" in said[-2]
-    left = {p.name for p in tmp_path.iterdir()}
-    assert not left & {"held_out.json", "history.jsonl", "model"} and not [name for name in left if "checkpoint" in name]
-    again = execute(*tiny(tmp_path, max_steps=2), show=said.append)
-    assert again.finished and again.held_out_results() and (tmp_path / "model").is_dir()
+    run = execute(*tiny(tmp_path, max_steps=12), show=said.append)
+    measured = json.loads((run.folder / "summary.json").read_text())["planned_against_measured"]
+    foretold, minutes = measured["minutes_of_the_whole_run_after_ten_steps"]
+    assert 0 < foretold < 10 * minutes and any(text.startswith("After 10 steps: ") for text in said)
+    assert min(measured["peak_gib"]) > 0
 
 
-def test_a_second_interrupt_acts_at_once_and_the_old_handler_comes_back(tmp_path):
-    before, stop = signal.getsignal(signal.SIGINT), Stop(tmp_path / "STOP")
-    with stop.listening():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.look() and "SIGINT" in stop.reason
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets go of a process's peak")
+def test_a_second_run_in_one_process_has_a_peak_of_its_own():
+    block = bytearray(400 * 2**20)
+    del block
+    before = memory_gib("cpu")
+    forget_peak_memory()
+    assert memory_gib("cpu") < before - 0.3
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_is_no_interruption(tmp_path):
@@ -294,6 +300,7 @@ def test_help_lists_every_setting_with_default_and_meaning():
         (["--preset", "tiny", "--output-dir", "/proc/none"], "cannot be written"),
         (["--preset", "tiny", "--precision", "int8"], "one of auto, bfloat16"),
         (["--preset", "tiny", "--max-tokens", "10"], "max_prompt_tokens is 256 and max_tokens is 10"),
+        (["--preset", "tiny", "--plan", "--device", "A41"], "device is 'A41', but must be one of T4, L4"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):

@@ -58,12 +58,6 @@ def case(shape: str, method: str) -> dict:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home)
         settings = Settings(**{**vars(settings), "base_model": home})
         model = models.load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
-        if method == "qlora":
-            # Head and embeddings stay views of the mapped file, and keep in the count every page that was read to quantise
-            # the rest: memory the kernel takes back when it is short. Copies let the file go.
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.clone()
         args = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(home))
         run = OrpoTrainer(model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed)
         resident = psutil.Process().memory_info().rss / 2**30
@@ -101,12 +95,17 @@ def main(shapes=tuple(SHAPES), methods=METHODS) -> list[dict]:
     return rows
 
 
+def report(rows: list[dict]) -> dict:
+    """The cases with what they were measured on."""
+    cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    hardware = f"{cpu}, {len(os.sched_getaffinity(0))} core(s), no GPU"
+    return dict(command="python -m tests.benchmarks.planner_check", date=time.strftime("%Y-%m-%d"), hardware=hardware, cases=rows)
+
+
 if __name__ == "__main__":
     if sys.argv[3:] == ["--here"]:
         print(json.dumps(case(*sys.argv[1:3])))
     elif len(sys.argv) == 3:
         print(json.dumps(main([sys.argv[1]], [sys.argv[2]])[0], indent=2))
     else:
-        rows = main()
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(report(main()), indent=1) + "\n")
