@@ -95,6 +95,10 @@ class StepGuard(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class Stopped(Exception):
+    """Somebody asked to stop while there was no step to finish."""
+
+
 class Stop(TrainerCallback):
     """Ends training at the end of a step, with a checkpoint, when asked to: by an interrupt (the first one; a second one
     acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
@@ -126,11 +130,15 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
         self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def look(self) -> bool:
+        """Whether somebody has asked to stop."""
         if self.file.exists():
             self.reason, self.asked = f"the file {self.file.name} was found", True
             self.file.unlink(missing_ok=True)
-        elif self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
+        return self.asked
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.look() and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
         if self.reason and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True

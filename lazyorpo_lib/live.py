@@ -1,4 +1,4 @@
-"""The live picture of a run: the log-odds of chosen and rejected part, beside nll, or_loss and accuracy.
+"""The live picture of a run: the log-odds of chosen and rejected part, beside nll, or_loss, its pull and accuracy.
 
 The only module that imports matplotlib, and never pyplot: one Figure whose artists are kept and given new data, so it
 touches no global state. A notebook sees one image output, updated in place; elsewhere the picture is a file.
@@ -24,19 +24,21 @@ from . import history
 
 MAX_POINTS = 600  # a line; longer histories are averaged down
 FILE_SECONDS = 30.0  # between two writes of the file while training goes on
-INCHES, DPI = (10, 4.6), 160
-METADATA = {"image/png": {"width": 1000, "height": 460}}  # CSS pixels: the output keeps its height when updated
+INCHES, DPI = (10, 5.2), 160
+METADATA = {"image/png": {"width": 1000, "height": 520}}  # CSS pixels: the output keeps its height when updated
 CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
 RUN_COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 RUN_DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
+BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
 INK, QUIET, FAINT, PAPER = "#222222", "#666666", "#E6E6E3", "#FBFBF9"  # its own light paper, for dark themes too
+NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
     "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.edgecolor": "#BDBDB8",
     "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
-KEPT = {"step", "learning_rate", *history.CURVES, *(f"eval_{name}" for name in history.CURVES)}
+KEPT = {"step", "learning_rate", "odds_gradient_share", *history.CURVES, *(f"eval_{name}" for name in history.CURVES)}
 
 
 def _thin(rows):
@@ -71,7 +73,7 @@ class _Curve:
 
     def __init__(self, axes, name, color=INK, style="-", label="{:.2f}"):
         self.name, self.text, self.end = name, label, None
-        (self.dots,) = axes.plot([], [], ".", color=color, alpha=0.28, markersize=4.5, markeredgewidth=0)
+        (self.dots,) = axes.plot([], [], ".", color=color, alpha=0.36, markersize=4.5, markeredgewidth=0)
         (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
         (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
         self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
@@ -102,17 +104,18 @@ class _Picture:
         paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure)
         self.figure.add_artist(paper)
         text = self.figure.text
-        self.title = text(0.03, 0.92, "", size=12.5, weight="bold", va="center", parse_math=False)
-        self.status = text(0.97, 0.92, "", size=10, color=QUIET, ha="right", va="center")
-        self.reading = text(0.03, 0.06, "", size=10.5, va="center")
-        self.key = text(0.558, 0.815, "", size=7.5, color=QUIET, ha="right")
-        text(0.925, 0.585, "- - ln 2: no preference", size=7.5, color=QUIET, ha="right")
-        self.main = self._add_axes((0.058, 0.205, 0.5, 0.59), "log-odds (nats)", 6)
+        self.title = text(0.03, 0.929, "", size=12.5, weight="bold", va="center", parse_math=False)
+        self.status = text(0.97, 0.929, "", size=10, color=QUIET, ha="right", va="center")
+        self.reading = text(0.03, 0.053, "", size=10.5, va="center")
+        self.main = self._add_axes("log-odds (nats)", 6)
+        self.main.set_position((0.058, BOTTOM, 0.5, TOP - BOTTOM))
         (self.between,) = self.main.fill([0], [0], color=CHOSEN, alpha=0.13, linewidth=0)
-        self.nll = self._add_axes((0.705, 0.665, 0.22, 0.13), "nll (nats per token)", 2, labelbottom=False)
-        self.odds = self._add_axes((0.705, 0.435, 0.22, 0.13), "or_loss (nats)", 2, labelbottom=False)
-        self.accuracy = self._add_axes((0.705, 0.205, 0.22, 0.13), "accuracy (share of pairs)", 2)
-        self.accuracy.set_yticks([0, 0.5, 1])
+        self.nll = self._add_axes("nll (nats per token)", 2)
+        self.odds = self._add_axes("or_loss (nats)", 2, "- - ln 2: no preference")
+        self.pull = self._add_axes("odds term (share of gradient)", 2)
+        self.accuracy = self._add_axes("accuracy (share of pairs)", 2)
+        for axes in (self.pull, self.accuracy):
+            axes.set_yticks([0, 0.5, 1])
         for axes, level in ((self.odds, math.log(2)), (self.accuracy, 0.5)):
             axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
         self.curves = {
@@ -122,34 +125,47 @@ class _Picture:
             ],
             self.nll: [_Curve(self.nll, "nll")],
             self.odds: [_Curve(self.odds, "or_loss")],
+            self.pull: [_Curve(self.pull, "odds_gradient_share")],
             self.accuracy: [_Curve(self.accuracy, "accuracy")],
         }
 
-    def _add_axes(self, box, heading, ticks, labelbottom=True):
-        axes = self.figure.add_axes(box)
+    def _add_axes(self, heading, ticks, note=""):
+        axes = self.figure.add_axes((0, 0, 1, 1), label=heading)
         axes.set_title(heading, loc="left", size=9.5, y=1, pad=6)  # a fixed y spares a layout at every draw
+        axes.set_title(note, **NOTE)
         axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=[1, 2, 5, 10], integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
-        axes.tick_params(labelbottom=labelbottom)
-        axes.set_xlabel("optimizer step" if labelbottom else "")
+        axes.set_xlabel("optimizer step")
         return axes
+
+    def _stack(self):
+        """Put the small axes under each other, those without a curve left out; the lowest one carries the steps."""
+        self.pull.set_visible(self.curves[self.pull][0].end is not None)
+        small = [axes for axes in self.curves if axes is not self.main and axes.get_visible()]
+        height = (TOP - BOTTOM + GAP) / len(small)
+        for k, axes in enumerate(reversed(small)):
+            axes.set_position((0.705, BOTTOM + k * height, 0.22, height - GAP))
+            axes.tick_params(labelbottom=k == 0)
+            axes.xaxis.label.set_visible(k == 0)
 
     def png(self, train, held_out, title, status, dpi) -> bytes:
         train, held_out = _thin(train), _thin(held_out)
         self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
         self.status.set_text(status)
         self.reading.set_text(history.reading(train + held_out).capitalize())
-        self.key.set_text("\N{WHITE CIRCLE} held-out pairs" if held_out else "")
+        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if held_out else "", **NOTE)
         steps = [row["step"] for row in train + held_out] or [0]
         first, last = min(steps), max(*steps, min(steps) + 1)
         side = 0.01 * (last - first)
+        always = {self.odds: [math.log(2)], self.pull: [0.0, 1.0], self.accuracy: [0.0, 1.0]}  # within the axes
         for axes, curves in self.curves.items():
             seen = [value for curve in curves for value in curve.show(train, held_out)]
-            seen += {self.odds: [math.log(2)], self.accuracy: [0.0, 1.0]}.get(axes, []) or ([] if seen else [0.0])
+            seen += always.get(axes, []) or ([] if seen else [0.0])
             room = 0.06 * (max(seen) - min(seen)) or 0.5
             axes.set_ylim(min(seen) - room, max(seen) + room)
             axes.set_xlim(first - side, last + side)
             _place_labels(axes, curves)
+        self._stack()
         chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
         self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
         self.figure.set_dpi(dpi)

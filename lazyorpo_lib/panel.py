@@ -127,7 +127,7 @@ class Panel:
         self.status = w.HTML()
         for name, entry in self.inputs.items():
             entry.observe(lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value")
-        columns = w.Layout(grid_template_columns="440px auto")
+        columns = w.Layout(grid_template_columns="440px minmax(0, 1fr)")
 
         def rows(names):
             return w.GridBox([x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns)
@@ -175,10 +175,12 @@ class Panel:
                 self.inputs[name].value = value if isinstance(value, bool) else str(value)
                 weight = "normal" if source == "default" else "bold"
                 help = escape(FIELDS[name].metadata["help"])
-                self.notes[name].value = f'<span style="font-weight:{weight}">{escape(source)}</span> · {help}'
+                text = f'<span style="font-weight:{weight}">{escape(source)}</span> · {help}'
+                self.notes[name].value = f'<div style="line-height:1.3;padding:6px 0 4px 6px">{text}</div>'
         finally:
             self._moving = False
-        self.status.value = f"<p>{escape(why)}</p><p>{escape(self._estimate_of(settings))}</p>".replace("\n", "<br>")
+        text = escape(f"{why[0].upper()}{why[1:]}.\n{self._estimate_of(settings)}").replace("\n", "<br>")
+        self.status.value = f'<div style="line-height:1.5;padding:6px">{text}</div>'
 
 
 def _mark(name: str, value):

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import EverySteps, OnSave, Progress, Stop, forget_peak_memory, memory_gib, progress_bar
+from .callbacks import EverySteps, OnSave, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
@@ -241,7 +242,8 @@ class Run:
             self.plot.update(row)
         if found:
             self.show(f"Going on from step {last}.")
-        with self.stop.listening(), _quiet():
+        self.training_seconds = self.peak_before = self.training_peak = 0.0
+        with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
                 if not found:
                     self._look("before")
@@ -252,7 +254,7 @@ class Run:
                 self._look("after")
             finally:
                 self.plot.close()
-        done = self.trainer.state.global_step >= self.trainer.state.max_steps
+        done = 0 < self.trainer.state.max_steps <= self.trainer.state.global_step
         self.stopped = self.trainer.stop_reason or ("" if done else self.stop.reason)
         self.interrupted = bool(self.trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
@@ -287,15 +289,21 @@ class Run:
         pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
         some = min(self.settings.answers, len(pairs))
         base = model.adapters_off(self.trainer.model) if when == "before" else contextlib.nullcontext()
+
+        def advance(bar, done):
+            bar.update(done)
+            if when == "before" and self.stop.look():
+                raise Stopped  # nothing is written yet, and the next run begins here
+
         began = time.monotonic()
         with base:
             with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
-                table = self.trainer.pair_tables(pairs, bar.update)
+                table = self.trainer.pair_tables(pairs, partial(advance, bar))
             self.evaluated_seconds += time.monotonic() - began
             asked = [[{"role": "user", "content": text}] for text in INSTRUCTIONS] if some and self.settings.instructions else []
             prompts = [p.prompt for p in pairs[:some]] + [self.encoder.prompt_ids(messages) for messages in asked]
             with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
-                texts = self._answer(prompts, bar.update)
+                texts = self._answer(prompts, partial(advance, bar))
         self.looked_seconds = time.monotonic() - began
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
         self.trainer.log({f"eval_{name}": value for name, value in row.items()})
@@ -338,7 +346,7 @@ class Run:
         if self.finished:
             return read_json(self.folder / "summary.json")
         state, stopped = self.trainer.state, self.stopped
-        if self.main:
+        if self.main and state.global_step:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
                 model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model)

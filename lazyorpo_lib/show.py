@@ -69,7 +69,8 @@ def pair(run) -> Shown:
         title = f"{name}: {len(ids)} tokens, {use}"
         marks = '<span style="border-right:1px dotted">{}</span>' if style else "{}"
         inside = "".join(marks.format(escape(piece)) for piece in shown)
-        html.append(f'<p><b>{title}</b></p><div style="white-space:pre-wrap">{lead}<span style="{style}">{inside}</span></div>')
+        html.append(f'<div style="margin:.8em 0 .2em"><b>{title}</b></div>')
+        html.append(f'<div style="white-space:pre-wrap">{lead}<span style="{style}">{inside}</span></div>')
         text.append(f"{title}\n{lead}{'·'.join(shown)}")
     return Shown("\n\n".join(text), "".join(html))
 
@@ -112,13 +113,18 @@ def held_out(run) -> Shown:
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
 
 
+def size(count: int) -> str:
+    """A number of bytes as people read it."""
+    return next((f"{count / 2**n:.1f} {unit}" for n, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if count >= 2**n), f"{count} bytes")
+
+
 def files(run) -> Shown:
     """What the run left in its folder, and the lines that load the model again."""
     rows = []
     for item in sorted(run.folder.iterdir()):
         if not item.name.startswith("."):
             inside = [f for f in item.rglob("*") if f.is_file()] if item.is_dir() else [item]
-            rows.append((item.name + "/" * item.is_dir(), f"{sum(f.stat().st_size for f in inside) / 2**20:.2f} MiB"))
+            rows.append((item.name + "/" * item.is_dir(), size(sum(f.stat().st_size for f in inside))))
     shown = table((str(run.folder), "size"), rows)
     code = f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({str(run.folder / 'model')!r})"
     return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import logging
 import os
 import subprocess
@@ -26,7 +25,8 @@ def row(step, part=0.0, prefix=""):
         log_odds_ratio=3 * part,
         accuracy=0.5 + 0.5 * part,
     )
-    return {"step": step} | {prefix + name: value for name, value in curves.items()}
+    only_in_training = {} if prefix else {"odds_gradient_share": 0.5 - 0.4 * part}
+    return {"step": step} | {prefix + name: value for name, value in curves.items()} | only_in_training
 
 
 def healthy(steps):
@@ -161,7 +161,7 @@ def test_a_notebook_gets_one_handle_constant_text_and_a_fixed_size(tmp_path, clo
     bundles, options = zip(*shown.new, *shown.updates, strict=True)
     assert {bundle["text/plain"] for bundle in bundles} == {"LazyORPO live plot"}
     assert all(one == {"raw": True, "metadata": live.METADATA} for one in options)
-    assert all(pixels(bundle["image/png"]).shape == (736, 1600, 4) for bundle in bundles)
+    assert all(pixels(bundle["image/png"]).shape == (832, 1600, 4) for bundle in bundles)
     assert (tmp_path / "live.png").read_bytes() == bundles[-1]["image/png"]
 
 
@@ -250,11 +250,27 @@ def test_ten_thousand_rows_are_at_most_six_hundred_points_a_line(tmp_path, no_no
         plot._add(row(i + 1, i / 10_000, "eval_"))
     plot._png("")
     for curve in (curve for curves in plot._picture.curves.values() for curve in curves):
-        for line in (curve.dots, curve.line, curve.held_out):
+        measured_on_both = curve.name != "odds_gradient_share"
+        for line in (curve.dots, curve.line, curve.held_out)[: 2 + measured_on_both]:
             x, y = line.get_data()
             assert 300 <= len(x) <= 600 and x[-1] == 10_000
     chosen = plot._picture.curves[plot._picture.main][0].dots.get_ydata()
     assert np.allclose(chosen, np.linspace(-1, 0, len(chosen)), atol=0.01)  # averaged, not left out
+
+
+@pytest.mark.parametrize("objective,panels", [("orpo", 4), ("sft", 3)])
+def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(no_notebook, tmp_path, objective, panels):
+    plot = live.LivePlot(tmp_path / "live.png")
+    for one in healthy(20):
+        plot._add({name: value for name, value in one.items() if objective == "orpo" or name != "odds_gradient_share"})
+    plot._png("")
+    small = [axes for axes in plot._picture.curves if axes.get_visible() and axes is not plot._picture.main]
+    boxes = [axes.get_position() for axes in small]
+    assert len(small) == panels and all(upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+    assert [axes.xaxis.label.get_visible() for axes in small] == [False] * (panels - 1) + [True]
+    if objective == "orpo":
+        share = plot._picture.curves[plot._picture.pull][0]
+        assert share.label.get_text() == "0.11" and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
 
 
 def test_averaging_passes_over_missing_numbers():
@@ -365,25 +381,35 @@ def test_it_draws_without_pyplot_or_a_backend(tmp_path, backend):
 
 
 @pytest.mark.slow
-def test_a_saved_notebook_holds_exactly_one_picture():
+def test_a_saved_notebook_of_ten_thousand_steps_holds_one_picture_and_passes_nbval(tmp_path):
+    """One cell logs 10,000 steps, with the progress bar, on a clock on which they take two minutes."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     code = f"""
 import sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_live import Clock, healthy
-from lazyorpo_lib import live
+sys.path[:0] = [{os.path.dirname(os.path.dirname(__file__))!r}]
+from lazyorpo_lib import history, live
+from lazyorpo_lib.callbacks import progress_bar
+from tests.test_live import Clock, healthy
 clock = Clock()
-plot = live.LivePlot(None, total_steps=60, max_share=1.0, clock=clock)
-for row in healthy(60):
-    clock.now += 10
-    plot.update(row)
+plot = live.LivePlot("live.png", total_steps=10_000, max_share=1.0, clock=clock)
+with progress_bar(10_000, "steps", desc="training") as bar:
+    for row in healthy(10_000):
+        clock.now += 0.012
+        history.append("history.jsonl", row)
+        plot.update(row)
+        bar.update()
 plot.close()
-assert plot.drawn == 63
+assert 30 < plot.drawn < 100 and len(history.read("history.jsonl")) % 10_002 == 0
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": os.getcwd()}}).execute()
-    (output,) = notebook.cells[0].outputs
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (output,) = [o for o in notebook.cells[0].outputs if "image/png" in o.data]
     assert base64.b64decode(output["data"]["image/png"]).startswith(b"\x89PNG")
-    assert output["data"]["text/plain"] == "LazyORPO live plot"
-    assert output["metadata"] == live.METADATA
-    assert len(json.dumps(notebook)) < 200_000
+    assert output["data"]["text/plain"] == "LazyORPO live plot" and output["metadata"] == live.METADATA
+    path = tmp_path / "saved.ipynb"
+    nbformat.write(notebook, path)
+    assert path.stat().st_size < 200_000
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", path]
+    done = subprocess.run([*command, f"--rootdir={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]

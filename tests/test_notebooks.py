@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -197,6 +198,46 @@ def test_run_all_trains_shows_and_is_finished_the_second_time(tmp_path):
     assert len((run / "history.jsonl").read_text().splitlines()) == len(rows)
     for shown in ("answers", "held-out"):
         assert [o.data for o in outputs(again, shown)] == [o.data for o in outputs(first, shown)]
+
+
+@pytest.mark.slow
+def test_an_interrupt_in_a_kernel_ends_the_step_saves_and_the_cells_below_still_run(tmp_path, capsys):
+    from jupyter_client.manager import start_new_kernel
+
+    from lazyorpo_lib import history
+    from lazyorpo_lib.live import show_progress
+
+    folder, settings = tmp_path / "run", dict(preset="tiny", max_steps=50_000, max_pairs=0, save_every_steps=0, eval_pairs=0)
+    code = f"""
+import signal, sys
+sys.path[:0] = [{str(NOTEBOOKS.parent)!r}]
+from lazyorpo_lib.run import Run
+from lazyorpo_lib.settings import resolve
+run = Run(*resolve([("test", {settings | {"output_dir": str(folder)}!r})])[:2])
+run.load_pairs()
+run.load_model()
+handler = signal.getsignal(signal.SIGINT)
+run.train()
+"""
+    below = 'summary = run.finish()\nassert signal.getsignal(signal.SIGINT) is handler and "SIGINT" in summary["why"]'
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path), env=os.environ | ENVIRONMENT)
+    try:
+        asked = client.execute(code), client.execute(below)
+        deadline = time.monotonic() + 120
+        while len(history.read(folder / "history.jsonl")) < 3:
+            assert time.monotonic() < deadline and manager.is_alive()
+            time.sleep(0.1)
+        show_progress(folder)  # as a second kernel would, while training goes on
+        manager.interrupt_kernel()
+        replies = [client.get_shell_msg(timeout=60) for _ in asked]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert [(r["parent_header"]["msg_id"], r["content"]["status"]) for r in replies] == [(i, "ok") for i in asked], replies
+    (checkpoint,) = folder.glob("checkpoint-*")
+    steps = [row["step"] for row in history.read(folder / "history.jsonl")]
+    assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1)) and (folder / "model").is_dir()
+    assert re.match(r"Step \d+, written \d s ago", capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -44,6 +44,13 @@ def test_the_stronger_layer_wins_and_is_named(monkeypatch, preset, env, cell, ed
     assert now(panel, "learning_rate") == expected
 
 
+def test_where_no_preset_applies_the_default_yields_to_the_environment_alone(monkeypatch):
+    notebook = {"base_model": "owner/model", "learning_rate": 5e-4}
+    assert now(Panel(notebook), "learning_rate") == (5e-4, "default")
+    monkeypatch.setenv("LAZYORPO_LEARNING_RATE", "1e-5")
+    assert now(Panel(notebook), "learning_rate") == (1e-5, "env")
+
+
 def test_an_edit_survives_running_the_cells_again():
     notebook = {"epochs": 1.0}
     Panel(notebook).edit("epochs", "3")

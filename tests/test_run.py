@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import history, model, planner
-from lazyorpo_lib.callbacks import forget_peak_memory, memory_gib
+from lazyorpo_lib.callbacks import Stop, forget_peak_memory, memory_gib
 from lazyorpo_lib.instructions import INSTRUCTIONS
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
@@ -207,6 +207,33 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
     assert rows == [1, 2, 3, 4, 5, 6]
     for name, value in weights(finished.folder).items():
         assert (value == weights(tmp_path)[name]).all(), name
+
+
+def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    said = []
+    run = Run(*tiny(tmp_path, max_steps=2), show=said.append)
+    run.load_pairs()
+    run.load_model()
+    answer = run._answer
+    monkeypatch.setattr(run, "_answer", lambda *args: os.kill(os.getpid(), signal.SIGINT) or answer(*args))
+    run.train()
+    summary = run.finish()
+    assert (summary["steps"], summary["finished"], run.interrupted) == (0, False, True) and "SIGINT" in summary["why"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and "Stopped at step 0" in said[-2]
+    left = {p.name for p in tmp_path.iterdir()}
+    assert not left & {"held_out.json", "history.jsonl", "model"} and not [name for name in left if "checkpoint" in name]
+    again = execute(*tiny(tmp_path, max_steps=2), show=said.append)
+    assert again.finished and again.held_out_results() and (tmp_path / "model").is_dir()
+
+
+def test_a_second_interrupt_acts_at_once_and_the_old_handler_comes_back(tmp_path):
+    before, stop = signal.getsignal(signal.SIGINT), Stop(tmp_path / "STOP")
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.look() and "SIGINT" in stop.reason
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_auto_chose_holds_where_a_run_goes_on_on_another_kind_of_machine(tmp_path, monkeypatch):

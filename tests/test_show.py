@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from lazyorpo_lib import show
 from lazyorpo_lib.batching import EncodedPair
 
@@ -58,10 +60,15 @@ def test_a_finished_or_unanswered_run_is_a_sentence():
         assert shown.text == shown.html and shown.text.endswith(".")
 
 
+@pytest.mark.parametrize("count,text", [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")])
+def test_sizes_read_well(count, text):
+    assert show.size(count) == text
+
+
 def test_the_files_of_a_run_are_listed_with_the_way_to_load(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"x" * 2**20)
     (tmp_path / ".lock").touch()
     shown = show.files(SimpleNamespace(folder=tmp_path))
-    assert "model/ | 1.00 MiB" in shown.text and ".lock" not in shown.text
+    assert "model/ | 1.0 MiB" in shown.text and ".lock" not in shown.text
     assert f"load_finished({str(tmp_path / 'model')!r})" in shown.text
