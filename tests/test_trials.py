@@ -84,14 +84,24 @@ def test_the_rule_of_the_probe(runs, best, said):
     assert out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]} and said in out["said"][0]
 
 
-@pytest.mark.slow
-def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path):
-    home = trials.probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=1, show=lambda text: None)
+def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path, monkeypatch):
+    def run(settings, show):
+        """Its margin is the larger the larger or_weight and rate; too large a rate costs likelihood."""
+        assert (settings.max_steps, settings.objective, settings.answers) == (5, "orpo", 0) and settings.eval_pairs <= 32
+        changes = {"log_odds_ratio": settings.or_weight * settings.learning_rate, "nll": settings.learning_rate - 5e-3, "accuracy": 0.1}
+        Path(settings.output_dir).mkdir(parents=True)
+        held_out = {"held_out": {name: {"change": change} for name, change in changes.items()}}
+        Path(settings.output_dir, "summary.json").write_text(json.dumps(held_out))
+
+    monkeypatch.setattr(trials, "_run", run)
+    home = trials.probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=5)
     out = read(home, "probe.json")
     assert [(run["or_weight"], run["learning_rate"]) for run in out["runs"]] == [
         (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
     ]  # fmt: skip
-    assert "Recommended: --or-weight" in (home / "probe.md").read_text() and (home / "probe.png").is_file()
+    assert out["recommended"] == {"or_weight": 0.9, "learning_rate": 3e-3}
+    assert "Recommended: --or-weight 0.9 --learning-rate 0.003" in (home / "probe.md").read_text()
+    assert (home / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, monkeypatch):
