@@ -65,7 +65,7 @@ def main() -> None:
         with_colabs_versions(folder)
         run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
     # Two tests at a time of one thread each: small models gain nothing from two threads.
-    run(here, *PYTEST, "-n", "2", "--dist", "worksteal", "--durations=10", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    run(here, *PYTEST, "-n", "2", "--dist", "loadgroup", "--durations=10", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 if __name__ == "__main__":

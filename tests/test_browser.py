@@ -29,6 +29,7 @@ HOSTILE = "<script>window.hostile = 1</script><img src=nowhere onerror='window.h
 CHANGED = {"epochs": "60", "learning_rate": "5e-3"}
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # all in one process: they look at the same two runs
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
     pytest.mark.skipif(find_spec("playwright") is None, reason="Playwright's Python package is not installed"),
     pytest.mark.skipif(find_spec("jupyterlab") is None, reason="JupyterLab is not installed"),
@@ -48,9 +49,15 @@ class Notebook:
         return self.cell(code).locator(".jp-OutputArea").inner_text()
 
     def run_all(self) -> None:
-        self.page.get_by_role("menuitem", name="Run", exact=True).click()
-        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        self.page.locator(".jp-InputPrompt", has_text="*").first.wait_for(state="attached")
+        for _ in range(6):
+            self.page.get_by_role("menuitem", name="Run", exact=True).click()
+            self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            for _ in range(100):
+                if self.running():
+                    return
+                self.page.wait_for_timeout(100)
+            self.page.keyboard.press("Escape")  # a menu opened before JupyterLab was ready holds entries that do nothing
+        raise TimeoutError("JupyterLab runs no cell")
 
     def running(self) -> bool:
         return self.page.locator(".jp-InputPrompt", has_text="*").count() > 0
@@ -193,12 +200,13 @@ def test_markup_in_a_dataset_is_shown_as_text_and_never_run(seen):
 
 
 def take_screenshots(target: Path) -> None:
-    """The panel, the live picture and the answers of a demo run, each below 300 kB."""
+    """The panel, the live picture and five answers of a demo run, each below 300 kB."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder), LAZYORPO_PRESET="demo") as notebook:
+    with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder), LAZYORPO_PRESET="demo", LAZYORPO_ANSWERS="5") as notebook:
         notebook.run_all()
         notebook.wait(1800)
+        print((notebook.folder() / "summary.json").read_text())
         for name, code in {"panel": "panel.show()", "training": "run.train()", "answers": "show.answers(run)"}.items():
             path = target / f"notebook-{name}.png"
             cell = notebook.cell(code)
