@@ -232,7 +232,7 @@ class LivePlot:
     """The picture of a run while it goes on; a drawing error is logged once and ends the drawing, never the run.
 
     It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the time
-    so far, so that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the time.
+    so far, so that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the training time.
 
     Args:
         path: the file of the picture; None: no file.
@@ -290,9 +290,9 @@ class LivePlot:
     def _due(self, now):
         if not self.drawn:
             return True
-        run = now - self._began
+        run = now - self._first[1] if self._first else 0.0  # training alone: evaluations before it are not drawn
         gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
-        cost_with_next = self.cost_seconds * (1 + 1 / self.drawn)
+        cost_with_next = self.cost_seconds * (1 + 2 / self.drawn)  # and the last one
         return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
 
     def _draw(self, final):

@@ -26,7 +26,7 @@ LAB_SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 HOSTILE = "<script>window.hostile = 1</script><img src=nowhere onerror='window.hostile = 2'>"
-CHANGED = {"epochs": "60", "learning_rate": "5e-3"}
+CHANGED = {"epochs": "120", "learning_rate": "5e-3"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("browser"),  # all in one process: they look at the same two runs
@@ -182,7 +182,7 @@ def test_what_is_changed_in_the_panel_is_what_the_next_run_trains_with(seen):
         now = seen["second"]["settings"][name]
         assert (str(now), seen["second"]["sources"][name]) == (str(type(now)(value)), "panel")
         assert seen["first"]["settings"][name] != now and seen["first"]["sources"][name] != "panel"
-    assert seen["steps"] == 60 * 8
+    assert seen["steps"] == 120 * 8
 
 
 def test_the_live_picture_moves_while_training_runs(seen):
@@ -206,7 +206,6 @@ def take_screenshots(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder), LAZYORPO_PRESET="demo", LAZYORPO_ANSWERS="5") as notebook:
         notebook.run_all()
         notebook.wait(1800)
-        print((notebook.folder() / "summary.json").read_text())
         for name, code in {"panel": "panel.show()", "training": "run.train()", "answers": "show.answers(run)"}.items():
             path = target / f"notebook-{name}.png"
             cell = notebook.cell(code)
