@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -78,8 +79,8 @@ class StepGuard(TrainerCallback):
         scaler = trainer.accelerator.scaler
         if scaler is not None and scaler.get_scale() > 1:
             return  # fp16: the scaler skips the step and tries a smaller scale; that is its ordinary work
-        step, rows = state.global_step + 1, trainer._rows_of_step
-        trainer.bad_steps.append({"step": step, "rows": rows})
+        step, rows = state.global_step + 1, gather_object(trainer._rows_of_step)
+        state.log_history.append({"step": step, "bad_rows": rows})  # it goes into the checkpoints
         warnings.warn(f"step {step}: the gradient is not finite; skipped. Dataset rows: {rows}", stacklevel=2)
         if scaler is None:
             model.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
@@ -101,19 +102,20 @@ class Stopped(Exception):
 
 class Stop(TrainerCallback):
     """Ends training at the end of a step, with a checkpoint, when asked to: by an interrupt (the first one; a second one
-    acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
+    acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`. Of several processes all end at one step.
 
     Attributes:
         reason: why training was stopped; empty while it was not. asked: whether somebody asked, and not the clock.
+        hurried: whether the machine is being taken away (SIGTERM), and a kill follows soon.
     """
 
     def __init__(self, file: Path, max_minutes: float = 0.0):
-        self.file, self.max_minutes, self.reason, self.asked = file, max_minutes, "", False
+        self.file, self.max_minutes, self.reason, self.asked, self.hurried = file, max_minutes, "", False, False
 
     @contextlib.contextmanager
     def listening(self):
         """Take the signals over for the time of training; only a main thread can."""
-        self.reason, self.asked, self._began = "", False, time.monotonic()
+        self.reason, self.asked, self.hurried, self._began = "", False, False, time.monotonic()
         self.file.unlink(missing_ok=True)
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -129,6 +131,7 @@ class Stop(TrainerCallback):
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
+        self.hurried = self.hurried or number == signal.SIGTERM
 
     def look(self) -> bool:
         """Whether somebody has asked to stop."""
@@ -140,6 +143,11 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self.look() and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
+        if args.world_size > 1:
+            told = torch.tensor([bool(self.reason), self.asked, self.hurried], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            any_reason, self.asked, self.hurried = map(bool, told.tolist())
+            self.reason = self.reason or "another process was asked to stop" * any_reason
         if self.reason and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
 

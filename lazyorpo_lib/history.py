@@ -5,9 +5,13 @@
 null. One process writes; any number may read meanwhile. It computes no metric and draws nothing (`live.py` does).
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
+import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +20,7 @@ from .settings import UserError
 
 CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
 ENOUGH_POINTS = 10  # logged steps before `reading` judges
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def append(path, row: dict) -> None:
@@ -27,7 +32,8 @@ def append(path, row: dict) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
+        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _plain(value):
@@ -75,6 +81,25 @@ def write_atomically(path, data: bytes) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_bytes(data)
     os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def disk_told(folder):
+    """One sentence where the disk of `folder` is full or fails, whichever library met it; other errors pass as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
+        number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if number not in _DISK and not re.search("PytorchStreamWriter|inline_container.* unexpected pos", text):
+            raise
+        raise UserError(
+            f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
+            "room, then run again: it goes on from the last complete checkpoint."
+        ) from None
 
 
 def is_evaluation(row: dict) -> bool:

@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from . import hub
 from .adapters import fuse
 from .settings import DEFAULTS, Settings, UserError
 
@@ -102,49 +103,28 @@ def _bfloat16_gain() -> float:
 
 
 @contextlib.contextmanager
-def explained(what: str, name: str):
-    """Turn what transformers and the hub raise about a model or dataset into one sentence."""
+def explained(name: str):
+    """Turn what transformers and the hub raise about a model into one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(explain(error, what, name)) from None
+        raise UserError(f"The model {name!r} {_explain(error, name)}.") from None  # their texts may hold a token
 
 
-def explain(error: Exception, what: str, name: str) -> str:
-    """One sentence for an error met while fetching `name`: what failed, and the way out. Never holds a token."""
-    chain, seen = error, []
-    while chain is not None and len(seen) < 8:
-        seen.append(type(chain).__name__ + " " + str(chain))
-        chain = chain.__cause__ or chain.__context__
-    text = " ".join(seen)
-    setting = "base_model" if what == "model" else "dataset"
-    if "GatedRepo" in text or " 403" in text:
-        return (
-            f"The {what} {name!r} is gated: ask for access at https://huggingface.co/{name}, then put a token that has it "
-            "into the environment variable HF_TOKEN (in Colab: the secret of that name)."
-        )
-    if "RepositoryNotFound" in text or " 401" in text or " 404" in text:
-        return (
-            f"The hub has no {what} {name!r}, or it is private: check the spelling of {setting}, or set HF_TOKEN to a "
-            "token that may read it; a local folder or file works too."
-        )
-    if " 429" in text:
-        return f"The hub is limiting requests (429) for {name!r}: wait a few minutes, or set HF_TOKEN; what is cached is kept."
-    if "does not recognize this architecture" in text or "Unrecognized model" in text or "Unrecognized configuration" in text:
-        return (
-            f"The {what} {name!r} is of a kind that transformers {transformers.__version__} does not know: "
-            "choose another base_model, or upgrade transformers."
-        )
+def _explain(error: Exception, name: str) -> str:
+    text = hub.look(error)[-1]
+    if any(said in text for said in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")):
+        known = f"transformers {transformers.__version__}"
+        return f"is of a kind that {known} does not know: choose another base_model, or upgrade transformers"
     if "custom code" in text or "trust_remote_code" in text:
-        return f"The {what} {name!r} needs code from the hub, which this kit never runs; choose one that transformers has built in."
+        return "needs code from the hub, which this kit never runs; choose one that transformers has built in"
+    if told := hub.fault(error, name, "a local folder as base_model"):
+        return told
     if "safetensors" in text:
-        return f"The {what} {name!r} has no weights in safetensors, the only format this kit loads; choose or convert to one."
-    if any(word in text for word in ("connect", "Connection", "offline", "Offline", "timed out", "Timeout", "LocalEntryNotFound")):
-        return f"The hub cannot be reached and {name!r} is not in the cache: check the network, or give a local path as {setting}."
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return f"The {what} {name!r} could not be loaded ({first}); check {setting}."
+        return "has no weights in safetensors, the only format this kit loads; choose or convert to one"
+    return f"could not be loaded ({text[:200]}); check base_model"
 
 
 def locate(base_model: str) -> str:
@@ -237,12 +217,12 @@ def _write_tiny(folder: Path) -> None:
 
 def load_config(base_model: str):
     """A model's configuration, and nothing else of it."""
-    with explained("model", base_model):
+    with explained(base_model):
         return AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
 
 
 def load_tokenizer(base_model: str):
-    with explained("model", base_model):
+    with explained(base_model):
         return AutoTokenizer.from_pretrained(locate(base_model), trust_remote_code=False)
 
 
@@ -258,7 +238,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    with explained("model", base_model):
+    with explained(base_model):
         model = AutoModelForCausalLM.from_pretrained(
             locate(base_model), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **options
         )
@@ -359,9 +339,11 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: s
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
     if not (folder / "adapter_config.json").is_file():
         return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"The adapter in {str(folder)!r} has no weights in safetensors, the only format this kit loads.")
     peft = import_peft()
     base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_base(base, dtype=dtype, device=device), folder)

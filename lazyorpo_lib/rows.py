@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import hub
 from .settings import UserError
 
 DEMO = Path(__file__).parent / "demo" / "pairs.jsonl"
@@ -38,7 +39,7 @@ class Rows:
                 yield index, row
         except (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error) as error:
             raise UserError(
-                f"Dataset {self.name} cannot be read after {index + 1} rows: {_line(error)}; mend it or fetch it again."
+                f"Dataset {self.name} cannot be read after {index + 1} rows: {hub.look(error)[-1]}; mend it or fetch it again."
             ) from error
         if index < 0:
             raise UserError(f"Dataset {self.name} has no rows: give one that holds preference pairs.")
@@ -124,7 +125,6 @@ def _parquet_rows(path):
 
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 READERS |= {f"{ending}.gz": READERS[ending] for ending in (".jsonl", ".json", ".csv")}
-ENDINGS = ".jsonl, .json, .csv (or one of these with .gz) or .parquet"
 
 
 def _hub_table(dataset):
@@ -134,40 +134,14 @@ def _hub_table(dataset):
     try:
         splits = datasets.load_dataset(repo, rest[0] if len(rest) == 2 else None)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        raise UserError(f"Dataset {dataset!r} {_hub_fault(repo, error)}.") from None  # their texts may hold a token
+        told = hub.fault(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
+        text = hub.look(error)[-1]
+        if "scripts are no longer supported" in text:
+            told = "is made by a script, and no code of a dataset is ever run: export it to .parquet and give that"
+        told = told or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"
+        raise UserError(f"Dataset {dataset!r} {told}.") from None  # their texts may hold a token
     likely = sorted(filter(re.compile("train").match, splits), key=lambda name: (name != "train", "pref" not in name))
     split = rest[-1] if rest else (likely or ["train"])[0]
     if split not in splits:
         raise UserError(f"Dataset {repo!r} has no split {split!r}: write {repo}:SPLIT with one of {', '.join(splits)}.")
     return splits[split], ":".join([repo, *rest[:-1], split])
-
-
-def _hub_fault(repo, error):
-    """What went wrong and the way out, told from the kinds and HTTP statuses of the errors behind `error`."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    kinds = {kind.__name__ for fault in chain for kind in type(fault).__mro__}
-    status = {getattr(getattr(fault, "response", None), "status_code", None) or 0 for fault in chain}
-    missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"} or 404 in status
-    gated = "GatedRepoError" in kinds or "is a gated dataset" in str(error)
-    if gated or 403 in status or (401 in status and not missing):
-        return (
-            f"needs a login: ask for access at https://huggingface.co/datasets/{repo} and set HF_TOKEN to a token of "
-            "that account, or give a local file"
-        )
-    if 429 in status:
-        return "is refused by the hub for now (too many requests): wait, set HF_TOKEN, or give a local file"
-    if missing:
-        return f"is no file here and not on the hub: check the name, set HF_TOKEN if it is private, or give {ENDINGS}"
-    if "scripts are no longer supported" in str(error):
-        return "is made by a script, and no code of a dataset is ever run: export it to .parquet and give that"
-    if max(status) >= 500 or kinds & {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError"}:
-        return "is no file here, and the hub cannot be reached: check the network, give a local file, or choose demo"
-    return f"cannot be loaded: {_line(error)}; write owner/name:config:split, or give a local file"
-
-
-def _line(error):
-    """An error's text on one line, without what looks like a token."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return re.sub(r"(hf_|Bearer )\w+", r"\1…", text)

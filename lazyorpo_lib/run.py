@@ -6,12 +6,14 @@ computed and where it is written; the parts do the computing.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +41,17 @@ FIRST_STEPS = 10  # real steps that tell how long the rest will take
 _locks: dict[Path, object] = {}  # folders this process is at work in
 
 
+def _stage(method):
+    """A stage of a run, in which a full disk is one sentence."""
+
+    @functools.wraps(method)
+    def stage(self):
+        with history.disk_told(self.folder):
+            return method(self)
+
+    return stage
+
+
 class Run:
     """One run and its folder.
 
@@ -56,9 +69,9 @@ class Run:
         self.show = show if self.main else lambda text: None
         self.machine = model.this_machine()
         self.folder, self.started = folder_of(settings), time.time()
-        self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         if self.main:
             _claim(self.folder)
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.fingerprint = fingerprint(settings)
         self.drive = setup.drive_folder(self.folder.name) if settings.save_to == "drive" and self.main else None
         if self.drive and not trainer.checkpoints(self.folder):
@@ -80,7 +93,8 @@ class Run:
 
     def _write(self, name: str, content) -> None:
         if self.main:
-            history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+            with history.disk_told(self.folder):
+                history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _agree_with(self, older: dict) -> bool:
         """Whether the folder holds this run, begun; an error where it holds another one."""
@@ -104,6 +118,7 @@ class Run:
 
     # Pairs.
 
+    @_stage
     def load_pairs(self) -> data.Report:
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
         s = self.settings
@@ -169,6 +184,7 @@ class Run:
 
     # Model.
 
+    @_stage
     def load_model(self) -> None:
         """Load the base model with what is to be trained, and the trainer around it."""
         s = self.settings
@@ -226,6 +242,7 @@ class Run:
 
     # Training.
 
+    @_stage
     def train(self) -> None:
         """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the newest complete
         checkpoint; after a stop it returns as after an end."""
@@ -235,13 +252,17 @@ class Run:
         found = trainer.checkpoints(self.folder)
         last = int(found[-1].name.split("-")[1]) if found else -1
         rows = self.folder / "history.jsonl"
-        if self.main:
-            history.truncate_after(rows, last)
+        if self.main:  # what an earlier process left behind
+            for name in ("history.jsonl", "watched.jsonl"):
+                history.truncate_after(self.folder / name, last)
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)
         self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
         for row in history.read(rows):
             self.plot.update(row)
         if found:
             self.show(f"Going on from step {last}.")
+            known = read_json(self.folder / "held_out.json")
+            self._write("held_out.json", {name: part for name, part in known.items() if name != "after"})  # of an earlier stop
         self.training_seconds = self.peak_before = self.training_peak = 0.0
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
@@ -251,7 +272,8 @@ class Run:
                 forget_peak_memory()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
                 self.training_seconds, self.training_peak = time.monotonic() - began, memory_gib(self.trainer.args.device)
-                self._look("after")
+                if not self.stop.hurried or self.trainer.state.global_step >= self.trainer.state.max_steps:
+                    self._look("after")
             finally:
                 self.plot.close()
         done = 0 < self.trainer.state.max_steps <= self.trainer.state.global_step
@@ -306,7 +328,9 @@ class Run:
                 texts = self._answer(prompts, partial(advance, bar))
         self.looked_seconds = time.monotonic() - began
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
-        self.trainer.log({f"eval_{name}": value for name, value in row.items()})
+        evaluated = [r["step"] for r in history.read(self.folder / "history.jsonl") if history.is_evaluation(r)]
+        if self.trainer.state.global_step not in evaluated:  # else the Trainer did it, or a kill came between then and now
+            self.trainer.log({f"eval_{name}": value for name, value in row.items()})
         known = read_json(self.folder / "held_out.json")
         self._write("held_out.json", known | {
             "columns": trainer.SUMS,
@@ -341,11 +365,15 @@ class Run:
 
     # The end.
 
+    @_stage
     def finish(self) -> dict:
         """Save the model, summary.json and the card; returns the summary."""
         if self.finished:
+            self._wrap_up()  # a kill may have come before
             return read_json(self.folder / "summary.json")
         state, stopped = self.trainer.state, self.stopped
+        if self.main:
+            (self.folder / "README.md").unlink(missing_ok=True)  # of an earlier stop
         if self.main and state.global_step:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
@@ -378,15 +406,19 @@ class Run:
             **self.held_out_results(),
         }
         self._write("summary.json", summary)
-        if self.main:
-            (self.folder / "README.md").write_text(card.write_card(self.folder), encoding="utf-8")
-            if not stopped:
-                trainer.remove_checkpoints(self.folder)
-                if self.settings.hub_repo:
-                    self.show(f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed).")
-            self._mirror()
         self.finished = not stopped
+        self._wrap_up()
+        if self.main and self.finished and self.settings.hub_repo:
+            self.show(f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed).")
         return summary
+
+    def _wrap_up(self) -> None:
+        if self.main:
+            if not (self.folder / "README.md").exists():
+                history.write_atomically(self.folder / "README.md", card.write_card(self.folder).encode())
+            if self.finished:
+                trainer.remove_checkpoints(self.folder)
+            self._mirror()
 
     def _work(self) -> dict[str, int]:
         """What training put through the model, from the history, which a stop and going on leave whole."""
@@ -469,6 +501,7 @@ def folder_of(settings: Settings) -> Path:
         home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
         names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
         folder = home / "-".join([*names, fingerprint(settings)])
+    os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import card
+from . import card, hub
 from .history import read_json
 from .settings import UserError
 
@@ -175,18 +175,17 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
 
 @contextlib.contextmanager
 def _told(repo: str):
-    """Turn what the hub's client raises, whichever HTTP library it is built on, into one sentence."""
+    """Turn what the hub's client raises into one sentence."""
     try:
         yield
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        kinds, status, reason = hub.look(error)
         way_out = "check the connection and push again"
-        if type(error).__name__ == "HFValidationError":
+        if "HFValidationError" in kinds:
             way_out = "give a name that the hub allows, as owner/name"
-        elif status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+        elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
             way_out = "set HF_TOKEN to a token that may write there"
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"Nothing was pushed to {repo!r} ({reason}): {way_out}.") from error
+        raise UserError(f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}.") from None  # their texts may hold a token
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:

@@ -149,7 +149,7 @@ def on_meta(config, dtype):
     Raises:
         UserError: transformers has no causal LM for it.
     """
-    with torch.device("meta"), explained("model", getattr(config, "_name_or_path", "") or config.model_type):
+    with torch.device("meta"), explained(getattr(config, "_name_or_path", "") or config.model_type):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

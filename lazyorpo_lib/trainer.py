@@ -6,18 +6,23 @@ loss does not depend on how (nll exact in tokens, the odds term exact in pairs, 
 """
 
 import contextlib
+import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import history
 from .attention import PairScorer
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
 from .callbacks import StepGuard, StepWindow, memory_gib
@@ -135,7 +140,7 @@ class OrpoTrainer(Trainer):
     ):
         self.settings, self.on_row = settings, on_row
         self.tokens_per_batch, self.oom_notes = tokens_per_batch, []
-        self.bad_steps, self.stop_reason, self._bad_in_a_row, self._rows_of_step = [], "", 0, []
+        self.stop_reason, self._bad_in_a_row, self._rows_of_step = "", 0, []
         self._reference: dict[int, Tensor] = {}
         self._window = StepWindow()
         super().__init__(
@@ -340,44 +345,80 @@ class OrpoTrainer(Trainer):
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
             self.on_row({"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6)} | logs)
 
+    # Checkpoints.
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except (UnpicklingError, SafetensorError):
+            if resume_from_checkpoint is None:
+                raise
+            raise UserError(
+                f"{resume_from_checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run goes on "
+                "from the checkpoint before it."
+            ) from None
+
+    @property
+    def bad_steps(self) -> list[dict]:
+        """Steps left out because their gradient was not finite, with the dataset rows of each; also those before a resume."""
+        return [{"step": row["step"], "rows": row["bad_rows"]} for row in self.state.log_history if "bad_rows" in row]
+
     def _save_checkpoint(self, model, trial) -> None:
         """As the Trainer's, but a checkpoint appears under its name complete or not at all."""
         home, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         scratch = home / ".saving"
         self.args.output_dir = str(scratch)
         try:
-            super()._save_checkpoint(model, trial)
-        except OSError as error:
-            self.stop_reason = f"the checkpoint of step {self.state.global_step} could not be written ({error})"
-            raise UserError(
-                f"{self.stop_reason[0].upper()}{self.stop_reason[1:]}; make room, then run again: it goes on from the last "
-                "complete checkpoint."
-            ) from None
-        finally:
-            self.args.output_dir = str(home)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if (scratch / name / "trainer_state.json").is_file() and not self.stop_reason.startswith("the checkpoint"):
+            with history.disk_told(home):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    _seal(scratch / name)
                     shutil.rmtree(home / name, ignore_errors=True)
                     (scratch / name).rename(home / name)
+        finally:
+            self.args.output_dir = str(home)
+            if self.args.should_save:
                 shutil.rmtree(scratch, ignore_errors=True)
         if self.args.should_save:
-            for old in checkpoints(home)[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(home / ".old", ignore_errors=True)
-                shutil.rmtree(old.rename(home / ".old"), ignore_errors=True)
+            remove_checkpoints(home, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+
+def _seal(checkpoint: Path) -> None:
+    """Flush a checkpoint to the disk and write down the sizes of its files, by which a torn one is known."""
+    sizes = {}
+    for file in sorted(f for f in checkpoint.rglob("*") if f.is_file()):
+        with open(file, "r+b") as opened:
+            os.fsync(opened.fileno())
+        sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
+    history.write_atomically(checkpoint / "sizes.json", json.dumps(sizes, indent=1).encode())
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / "sizes.json").read_bytes())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = [c for c in Path(folder).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda c: int(c.name.split("-")[1]))
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [c for c in Path(folder).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
-    return sorted((c for c in found if (c / "trainer_state.json").is_file()), key=lambda c: int(c.name.split("-")[1]))
+    return [c for c in _numbered(folder) if _is_whole(c)]
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove them all, at the end of a finished run."""
-    for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
+    """Remove all but the last `keep` complete checkpoints, torn ones too."""
+    kept = checkpoints(folder)[-keep:] if keep else []
+    for checkpoint in _numbered(folder):
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _as_step(pairs: list[EncodedPair]) -> dict:

@@ -1,4 +1,4 @@
-"""python -m tests: everything CI checks, in order: style, tests, and every notebook under nbval.
+"""python -m tests: everything CI checks, in order: style, known vulnerabilities, tests, and every notebook under nbval.
 
 The notebooks run on the `tiny` preset, the main one once more with Colab's versions, and once as the real demo. The first
 thing that fails ends it.
@@ -53,6 +53,7 @@ def main() -> None:
     run(here, "-m", "ruff", "check", ".")
     run(here, "-m", "ruff", "format", "--check", ".")
     run(here, "-m", "lazyorpo_lib.standalone", "--check")
+    run(here, "-m", "tests.audit")
     run(here, *NBVAL, "--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks/orpo_by_hand.ipynb")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("LazyORPO", "LazyORPO_standalone"):

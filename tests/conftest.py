@@ -1,7 +1,9 @@
 """What the tests share: no hub, no trackers, quiet tokenizers, random pairs."""
 
 import os
+import pickle
 import random
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,23 @@ for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
 def pairs():
     """24 encoded pairs of random lengths over a vocabulary of 128; every answer ends with token 2."""
     return random_pairs(24)
+
+
+PLANTED = "hf_PLANTEDsecret0123456789"
+
+
+def files_holding(folder, text: str) -> list[Path]:
+    return [file for file in Path(folder).rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
+
+
+def booby_trap(proof) -> bytes:
+    """A pickle that makes the file `proof` when it is loaded without care."""
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (Path(proof),)
+
+    return pickle.dumps(Trap(), protocol=2)  # as torch.save writes
 
 
 def random_pairs(count: int, seed: int = 0, vocabulary: int = 128, longest: int = 24):

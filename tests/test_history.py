@@ -101,6 +101,24 @@ def test_a_reader_meanwhile_sees_whole_rows_only(tmp_path):
     assert seen and all(part == rows[: len(part)] for part in seen)
 
 
+def test_a_full_disk_is_told_and_leaves_whole_rows(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "history.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match="Nothing more can be written"), history.disk_told(tmp_path):
+            for step in range(10):
+                history.append(path, {"step": step, "loss": 0.123456})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = len(history.read(path))
+    assert 0 < written < 10
+    history.append(path, {"step": written, "loss": 0.5})
+    assert [row["step"] for row in history.read(path)] == list(range(written + 1))
+    with pytest.raises(ValueError, match="not a disk's"), history.disk_told(tmp_path):
+        raise ValueError("not a disk's")
+
+
 def test_resume_leaves_each_step_once(tmp_path):
     path = tmp_path / "h.jsonl"
     for row in ({"step": 0, "eval_nll": 2.0}, *({"step": s} for s in range(1, 8)), {"step": 5, "eval_nll": 1.0}):

@@ -16,6 +16,8 @@ import pytest
 from lazyorpo_lib.panel import SUGGESTIONS
 from lazyorpo_lib.settings import DEFAULTS, FIELDS
 
+from .conftest import PLANTED, files_holding
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 MAIN, STANDALONE, BY_HAND, VERSUS = (
     NOTEBOOKS / f"{n}.ipynb" for n in ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo")
@@ -162,9 +164,10 @@ def execute(path, *arguments, cwd, **environment):
     """`jupyter execute`, or papermill where arguments are given; the executed notebook."""
     done = cwd / f"executed-{len(list(cwd.glob('executed-*')))}.ipynb"
     command = ["papermill", "--no-progress-bar", path, done, *arguments] if arguments else ["jupyter", "execute", path, f"--output={done}"]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT | environment
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT | environment | {"HF_TOKEN": PLANTED}
     ran = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
+    assert not files_holding(cwd, PLANTED)
     return nbformat.read(done, 4)
 
 

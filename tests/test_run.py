@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,43 @@ def test_a_second_run_in_one_process_has_a_peak_of_its_own():
     before = memory_gib("cpu")
     forget_peak_memory()
     assert memory_gib("cpu") < before - 0.3
+
+
+def test_a_kill_while_the_run_is_wrapped_up_leaves_a_finished_run_whole(finished, tmp_path):
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    (folder / "README.md").unlink()
+    (folder / "checkpoint-6").mkdir()
+    execute(*tiny(folder), show=lambda text: None)
+    assert (folder / "README.md").read_text() == (finished.folder / "README.md").read_text()
+    assert not (folder / "checkpoint-6").exists()
+
+
+def test_sigterm_saves_and_spends_no_time_on_evaluation(tmp_path):
+    run = Run(*tiny(tmp_path, save_every_steps=0), show=lambda text: None)
+    run.load_pairs()
+    run.load_model()
+    inner = run.trainer.on_row
+
+    def taken_away(row):
+        inner(row)
+        if row["step"] == 2 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.trainer.on_row = taken_away
+    run.train()
+    summary = run.finish()
+    assert "SIGTERM" in summary["why"] and run.interrupted and (tmp_path / f"checkpoint-{summary['steps']}").is_dir()
+    assert [r["step"] for r in history.read(tmp_path / "history.jsonl") if history.is_evaluation(r)] == [0]
+    assert summary["steps"] < 6 and "accuracy_after" not in summary
+
+
+def test_files_are_not_for_everybody_to_write_whatever_the_umask(tmp_path):
+    old = os.umask(0)
+    try:
+        Run(*tiny(tmp_path / "run"), show=print)
+        assert not any(p.stat().st_mode & 0o002 for p in [tmp_path / "run", *(tmp_path / "run").rglob("*")])
+    finally:
+        os.umask(old)
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_is_no_interruption(tmp_path):

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from lazyorpo_lib.encoding import prepare_tokenizer
 from lazyorpo_lib.run import execute
 from lazyorpo_lib.settings import Settings, UserError, resolve
 
+from .hub import serve
 from .test_card import write_run
 
 IDS = torch.arange(10, 40)[None]
@@ -172,45 +171,15 @@ def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
 # To the hub.
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as a push needs."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.heard.append((self.path, body))
-        home = f"http://127.0.0.1:{self.server.server_port}/me/tuned"
-        answer = {"url": home, "commitUrl": f"{home}/commit/1", "commitOid": "1"}
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
-        self._say(self.server.status, answer | {"id": "me/tuned"})
-
-    def do_GET(self):
-        self._say(self.server.status, {"id": "me/tuned", "type": "user", "name": "me"})
-
-    def _say(self, status, answer):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
     from huggingface_hub import constants
 
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    server.heard, server.status = [], 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_testtoken")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
 
 
 def commit(hub):

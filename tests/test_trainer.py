@@ -1,5 +1,8 @@
 """The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as TRL's."""
 
+import math
+import os
+import shutil
 import types
 import warnings
 from collections import defaultdict
@@ -8,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
 
 from lazyorpo_lib import trainer as module
+from lazyorpo_lib.batching import EncodedPair
+from lazyorpo_lib.callbacks import StepGuard, Stop
 from lazyorpo_lib.model import adapters_off, add_adapters, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
 from tests.architectures import tiny_model
-from tests.conftest import random_pairs
+from tests.conftest import booby_trap, random_pairs
 
 SETTINGS = dict(
     method="lora", pairs_per_step=8, learning_rate=1e-2, save_every_steps=0, eval_pairs=0, lora_rank=4, lora_alpha=8, max_steps=4
@@ -146,6 +151,83 @@ def test_a_full_disk_while_saving_keeps_the_last_complete_checkpoint(tmp_path, m
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkeypatch, file):
+    resource = pytest.importorskip("resource")
+    trainer = make(tmp_path, random_pairs(16), max_steps=4, save_every_steps=2)
+    save, limits = trainer._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(*args, **kwargs):
+        if trainer.state.global_step == 4:
+            room = (tmp_path / "checkpoint-2" / file).stat().st_size // 2
+            if file == "trainer_state.json":  # the small one that Python itself writes: the large ones must pass
+                monkeypatch.setattr(trainer.state, "save_to_json", lambda path: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_save", fill_the_disk)
+    try:
+        with pytest.raises(UserError, match="Nothing more can be written to .* make room, then run again"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with checkpoint-2 and checkpoint-4; never changed by a test."""
+    folder = tmp_path_factory.mktemp("saved")
+    make(folder, random_pairs(16), max_steps=4, save_every_steps=2).train()
+    return folder
+
+
+@pytest.mark.parametrize("tear", [lambda f: os.truncate(f, f.stat().st_size - 1), lambda f: f.unlink()])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "sizes.json"])
+def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, saved, file, tear):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    tear(tmp_path / "checkpoint-4" / file)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
+    module.remove_checkpoints(tmp_path, keep=1)
+    assert [c.name for c in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"])
+def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, saved, file):
+    checkpoint = shutil.copytree(saved / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / file).write_bytes(booby_trap(tmp_path / "sprung"))
+    if file == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    trainer = make(tmp_path / "run", random_pairs(16))
+    if file == "training_args.bin":  # nobody reads it
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        with pytest.raises(UserError, match="damaged, or holds code, which is never run: delete that folder"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("other,reason", [([0, 0, 0], ""), ([1, 0, 0], "another process"), ([1, 1, 1], "another process")])
+def test_a_stop_that_one_process_was_asked_for_ends_the_step_of_all(tmp_path, monkeypatch, other, reason):
+    told = []
+
+    def all_reduce(mine, operation):
+        told.append(mine.tolist())
+        mine.copy_(torch.maximum(mine, torch.tensor(other)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    stop, control = Stop(tmp_path / "STOP"), TrainerControl()
+    args = types.SimpleNamespace(world_size=2, device="cpu")
+    stop.on_step_end(args, TrainerState(global_step=1, max_steps=9), control)
+    assert told == [[0, 0, 0]] and stop.reason.startswith(reason) and stop.asked == bool(other[1]) and stop.hurried == bool(other[2])
+    assert control.should_training_stop == control.should_save == bool(other[0])
+    (tmp_path / "STOP").touch()
+    stop.on_step_end(args, TrainerState(global_step=2, max_steps=9), control)
+    assert told[1] == [1, 1, stop.hurried] and control.should_training_stop and "STOP" in stop.reason
+
+
 def test_out_of_memory_halves_the_budget_then_checkpoints_layers_and_repeats_the_step(tmp_path):
     pairs, results = random_pairs(16), {}
     for limit in (10**9, 60):
@@ -210,15 +292,50 @@ def _break_pairs(is_bad):
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(tmp_path, monkeypatch):
     pairs = random_pairs(16)
-    trainer = make(tmp_path, pairs, max_steps=2)
+    rows, options = [], dict(max_steps=2, save_every_steps=2, log_every_steps=1)
+    trainer = make(tmp_path, pairs, rows=rows, **options)
     monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: index == 3))
     before = weights(trainer)
     with pytest.warns(UserWarning, match="not finite"):
         trainer.train()
     (bad,) = trainer.bad_steps
     assert 3 in bad["rows"] and len(bad["rows"]) == 8
+    assert [row["step"] for row in rows if row["loss"] != row["loss"]] == [bad["step"]], "the log hides no NaN"
+    resumed = make(tmp_path / "b", pairs, **options | dict(max_steps=3))
+    monkeypatch.undo()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.bad_steps == [bad], "it is still counted after a resume"
     assert all(torch.isfinite(w).all() for w in weights(trainer).values())
     assert any(not torch.equal(w, before[n]) for n, w in weights(trainer).items())  # the other step did train
+
+
+def test_odd_answers_have_finite_losses_and_gradients(tmp_path):
+    shapes = {
+        "one token": ([2], [7, 2]),
+        "equal": ([9, 2], [9, 2]),
+        "long": ([9] * 1500 + [2], [8, 2]),
+        "longer": ([8, 2], [9] * 1500 + [2]),
+    }
+    pairs = [EncodedPair(i, [5, 6], *answers) for i, answers in enumerate(shapes.values())]
+    trainer = make(tmp_path, pairs)
+    for pair in pairs:
+        loss, grads = gradients(trainer, [pair])
+        assert math.isfinite(loss) and all(g.isfinite().all() for g in grads.values())
+    table = trainer.pair_tables([pairs[1]])[0]
+    assert table[SUMS.index("or_loss")].item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("scale,counted", [(2.0**16, 0), (1.0, 1)])
+def test_float16s_overflow_is_the_scalers_until_its_scale_is_down(tmp_path, monkeypatch, scale, counted):
+    pairs = random_pairs(8)
+    trainer = make(tmp_path, pairs)
+    gradients(trainer, pairs)
+    next(p for p in trainer.model.parameters() if p.grad is not None).grad.fill_(torch.inf)
+    monkeypatch.setattr(trainer.accelerator, "scaler", types.SimpleNamespace(get_scale=lambda: scale))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        StepGuard(trainer).on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert len(trainer.bad_steps) == counted == trainer._bad_in_a_row
 
 
 def test_three_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,219 @@
+"""A run is killed and restarted at random moments until it ends; what it leaves must equal an uninterrupted run.
+
+    python -m tests.soak --kills 50 --seed 0 --out tests/results/2026-11-25-soak.json
+
+Each attempt is a process of its own, forked from this one, so that nothing is imported again: the command line on the `tiny`
+preset, with dropout on, a checkpoint at every step and several passes over the pairs. A moment is drawn between the start
+and the time that a whole run takes, so it also falls into reading, loading, evaluating, saving and wrapping up. Checked
+after each attempt: its exit status, no traceback, and a history without gaps. Checked of each finished run, against the
+uninterrupted one: the same weights bit for bit, the same rows of the history, the same pairs in every step, each of them
+once a pass.
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "STOP file", "max_minutes", "full disk", "torn checkpoint")
+STEPS = 24
+TIMINGS = ("pairs_per_second", "tokens_per_second", "memory_gib")
+FLAGS = ["--preset", "tiny", "--max-steps", str(STEPS), "--save-every-steps", "1", "--lora-dropout", "0.2"]
+
+
+class Child:
+    """One attempt at the run in `folder`, in a forked process. `said` is its output, once it has ended."""
+
+    def __init__(self, folder: Path, *flags: str):
+        self.folder, self.began = folder, time.monotonic()
+        self._output, output = os.pipe()  # not a file: its size would be limited with the others'
+        sys.stdout.flush()
+        self.process = os.fork()
+        if not self.process:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            self._work(*flags)
+        os.close(output)
+
+    def _work(self, *flags):
+        status = 1
+        try:
+            from lazyorpo_lib.__main__ import main
+            from lazyorpo_lib.settings import UserError
+
+            note_pairs(self.folder.with_suffix(".pairs"))
+            status = main([*FLAGS, "--output-dir", str(self.folder), *flags])
+        except UserError as error:
+            print(f"lazyorpo: {error}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status (minus the signal that killed it), or None if it still runs after so many seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.process, os.WNOHANG)
+            if pid:
+                with open(self._output) as output:
+                    self.said = output.read()
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.005)
+
+
+def note_pairs(file: Path) -> None:
+    """Write down the dataset rows of every step that begins."""
+    from lazyorpo_lib.history import append
+    from lazyorpo_lib.trainer import OrpoTrainer
+
+    inner = OrpoTrainer.training_step
+
+    def noted(trainer, model, inputs, *rest):
+        append(file, {"step": trainer.state.global_step, "rows": str([p.index for p in inputs["pairs"]])})
+        return inner(trainer, model, inputs, *rest)
+
+    OrpoTrainer.training_step = noted
+
+
+def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> int:
+    """Start the run and strike once; returns its exit status."""
+    flags = ["--max-minutes", str(chance.uniform(0, seconds / 2) / 60)] if kind == "max_minutes" else []
+    child = Child(folder, *flags)
+    status = child.wait(chance.uniform(0, seconds))
+    if status is None:
+        if kind.startswith("SIG"):
+            os.kill(child.process, signal.Signals[kind])
+        elif kind == "STOP file" and folder.is_dir():
+            (folder / "STOP").touch()
+        elif kind == "full disk":  # from now on no file may grow past this size
+            resource.prlimit(child.process, resource.RLIMIT_FSIZE, (int(10 ** chance.uniform(1, 5.3)), resource.RLIM_INFINITY))
+        elif kind == "torn checkpoint":
+            os.kill(child.process, signal.SIGKILL)
+        status = child.wait(120)
+    if kind == "torn checkpoint":
+        tear(folder, chance)
+    allowed = {
+        "SIGKILL": {-signal.SIGKILL}, "torn checkpoint": {-signal.SIGKILL}, "SIGTERM": {-signal.SIGTERM, 130}, "SIGINT": {130},
+        "STOP file": {130}, "max_minutes": {0}, "full disk": {2},
+    }[kind] | {0}  # fmt: skip
+    assert status in allowed, (kind, status, child.said[-3000:])
+    assert "Traceback" not in child.said, (kind, child.said[-3000:])
+    return status
+
+
+def tear(folder: Path, chance: random.Random) -> None:
+    """Cut a file of the newest checkpoint short."""
+    from lazyorpo_lib.trainer import checkpoints
+
+    for checkpoint in checkpoints(folder)[-1:]:
+        file = chance.choice([f for f in sorted(checkpoint.iterdir()) if f.stat().st_size])
+        os.truncate(file, chance.randrange(file.stat().st_size))
+
+
+def steps_of(folder: Path) -> list[int]:
+    from lazyorpo_lib import history
+
+    return [row["step"] for row in history.read(folder / "history.jsonl") if "loss" in row]
+
+
+def left_behind(folder: Path) -> dict:
+    """What must be the same, however often a run was struck."""
+    from safetensors.torch import load_file
+
+    from lazyorpo_lib import history
+
+    rows = history.read(folder / "history.jsonl")
+    rows = [row for row in rows if not history.is_evaluation(row) or row["step"] in (0, STEPS)]  # a stop adds an evaluation
+    pairs = {row["step"]: json.loads(row["rows"]) for row in history.read(folder.with_suffix(".pairs"))}  # the last one counts
+    held_out = json.loads((folder / "held_out.json").read_text())
+    return {
+        "weights": {name: t.numpy().tobytes() for name, t in load_file(folder / "model" / "adapter_model.safetensors").items()},
+        "history": [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows],
+        "pairs": [pairs[step] for step in range(STEPS)],
+        "held_out": {when: held_out[when] for when in ("before", "after")},
+    }
+
+
+def soak(kills: int, seed: int, home: Path) -> dict:
+    """Strike `kills` times; returns the figures. Raises AssertionError at the first thing that is not as it must be."""
+    import datasets  # noqa: F401  all that a run imports, once
+    import peft  # noqa: F401
+
+    from lazyorpo_lib import run  # noqa: F401
+
+    chance, began = random.Random(seed), time.monotonic()
+    child = Child(home / "reference")
+    assert child.wait(300) == 0, child.said[-3000:]
+    seconds, wanted = time.monotonic() - child.began, left_behind(home / "reference")
+    assert steps_of(home / "reference") == list(range(1, STEPS + 1))
+    a_pass = -(-len({i for rows in wanted["pairs"] for i in rows}) // len(wanted["pairs"][0]))
+    for start in range(0, STEPS - a_pass + 1, a_pass):
+        seen = [i for rows in wanted["pairs"][start : start + a_pass] for i in rows]
+        assert len(seen) == len(set(seen)) and set(seen) == {i for rows in wanted["pairs"] for i in rows}
+    struck, finished, where, strikes = collections.Counter(), 0, collections.Counter(), []
+    while struck.total() < kills or where["open"]:
+        folder = home / f"run-{finished}"
+        kind = chance.choice(KINDS) if struck.total() < kills else "none"
+        if kind == "none":
+            child = Child(folder)
+            assert child.wait(300) == 0, child.said[-3000:]
+        else:
+            status = attempt(folder, kind, seconds, chance)
+            struck[kind] += 1
+            strikes.append((kind, status, len(steps_of(folder))))
+        steps = steps_of(folder)
+        assert steps == list(range(1, len(steps) + 1)), (kind, steps)
+        summary = folder / "summary.json"
+        done = summary.is_file() and json.loads(summary.read_text())["finished"]
+        where["open"] = not done
+        where["before the first step" if not steps else "after the last step" if len(steps) == STEPS else "between"] += kind != "none"
+        if done:
+            child = Child(folder)  # once more: a finished run is wrapped up, and stays as it is
+            assert child.wait(300) == 0, child.said[-3000:]
+            found = left_behind(folder)
+            for name, value in wanted.items():
+                told = [(a, b) for a, b in zip(value, found[name], strict=False) if a != b] if name != "weights" else ""
+                assert found[name] == value, f"{name} of run {finished} differ after {strikes}: {len(found[name])} {told}"
+            assert not list(folder.glob("checkpoint-*")) and (folder / "README.md").is_file()
+            finished, strikes = finished + 1, []
+            shutil.rmtree(folder)
+            folder.with_suffix(".pairs").unlink()
+    del where["open"]
+    return {
+        "date": datetime.date.today().isoformat(), "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),
+        "strikes": dict(struck), "steps logged when struck": dict(where), "runs finished and equal": finished,
+        "seconds of an uninterrupted run": round(seconds, 1), "seconds in all": round(time.monotonic() - began),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="file for the figures, as JSON")
+    given = parser.parse_args()
+    os.environ |= {"MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as scratch:
+        result = json.dumps(soak(given.kills, given.seed, Path(scratch)), indent=1)
+    print(result)
+    if given.out:
+        Path(given.out).write_text(result + "\n")

@@ -1,0 +1,95 @@
+"""What a model's files could do to the user is not done; what the user has stays here: a token, and what is outside output_dir."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lazyorpo_lib import model
+from lazyorpo_lib.settings import UserError
+
+from . import audit
+from .conftest import PLANTED, booby_trap, files_holding
+from .hub import serve
+
+
+def base(folder):
+    return model.load_base(str(folder), dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    model._write_tiny(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("also", ["", "model.safetensors"])
+def test_a_pickle_of_weights_in_a_model_folder_is_never_loaded(tiny, also):
+    (tiny / "pytorch_model.bin").write_bytes(booby_trap(tiny / "sprung"))
+    if also:
+        base(tiny)
+    else:
+        (tiny / "model.safetensors").unlink()
+        with pytest.raises(UserError, match="no weights in safetensors, the only format"):
+            base(tiny)
+    assert not (tiny / "sprung").exists()
+
+
+def test_a_pickle_in_place_of_an_adapter_is_never_loaded(tiny):
+    config = {"peft_type": "LORA", "base_model_name_or_path": model.TINY_MODEL, "r": 4, "target_modules": ["q_proj"]}
+    (tiny / "adapter_config.json").write_text(json.dumps(config))
+    (tiny / "adapter_model.bin").write_bytes(booby_trap(tiny / "sprung"))
+    with pytest.raises(UserError, match="no weights in safetensors, the only format"):
+        model.load_finished(tiny)
+    assert not (tiny / "sprung").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_model_folder_is_never_run(tiny, file):
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C", "AutoTokenizer": ["evil.C", "evil.C"]}
+    config = json.loads((tiny / file).read_text()) | {"auto_map": auto, "tokenizer_class": "EvilTokenizer"}
+    (tiny / file).write_text(json.dumps(config | ({"model_type": "evil"} if file == "config.json" else {})))
+    (tiny / "evil.py").write_text(f"open({str(tiny / 'sprung')!r}, 'w')\nclass C: pass\n")
+    for load in (model.load_config, model.load_tokenizer, base, model.load_finished):
+        try:
+            load(str(tiny))
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert not (tiny / "sprung").exists()
+
+
+@pytest.mark.slow
+def test_a_token_stays_unsaid_and_nothing_is_written_outside_the_runs_folder(tmp_path):
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    with serve() as server:
+        server.status = 403  # whose text repeats the token
+        environment = {"HF_TOKEN": PLANTED, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2", "--save-every-steps", "1", "--hub-repo",
+             "me/tuned", "--output-dir", str(tmp_path / "run")], cwd=tmp_path / "here", capture_output=True, text=True,
+            env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+    assert done.returncode == 2 and "Nothing was pushed to 'me/tuned'" in done.stderr and "set HF_TOKEN" in done.stderr
+    assert PLANTED not in done.stdout + done.stderr and not files_holding(tmp_path, PLANTED)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+    assert not list((tmp_path / "here").iterdir())
+    assert {p.name for p in (tmp_path / "home").iterdir()} <= {".cache", ".config", ".triton"}
+    shutil.rmtree(tmp_path / "home")
+
+
+def test_the_audit_fails_on_what_is_not_accepted_and_says_when_nobody_could_be_asked(monkeypatch):
+    package = {"name": "torch", "version": "2.13.0", "vulns": [{"id": "PYSEC-1"}]}
+    other = {"name": "numpy", "version": "2.4.6", "vulns": []}
+    assert audit.judge({}) == audit.judge({"dependencies": [{"name": "torch", "skip_reason": "not found"}]})
+    assert audit.judge({})[0] == 0 and "could be asked" in audit.judge({})[1]
+    status, text = audit.judge({"dependencies": [package, other]})
+    assert status == 1 and "torch 2.13.0 has PYSEC-1: not accepted" in text and "2 of 2 packages" in text
+    monkeypatch.setitem(audit.ACCEPTED, "PYSEC-1", "2026-11-25, that code is not reached")
+    assert audit.judge({"dependencies": [package, other]})[0] == 0
+    assert audit.judge({"dependencies": [other]})[0] == 0
