@@ -167,6 +167,11 @@ class OrpoTrainer(Trainer):
         )  # fmt: skip
         return DataLoader(pairs, batch_sampler=self.sampler, collate_fn=_as_step)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint, the Trainer would take one step more
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def floating_point_ops(self, inputs) -> int:
         return 0  # the Trainer's own guess knows neither shared prompts nor adapters
 

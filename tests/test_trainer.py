@@ -129,6 +129,17 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact_with_dropout_on(tmp_path):
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+def test_resuming_from_the_last_checkpoint_takes_no_step_more(tmp_path):
+    pairs, options, rows = random_pairs(16), dict(max_steps=3, save_every_steps=3, lr_schedule="constant"), []
+    whole = make(tmp_path / "a", pairs, **options)
+    whole.train()
+    resumed = make(tmp_path / "b", pairs, rows=rows, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert resumed.state.global_step == 3 and not rows
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
 def test_a_checkpoint_appears_complete_or_not_at_all_and_old_ones_go(tmp_path):
     trainer = make(tmp_path, random_pairs(16), max_steps=6, save_every_steps=1, keep_checkpoints=2)
     trainer.train()
