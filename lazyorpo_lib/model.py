@@ -339,7 +339,8 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: s
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run.")
-    tokenizer = load_tokenizer(str(folder))
+    with explained(str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "adapter_config.json").is_file():
         return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
     if not (folder / "adapter_model.safetensors").is_file():
