@@ -122,7 +122,7 @@ def _explain(error: Exception, name: str) -> str:
         return "needs code from the hub, which this kit never runs; choose one that transformers has built in"
     if told := hub.fault(error, name, "a local folder as base_model"):
         return told
-    if "safetensors" in text:
+    if "safetensors" in text or "Can't load the model" in text:
         return "has no weights in safetensors, the only format this kit loads; choose or convert to one"
     return f"could not be loaded ({text[:200]}); check base_model"
 

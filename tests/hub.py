@@ -42,6 +42,9 @@ class Hub(BaseHTTPRequestHandler):
         self._say(200, answer | {"id": "me/tuned"})
 
     def do_GET(self):
+        if self.server.away:
+            self.close_connection = True
+            return
         where = re.fullmatch(
             r"/(?:api/)?(models/|datasets/|)([\w-]+)/([\w-]+)(?:/(resolve|tree|revision)/[\w-]+/?(.*))?", self.path.split("?")[0]
         )
@@ -112,11 +115,12 @@ def serve(folder="."):
     """The server; `url`, `heard` (path and body of every POST), and `status` of what it says to a push."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
-    server.folder, server.heard, server.status, server.url = folder, [], 200, f"http://127.0.0.1:{server.server_port}"
+    server.away, server.folder, server.heard, server.status, server.url = False, folder, [], 200, f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
     finally:
+        server.away = True  # also for the connections that are kept open
         server.shutdown()
         server.server_close()
 
