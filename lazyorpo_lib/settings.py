@@ -141,7 +141,6 @@ PRESETS = {
     "tiny": dict(
         base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4, max_steps=6,
         max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8, max_tokens=512, max_prompt_tokens=256, save_every_steps=3,
-        precision="float32",
     ),
     "colab-t4": dict(
         base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora", learning_rate=5e-5, or_weight=0.25,
