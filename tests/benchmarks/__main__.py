@@ -6,8 +6,8 @@
     python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16   # one system against itself
     python -m tests.benchmarks --growth 256 1024 4096             # one pair of so many tokens: how the cost grows
 
-Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up on one step of short pairs that does
-not count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
+Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up by a first step that does not
+count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
 Memory is the peak above the loaded model.
 """
 

@@ -47,8 +47,7 @@ def encoded_pairs(job: dict) -> list:
     cleaned, _ = data.clean(data.open_rows(job["dataset"]))
     pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
     order = [i for step in StepSampler([p.tokens() for p in pairs], job["pairs"], seed=0) for i in step]
-    short = sorted(pairs, key=lambda p: p.tokens())[: job["pairs"]]  # the warm-up's
-    return short + [pairs[i] for i in order][: job["pairs"] * (job["steps"] + job["profile"])]
+    return [pairs[i] for i in order][: job["pairs"] * (1 + job["steps"] + job["profile"])]  # the first step is the warm-up
 
 
 def base_model(job: dict, device: str):
