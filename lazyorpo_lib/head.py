@@ -127,7 +127,7 @@ class ScoringForward:
 
     It replaces `forward` on the one instance, so that everything wrapped around it (PEFT, DDP, FSDP, autocast) acts as
     for any forward. The model's own forward still runs (and adds what it adds, such as a router loss), asked for the
-    logits of one position; the hidden states are caught where they leave the body.
+    logits of no position; the hidden states are caught where they leave the body.
 
     Args:
         model: a transformers causal LM, unwrapped.
@@ -161,7 +161,7 @@ class ScoringForward:
         router = self.router_loss and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
         if router:  # transformers' router loss cannot read a dense mask, so gpt-oss goes without
             kwargs["output_router_logits"] = True
-        keep = 1 if self.plain else 0
+        keep = hidden_index[:0] if self.plain else 0  # an index of the positions whose logits are wanted, or 0 for all
         try:
             out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
         finally:  # also where memory ran out: the graph behind it must not live on
