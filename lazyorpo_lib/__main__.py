@@ -59,9 +59,10 @@ def main(arguments: list[str]) -> int:
         home = probe(settings)
         print(f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}")
         return 0
-    print(why[0].upper() + why[1:] + ".")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(why[0].upper() + why[1:] + ".")
     done = run.execute(settings, sources)
-    print(f"Everything is in {done.folder}")
+    done.show(f"Everything is in {done.folder}")
     return 130 if done.interrupted else 0
 
 

@@ -141,7 +141,8 @@ class Stop(TrainerCallback):
         return self.asked
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.look() and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
+        looked = state.is_world_process_zero and self.look()
+        if not looked and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
         if args.world_size > 1:
             told = torch.tensor([bool(self.reason), self.asked, self.hurried], dtype=torch.int32, device=args.device)
@@ -173,14 +174,12 @@ class EverySteps(TrainerCallback):
             self.act(state.global_step)
 
 
-class OnSave(TrainerCallback):
-    """Calls `act(step)` when a checkpoint is complete."""
+class On(TrainerCallback):
+    """Calls `act(step)` at one of the Trainer's events: "save", when a checkpoint is complete; "train_begin", when the model
+    is in its place on every process."""
 
-    def __init__(self, act: Callable[[int], None]):
-        self.act = act
-
-    def on_save(self, args, state, control, **kwargs):
-        self.act(state.global_step)
+    def __init__(self, event: str, act: Callable[[int], None]):
+        setattr(self, f"on_{event}", lambda args, state, control, **kwargs: act(state.global_step))
 
 
 class Progress(TrainerCallback):

@@ -61,6 +61,14 @@ def this_machine() -> Machine:
     return Machine("cpu", f"CPU, {torch.get_num_threads()} threads", ram)
 
 
+def check_apple(settings: Settings, machine: Machine) -> None:
+    """Apple GPUs have no bitsandbytes. Raises UserError where the settings need it, before anything is downloaded."""
+    for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
+        value = getattr(settings, name)
+        if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
+            raise UserError(f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}.")
+
+
 def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
     """The number format of the computation and one sentence why.
 
@@ -311,18 +319,18 @@ def adapters_off(model):
         yield
 
 
-def save_model(model, tokenizer, folder: Path, *, base_model: str) -> None:
+def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None) -> None:
     """Adapter or full model, safetensors only, with tokenizer, chat template and generation settings; complete or not at
-    all. An adapter names `base_model`, not a folder of this machine."""
+    all. An adapter names `base_model`, not a folder of this machine. `weights`: where the model holds only a part of them."""
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's empty card, which names a folder of this machine
         config = scratch / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2))
     else:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=weights)
     model.generation_config.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,8 @@
 Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are operations over
 a rate. Of the ways to split a step the quickest that fits is chosen. Peaks are checked against real runs on the CPU
 (tests/benchmarks/planner_check.py). What is CUDA's own is a stated constant that no run has checked: CUDA_CONTEXT_GIB,
-FRAGMENTATION, EFFICIENCY, HOST_LINK. It loads no weights and knows neither several GPUs nor the time of writing answers.
+FRAGMENTATION, EFFICIENCY, HOST_LINK. It loads no weights and knows neither the links between several GPUs nor the time of
+writing answers.
 """
 
 import functools
@@ -19,7 +20,7 @@ import torch
 from . import trainer
 from .batching import EncodedPair
 from .head import BLOCK_BYTES
-from .model import Machine, pick_precision
+from .model import Machine, check_apple, pick_precision
 from .settings import Settings, UserError
 from .simulation import Profile, adapted_layers, on_meta, simulate
 
@@ -341,15 +342,16 @@ def duration(minutes: float) -> str:
 class _Planner:
     """One method on one device: peak and time of any split of a step, and the best split."""
 
-    def __init__(self, config, settings: Settings, machine: Machine, card: Card | None, lengths: Lengths, dtype, method: str):
+    def __init__(self, config, settings: Settings, machine: Machine, card: Card | None, lengths: Lengths, dtype, method: str, cards: int):
         self.settings, self.machine, self.lengths, self.dtype, self.method = settings, machine, lengths, dtype, method
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank
         self.shape = _shapes[key] if key in _shapes else _shapes.setdefault(key, _shape(config, settings.lora_rank))
         self.trained = self.shape.total if self.full else self.shape.adapters
         self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
+        self.cards, self.pairs = cards, max(1, math.ceil(settings.pairs_per_step / cards))  # pairs of a step on one card
         # Eight random pairs are rarely half as long again as eight mean ones.
-        step = settings.pairs_per_step * min(lengths.longest, 1.5 * lengths.mean)
+        step = self.pairs * min(lengths.longest, 1.5 * lengths.mean)
         self.most = max(lengths.longest, round(step), 16)
         self.profile = _profile(config, settings, method, dtype, machine, lengths, self.shape, self.most)
         self.rate, self.bandwidth, self.rate_source = _rates(machine, card, dtype)
@@ -401,6 +403,11 @@ class _Planner:
             "gradients": gradients_then, "optimizer": state, "activations": activations, "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }  # fmt: skip
+        if self.cards > 1:  # fully sharded; embeddings and head stay gathered, of the layers the one at work and the next
+            for name in ("weights", "adapters", "gradients", "optimizer"):
+                parts[name] /= self.cards
+            ends = self.shape.total - self.shape.bulk
+            parts["gathered"] = self.dtype.itemsize * (ends + 2 * self.shape.bulk / self.shape.layers)
         return {name: value / GIB for name, value in parts.items()}
 
     def peak(self, tokens: int, checkpointed: int) -> float:
@@ -409,7 +416,7 @@ class _Planner:
     def minutes(self, tokens: int, checkpointed: int) -> tuple[float, tuple[str, ...]]:
         """Of the run, and the arithmetic behind it."""
         settings, lengths, shape = self.settings, self.lengths, self.shape
-        p, c, r, per_step = lengths.prompt, lengths.chosen, lengths.rejected, settings.pairs_per_step
+        p, c, r, per_step = lengths.prompt, lengths.chosen, lengths.rejected, self.pairs
         again = checkpointed / shape.layers
         # Operations for a pair. Layers: forward and gradients of activations, with full tuning of weights too.
         forward = 2.0 * lengths.mean * (shape.active + (0 if self.full else shape.adapters))
@@ -422,13 +429,13 @@ class _Planner:
         batches = math.ceil(per_step * lengths.mean / tokens * (1.1 if tokens < self.most else 1))
         size = self.dtype.itemsize
         cast = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
-        moved = batches * cast * (2 + again) + 28.0 * self.trained
+        moved = batches * cast * (2 + again) + 28.0 * self.trained / self.cards
         _, paged, _ = self.optimizer()
         over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves the card and comes back, every step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
         compute = per_step * pair / self.rate
         step = compute + moved / self.bandwidth + paging
-        steps = math.ceil(settings.epochs * lengths.pairs / per_step)
+        steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
         evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
         evaluation = evaluations * settings.eval_pairs * (forward + scores + head / 2) / self.rate
@@ -463,7 +470,9 @@ class _Planner:
         return MethodPlan(self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, lines)
 
 
-def make_plan(config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *, dtype: torch.dtype | None = None) -> Plan:
+def make_plan(
+    config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *, dtype: torch.dtype | None = None, cards: int = 1
+) -> Plan:
     """Plan a run with every method.
 
     Args:
@@ -471,6 +480,7 @@ def make_plan(config, settings: Settings, target: Machine | Card | str, lengths:
         target: a machine, a card, or a name that `find_card` knows.
         lengths: `measured_lengths` of encoded pairs, or `preset_lengths` before there are any.
         dtype: of the computation; None takes what `pick_precision` gives.
+        cards: how many such devices share the weights, their gradients and the optimizer's state (FSDP).
 
     Raises:
         UserError: unknown card; a model that transformers cannot build or that cannot be simulated.
@@ -478,7 +488,10 @@ def make_plan(config, settings: Settings, target: Machine | Card | str, lengths:
     target = find_card(target) if isinstance(target, str) else target
     card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
-    planners = {method: _Planner(config, settings, machine, card, lengths, dtype, method) for method in METHODS}
+    check_apple(settings, machine)
+    four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"  # neither Apple GPUs nor FSDP have it
+    tried = METHODS if four_bit else METHODS[:2]
+    planners = {method: _Planner(config, settings, machine, card, lengths, dtype, method, cards) for method in tried}
     methods = {method: planner.best() for method, planner in planners.items()}
     chosen, why = _choose(settings, methods, machine)
     if planners[chosen].profile.stood_in:
@@ -499,7 +512,7 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
     """The strongest method that fits, and why; full tuning only at a learning rate that is meant for it."""
     if settings.method != "auto":
         return settings.method, f"{settings.method}: chosen in the settings"
-    full, lora, qlora = methods["full"], methods["lora"], methods["qlora"]
+    full, lora, qlora = methods["full"], methods["lora"], methods.get("qlora")
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
         return "full", f"full: all weights can be trained in the memory of {machine.name}, and nothing is stronger"
     reason = f"full needs {full.peak_gib:.1f} GiB"
@@ -507,6 +520,8 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
         reason = f"full would fit too, but not with learning_rate {settings.learning_rate:g} (at most {FULL_LEARNING_RATE:g})"
     if lora.fits:
         return "lora", f"lora: the strongest method that fits; {reason}"
+    if qlora is None:
+        return "lora", f"lora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}"
     if qlora.fits:
         return "qlora", f"qlora: it takes 4-bit weights to fit; {reason}, lora {lora.peak_gib:.1f}"
     return ("qlora", f"qlora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}, qlora {qlora.peak_gib:.1f}")
@@ -522,7 +537,7 @@ def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPla
     slope = (planner.profile.peak(2 * longest, layers, layers, True)[0] - planner.profile.peak(longest, layers, layers, True)[0]) / GIB
     if 0.1 < (share := 1 - fixed / max(slope, 1e-9)):
         found.append(f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit")
-    lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if methods[m].fits), None)
+    lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if m in methods and methods[m].fits), None)
     if lighter:
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
     if planner.full and settings.optimizer == "adamw" and least - 5.97 * planner.trained / GIB <= planner.limit:

@@ -21,10 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import EverySteps, OnSave, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
+from .callbacks import EverySteps, On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
@@ -67,7 +68,9 @@ class Run:
         self.settings, self.sources = settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
+        self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
         self.machine = model.this_machine()
+        model.check_apple(settings, self.machine)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
             _claim(self.folder)
@@ -194,23 +197,25 @@ class Run:
         gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
         forget_peak_memory()
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
-        self.plan = self._plan()
+        if self.fsdp:
+            device = "cpu"  # FSDP takes each process's part from there; the whole may be too large for one GPU
+        os.environ["WANDB_DIR"] = str(self.folder)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
+        arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
+        (self.plan,) = broadcast_object_list([self._plan()])  # of several processes all take the first one's
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         self._write("settings.json", self.record | {"chosen": chosen})
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        os.environ["WANDB_DIR"] = str(self.folder)
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
-        arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         self.trainer = trainer.OrpoTrainer(
             self.model, arguments, s, self.train_pairs, self.eval_pairs,
             tokens_per_batch=tokens,
             checkpointed_layers=layers,
             on_row=self._on_row, callbacks=[
                 self.stop, Progress(s.pairs_per_step), EverySteps(self._watch, s.watch_every_steps),
-                OnSave(self._mirror),
+                On("save", self._mirror), On("train_begin", self._begin),
             ],
         )  # fmt: skip
         if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone
@@ -222,7 +227,7 @@ class Run:
     def _plan(self) -> planner.Plan:
         plan = planner.make_plan(
             model.load_config(self.settings.base_model), self.settings, self.machine,
-            planner.measured_lengths(self.train_pairs), dtype=self.dtype,
+            planner.measured_lengths(self.train_pairs), dtype=self.dtype, cards=int(os.environ["WORLD_SIZE"]) if self.fsdp else 1,
         )  # fmt: skip
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
@@ -251,6 +256,11 @@ class Run:
             return
         found = trainer.checkpoints(self.folder)
         last = int(found[-1].name.split("-")[1]) if found else -1
+        if found and (wrote := trainer.sharding_of(found[-1])) != self.trainer.sharded:
+            raise UserError(
+                f"{found[-1]} was written {'with ' + wrote if wrote else 'without FSDP or DeepSpeed'}: go on with the accelerate "
+                "config that the run began with, or choose another output_dir."
+            )
         rows = self.folder / "history.jsonl"
         if self.main:  # what an earlier process left behind
             for name in ("history.jsonl", "watched.jsonl"):
@@ -266,12 +276,13 @@ class Run:
         self.training_seconds = self.peak_before = self.training_peak = 0.0
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
-                if not found:
+                if not found and not self.trainer.sharded:
                     self._look("before")
-                self.peak_before, began = memory_gib(self.trainer.args.device), time.monotonic()
+                self.peak_before, self.training_began = memory_gib(self.trainer.args.device), time.monotonic()
                 forget_peak_memory()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-                self.training_seconds, self.training_peak = time.monotonic() - began, memory_gib(self.trainer.args.device)
+                self.training_seconds = time.monotonic() - self.training_began
+                self.training_peak = memory_gib(self.trainer.args.device)
                 if not self.stop.hurried or self.trainer.state.global_step >= self.trainer.state.max_steps:
                     self._look("after")
             finally:
@@ -282,6 +293,12 @@ class Run:
         if self.stopped:
             self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
         self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")
+
+    def _begin(self, step: int) -> None:
+        if step == 0 and self.trainer.sharded:  # the model is spread over the processes only now
+            self._look("before")
+            self.trainer._window.take()
+            self.training_began = time.monotonic()
 
     def _steps(self) -> int:
         s = self.settings
@@ -314,8 +331,8 @@ class Run:
 
         def advance(bar, done):
             bar.update(done)
-            if when == "before" and self.stop.look():
-                raise Stopped  # nothing is written yet, and the next run begins here
+            if when == "before" and self.trainer.args.world_size == 1 and self.stop.look():
+                raise Stopped  # nothing is written yet, and the next run begins here; several processes agree after a step
 
         began = time.monotonic()
         with base:
@@ -345,7 +362,8 @@ class Run:
         texts = self._answer(prompts)
         for pair, text in zip(self.texts, texts, strict=False):
             question = pair.prompt[-1]["content"]
-            history.append(self.folder / "watched.jsonl", {"step": step, "prompt": question, "answer": text})
+            if self.main:
+                history.append(self.folder / "watched.jsonl", {"step": step, "prompt": question, "answer": text})
             self.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
 
     def _answer(self, prompts, on_batch=lambda done: None) -> list[str]:
@@ -374,10 +392,11 @@ class Run:
         state, stopped = self.trainer.state, self.stopped
         if self.main:
             (self.folder / "README.md").unlink(missing_ok=True)  # of an earlier stop
+        weights = self.trainer.gathered_weights() if state.global_step else None
         if self.main and state.global_step:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
-                model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model)
+                model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model, weights=weights)
         minutes, peak = (time.time() - self.started) / 60, max(self.peak_before, memory_gib(self.trainer.args.device))
         as_planned = (self.training_seconds + self.evaluated_seconds) / 60  # a plan knows neither answers nor loading
         summary = {
@@ -460,7 +479,7 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
     run.load_model()
     run.train()
     summary = run.finish()
-    show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
+    run.show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
     return run
 
 

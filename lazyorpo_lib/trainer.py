@@ -6,6 +6,7 @@ loss does not depend on how (nll exact in tokens, the odds term exact in pairs, 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -147,14 +148,41 @@ class OrpoTrainer(Trainer):
             model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, data_collator=_as_step,
             callbacks=[StepGuard(self), *callbacks],
         )  # fmt: skip
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError("Several GPUs are used with DDP alone so far: take DeepSpeed or FSDP out of the accelerate config.")
+        self.sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
+        if self.sharded:
+            self._check_sharding()
         # After the Trainer has put the model in its place (and Liger's layers into it), before it wraps it for training.
         with self.accelerator.autocast():
             self.scorer = PairScorer(ScoringForward(causal_lm(model)))
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.remove_callback(PrinterCallback)
         self.sampler = None
+
+    def _check_sharding(self) -> None:
+        """Of weights spread over the processes: refuse what would be wrong."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin and plugin.fsdp_version != 2:
+            raise UserError("The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml.")
+        if plugin and plugin.cpu_ram_efficient_loading:
+            raise UserError("Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config.")
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed and deepspeed.zero_stage == 3:  # head.py and adapters.py read weights outside the module that ZeRO-3 gathers them for
+            raise UserError("ZeRO-3 is not supported: take configs/fsdp2.yaml, which spreads the same over the GPUs, or ZeRO stage 2.")
+        if self.settings.objective == "dpo" or getattr(self.model, "is_loaded_in_4bit", False):
+            raise UserError("FSDP and DeepSpeed train neither 4-bit weights nor objective=dpo: choose method=lora or full, or DDP.")
+        if plugin and plugin.mixed_precision_policy:  # accelerate's would round log-probabilities and gradient sums to 16 bit
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """The trained weights in one piece on the first process, where they are spread over all; else None. Every process calls it."""
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            return get_model_state_dict(self.model, options=options)
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
 
     # Data: one batch of the loader = this rank's pairs of one optimizer step.
 
@@ -206,7 +234,9 @@ class OrpoTrainer(Trainer):
             self._computing = micro
             batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
             last = k == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps in the backward that synchronizes
+            # FSDP would hold whole gradients where it is told to wait.
+            with contextlib.nullcontext() if last or world == 1 or self.sharded else self.accelerator.no_sync(model):
                 out = model(**self.scorer.inputs(batch))
                 table = pair_table(out["logps"], batch, self._reference_of(micro), settings.dpo_beta)
                 column = dict(zip(SUMS, table.sum(0).unbind(), strict=True))
@@ -416,6 +446,11 @@ def _numbered(folder: Path) -> list[Path]:
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return [c for c in _numbered(folder) if _is_whole(c)]
+
+
+def sharding_of(checkpoint: Path) -> str:
+    """FSDP or DeepSpeed, where one of them wrote the checkpoint; else empty."""
+    return "FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else "DeepSpeed" * (checkpoint / "latest").is_file()
 
 
 def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:

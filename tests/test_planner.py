@@ -177,3 +177,11 @@ def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
     lengths = Lengths(1000, 1024.0, 1024.0, 1024.0, 3072)
     m = plan("T4", lengths, LlamaConfig(**LLAMA_3_8B), torch.float16, method="qlora", checkpointed_layers=32, pairs_per_step=1).method
     assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
+
+
+def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else():
+    plans = {cards: make_plan(small(), Settings(pairs_per_step=cards), "A100-80", LENGTHS, cards=cards) for cards in (1, 4)}
+    one, four = plans[1].methods[0], plans[4].methods[0]
+    for name in ("weights", "gradients", "optimizer"):
+        assert four.parts[name] == pytest.approx(one.parts[name] / 4)
+    assert four.parts["activations"] == pytest.approx(one.parts["activations"]) and four.parts["gathered"] > 0

@@ -1,16 +1,61 @@
-"""Trains the tests' little model for three steps and writes its adapters; started on one or on two processes by test_scale.py."""
+"""Trains the tests' little model, and a whole run on the tiny preset, as one of several processes; started by test_scale.py.
+
+accelerate spreads weights over GPUs alone, so for FSDP it is told that these CPU processes are GPUs.
+"""
 
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 
+from lazyorpo_lib import callbacks, run, settings, trainer
+from tests import test_trainer
 from tests.conftest import random_pairs
-from tests.test_trainer import make, weights
+
+STEPS = dict(max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2)
+TINY = {"preset": "tiny", "precision": "float32", "tokens_per_batch": 150, "save_every_steps": 4}
+
+
+def train(folder, method, resume=None):
+    """Three steps, with a checkpoint after the second; the trained weights, in one piece on the first process."""
+    made = test_trainer.make(folder, random_pairs(30), method=method, **STEPS)
+    trainer.checkpoint_layers(made.model, 1)
+    made.train(resume_from_checkpoint=resume and str(resume))
+    gathered = made.gathered_weights() if made.sharded else test_trainer.weights(made)
+    return gathered and {name: weight.clone() for name, weight in gathered.items()}
+
+
+def stopped(folder):
+    """The step after which this process leaves where the second one alone was asked to stop."""
+    made, stop = test_trainer.make(folder, random_pairs(30), **STEPS), callbacks.Stop(folder / "STOP")
+    stop.reason = "asked" * (made.args.process_index == 1)
+    made.add_callback(stop)
+    made.train()
+    return made.state.global_step
+
+
+def tiny_run(folder):
+    return run.execute(*settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2], show=lambda text: None)
+
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    trainer = make(folder / "run", random_pairs(30), max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2)
-    trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
-    if trainer.is_world_process_zero():
-        torch.save(weights(trainer), folder / "weights.pt")
+    home, way = Path(sys.argv[1]), sys.argv[2]
+    arguments = trainer.training_arguments
+
+    def on_gpus(*args, **kwargs):
+        made = arguments(*args, **kwargs)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return made
+
+    if way == "fsdp2":
+        trainer.training_arguments = test_trainer.training_arguments = on_gpus
+    for method in ("lora", "full"):
+        weights = {"through": train(home / method, method), "resumed": train(home / "again", method, home / method / "checkpoint-2")}
+        if PartialState().is_main_process:
+            torch.save(weights, home / f"{method}.pt")
+    steps = gather_object([stopped(home / "stopped")])
+    if PartialState().is_main_process:
+        torch.save(steps, home / "stopped.pt")
+    tiny_run(home / "run")
