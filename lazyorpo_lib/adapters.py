@@ -58,14 +58,18 @@ def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:
         dropout = lora.lora_dropout[name]
         dropped = None if isinstance(dropout, nn.Identity) else dropout(flat)
         weights = lora.lora_A[name].weight, lora.lora_B[name].weight
-        return _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name]).view(*x.shape[:-1], -1)
+        out = _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name])
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def fuse(model) -> None:
-    """Have the LoRA layers of a PEFT model that lie over an `nn.Linear`, 4-bit or not, computed in one piece.
+    """Have the LoRA layers of a PEFT model that lie over an `nn.Linear`, plain or in 4 bit, computed in one piece.
 
     The forward is replaced on each instance, and PEFT's own is used where no gradient is asked for, or the adapter is off.
     """
     for module in model.modules():
-        if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear):
-            module.forward = functools.partial(_forward, module, module.forward)
+        base = getattr(module, "base_layer", None)
+        if hasattr(module, "lora_A") and isinstance(base, nn.Linear):
+            # Other quantised layers (8-bit, FP8) compute in ways of their own, which stay PEFT's.
+            if type(base) is nn.Linear or getattr(base.weight, "quant_state", None) is not None:
+                module.forward = functools.partial(_forward, module, module.forward)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from .settings import UserError
+
 LAYOUTS = ("shared", "packed", "padded")
 
 
@@ -138,12 +140,13 @@ class StepSampler(Sampler[list[int]]):
         pairs_per_step: pairs in a step over all ranks.
 
     Raises:
-        ValueError: a step or the dataset holds fewer pairs than there are ranks.
+        UserError: a step or the dataset holds fewer pairs than there are ranks.
     """
 
     def __init__(self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank: int = 0, world: int = 1):
         if min(pairs_per_step, len(lengths)) < world:
-            raise ValueError(f"{min(pairs_per_step, len(lengths))} pairs a step cannot be shared by {world} processes.")
+            fewest = min(pairs_per_step, len(lengths))
+            raise UserError(f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start fewer.")
         self.lengths, self.pairs_per_step, self.seed, self.rank, self.world = lengths, pairs_per_step, seed, rank, world
         self.epoch = 0
 

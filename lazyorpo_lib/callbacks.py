@@ -110,12 +110,14 @@ class Stop(TrainerCallback):
     """
 
     def __init__(self, file: Path, max_minutes: float = 0.0):
-        self.file, self.max_minutes, self.reason, self.asked, self.hurried = file, max_minutes, "", False, False
+        self.file, self.max_minutes = file, max_minutes
+        self.reason, self.asked, self.hurried, self._signalled = "", False, False, False
 
     @contextlib.contextmanager
     def listening(self):
         """Take the signals over for the time of training; only a main thread can."""
-        self.reason, self.asked, self.hurried, self._began = "", False, False, time.monotonic()
+        self.reason, self.asked, self.hurried, self._signalled = "", False, False, False
+        self._began = time.monotonic()
         self.file.unlink(missing_ok=True)
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -128,8 +130,9 @@ class Stop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _signal(self, number, frame):
-        if self.reason and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._signalled = True
         self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
         self.hurried = self.hurried or number == signal.SIGTERM
 
@@ -144,12 +147,14 @@ class Stop(TrainerCallback):
         looked = state.is_world_process_zero and self.look()
         if not looked and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
-        if args.world_size > 1:
-            told = torch.tensor([bool(self.reason), self.asked, self.hurried], dtype=torch.int32, device=args.device)
+        stop = bool(self.reason)
+        if args.world_size > 1:  # only what all know counts: a signal that comes while they agree waits for the next step
+            told = torch.tensor([stop, self.asked, self.hurried], dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            any_reason, self.asked, self.hurried = map(bool, told.tolist())
-            self.reason = self.reason or "another process was asked to stop" * any_reason
-        if self.reason and state.global_step < state.max_steps:
+            stop, asked, hurried = map(bool, told.tolist())
+            self.asked, self.hurried = self.asked or asked, self.hurried or hurried
+            self.reason = self.reason or "another process was asked to stop" * stop
+        if stop and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
 
 
@@ -175,11 +180,12 @@ class EverySteps(TrainerCallback):
 
 
 class On(TrainerCallback):
-    """Calls `act(step)` at one of the Trainer's events: "save", when a checkpoint is complete; "train_begin", when the model
+    """Calls `act(step)` at the Trainer's events by name: save=…, when a checkpoint is complete; train_begin=…, when the model
     is in its place on every process."""
 
-    def __init__(self, event: str, act: Callable[[int], None]):
-        setattr(self, f"on_{event}", lambda args, state, control, **kwargs: act(state.global_step))
+    def __init__(self, **acts: Callable[[int], None]):
+        for event, act in acts.items():
+            setattr(self, f"on_{event}", lambda args, state, control, act=act, **kwargs: act(state.global_step))
 
 
 class Progress(TrainerCallback):

@@ -1,6 +1,6 @@
 """Log-probabilities of the scored tokens from hidden states, without ever holding the logits.
 
-`token_logps` is the maths; `LanguageModelHead` finds a model's output layer and what is done to its logits.
+`token_logps` is the maths; `ScoringForward` finds a model's output layer and what is done to its logits.
 It runs no model body and knows no layout: hidden states in, one number a token out.
 """
 

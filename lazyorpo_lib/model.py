@@ -256,10 +256,10 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
-        # With AVX512-BF16 an evaluation would repack the weights for a kernel that has no gradient, and leave them so.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    # With AVX512-BF16 an evaluation would repack 4-bit weights for a CPU kernel that has no gradient, and leave them so.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if not model.generation_config.do_sample:  # some models ship sampling values that saving then refuses
         for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
             setattr(model.generation_config, name, None)

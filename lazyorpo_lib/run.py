@@ -83,7 +83,13 @@ class Run:
         # What auto chose when the run began holds to its end, also where it goes on on another kind of machine.
         chosen = older.get("chosen", {}) if self._agree_with(older) else {}
         self.settings = dataclasses.replace(settings, **chosen)
-        self.dtype, self.precision_reason = model.pick_precision(self.settings.precision, self.machine)
+        try:
+            self.dtype, self.precision_reason = model.pick_precision(self.settings.precision, self.machine)
+        except UserError:  # begun in bfloat16 by auto, going on on a GPU that has none: what is trained is in float32 either way
+            if settings.precision != "auto":
+                raise
+            self.settings = dataclasses.replace(self.settings, precision="auto")
+            self.dtype, self.precision_reason = model.pick_precision("auto", self.machine)
         self.interrupted, self.foreseen_minutes = False, None
         self.looked_seconds = self.evaluated_seconds = 0.0
         self.finished = bool(read_json(self.folder / "summary.json").get("finished"))
@@ -215,7 +221,7 @@ class Run:
             checkpointed_layers=layers,
             on_row=self._on_row, callbacks=[
                 self.stop, Progress(s.pairs_per_step), EverySteps(self._watch, s.watch_every_steps),
-                On("save", self._mirror), On("train_begin", self._begin),
+                On(save=self._mirror, train_begin=self._begin),
             ],
         )  # fmt: skip
         if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone

@@ -178,7 +178,7 @@ def _small_model(config, settings: Settings, method: str, dtype):
     if method == "qlora":
         for layer in adapted_layers(model):
             if isinstance(layer, nn.Linear):
-                layer.__class__ = _FourBit
+                layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
     with torch.device("meta"):
         model = add_adapters(model, settings)
     return model

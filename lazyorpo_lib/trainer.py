@@ -258,7 +258,9 @@ class OrpoTrainer(Trainer):
 
     def _term_norms(self, logps: Tensor, batch: Batch, nll_tokens: int, pairs: int) -> Tensor:
         """Squared norms of the gradients of the nll and of the weighted odds term with respect to the token log-probabilities,
-        where the two terms meet: (2,). It costs no forward or backward of the model."""
+        where the two terms meet: (2,), zeros where only one is trained. It costs no forward or backward of the model."""
+        if self.settings.objective != "orpo":
+            return torch.zeros(2, device=logps.device)
         with torch.enable_grad():
             table = pair_table(logps.requires_grad_(), batch)
             nll = table[:, SUMS.index("nll")].sum() / nll_tokens

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -179,8 +180,10 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
     except KeyboardInterrupt:
         (folder / "STOP").touch()  # it ends its step and saves
         process.join()
+        raise
     if not read_json(folder / "summary.json").get("finished"):
-        last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        log = folder / "log.txt"
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
         raise UserError(f"The run in {folder} is not finished ({' '.join(last)}): mend that and run this again, it goes on from there.")
 
 
@@ -196,6 +199,9 @@ def _in_process(settings: Settings, merge: str | None) -> None:
             except UserError as error:
                 print(error)
                 sys.exit(2)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
 
 
 def _write(home: Path, runs: list[dict], key: str, rest: dict) -> Path:

@@ -37,7 +37,7 @@ def with_colabs_versions(folder: str) -> None:
         return set(subprocess.check_output([*pip, "freeze"], text=True).splitlines())
 
     run(sys.executable, "-m", "venv", os.path.join(folder, "colab"))
-    run(*pip, "install", "-q", f"torch=={version('torch')}", "-r", "tests/colab-constraints.txt")
+    run(*pip, "install", "-q", f"torch=={version('torch').split('+')[0]}", "-r", "tests/colab-constraints.txt")
     before = installed()
     run(*pip, "install", "-q", "-r", "requirements.txt")
     print("added:", *sorted(installed() - before))

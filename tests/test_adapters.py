@@ -81,3 +81,12 @@ def test_every_linear_layer_of_a_model_is_fused():
     model = add_adapters(tiny_model("llama"), Settings(lora_rank=4))
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     assert layers and all("forward" in vars(layer) for layer in layers)
+
+
+def test_layers_stored_in_other_ways_are_left_to_peft():
+    class EightBit(nn.Linear):
+        """Its weight needs scales that only its own forward knows."""
+
+    layer = EightBit(24, 16)
+    model = adapted(layer)
+    assert not any("forward" in vars(module) for module in model.modules() if hasattr(module, "lora_A"))

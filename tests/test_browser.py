@@ -22,7 +22,7 @@ HOME = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TROUBLE = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
 LAB_SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
+    "notebook-extension/tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},  # every cell is in the page, seen or not
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 HOSTILE = "<script>window.hostile = 1</script><img src=nowhere onerror='window.hostile = 2'>"
@@ -119,6 +119,8 @@ def jupyter_lab(folder: Path, **environment: str):
             browser = play.chromium.launch(executable_path=CHROMIUM)
             page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
+            # Where a cell is run before the notebook's kernel has come, JupyterLab asks which one to take: the one it offers.
+            page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click())
             page.goto(f"{address}lab/tree/notebooks/LazyORPO.ipynb?token={token}")
             page.locator(".jp-CodeCell").first.wait_for()
             page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()

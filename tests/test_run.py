@@ -252,6 +252,33 @@ def test_what_auto_chose_holds_where_a_run_goes_on_on_another_kind_of_machine(tm
     assert (second.method, second.dtype) == (first.method, dtype) == ("lora", dtype)
 
 
+def test_a_run_that_auto_began_in_bfloat16_goes_on_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "pick_precision", lambda setting, machine: (model.torch.bfloat16, "chosen"))
+    settings, sources, _ = resolve([("test", {"preset": "tiny", "output_dir": str(tmp_path / "run")})])
+    first = Run(settings, sources, show=lambda text: None)
+    first.load_pairs()
+    first.load_model()
+    (first.folder / "history.jsonl").touch()
+
+    def on_a_t4(setting, machine):
+        if setting == "bfloat16":
+            raise UserError("no bfloat16 here")
+        return model.torch.float16, "auto"
+
+    monkeypatch.setattr(model, "pick_precision", on_a_t4)
+    assert Run(settings, sources, show=lambda text: None).dtype == model.torch.float16
+
+
+def test_the_first_interrupt_after_another_reason_to_stop_is_still_the_first(tmp_path):
+    stop = Stop(tmp_path / "STOP", 1)
+    with stop.listening():
+        stop.reason = "max_minutes=1 are over"
+        stop._signal(signal.SIGINT, None)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            stop._signal(signal.SIGINT, None)
+
+
 def test_the_first_ten_steps_foretell_the_minutes_of_the_run(tmp_path):
     said = []
     run = execute(*tiny(tmp_path, max_steps=12), show=said.append)
