@@ -180,7 +180,6 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
     except KeyboardInterrupt:
         (folder / "STOP").touch()  # it ends its step and saves
         process.join()
-        raise
     if not read_json(folder / "summary.json").get("finished"):
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
