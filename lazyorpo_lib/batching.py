@@ -55,7 +55,6 @@ class Batch:
     segment: Tensor  # (M,) int64: i chosen answer of pair i; B + i rejected; 2 B + i prompt (scored for the nll alone)
     lengths: Tensor  # (3 B,) float32, scored tokens in each segment
     pairs: list[EncodedPair]
-    layout: str
     spans: list[Span]
 
     def to(self, device) -> "Batch":
@@ -109,7 +108,6 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
         segment=segment,
         lengths=torch.bincount(segment, minlength=3 * len(pairs)).float(),
         pairs=pairs,
-        layout=layout,
         spans=spans if layout == "shared" else [],
     )
 
