@@ -4,7 +4,7 @@
     python -m tests.benchmarks --dataset pairs.json --max-tokens 760 --method full --checkpointing
     python -m tests.benchmarks --model llama-3-8b --method qlora --precision bfloat16      # random weights, on a GPU
     python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16   # one system against itself
-    python -m tests.benchmarks --growth 256 1024 4096             # one pair of so many tokens: how the cost grows
+    python -m tests.benchmarks --growth 256 1024 4096             # one pair of so many tokens, each twice: how the cost grows
 
 Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up by a first step that does not
 count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
@@ -56,6 +56,8 @@ class Worker:
         command = [sys.executable, "-m", "tests.benchmarks.worker", json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.name, self.job, self.steps, self.rates, self.profile = name, job, [], [], None
+        # The first step of all, or of each length, pages memory in and makes kernels: it does not count.
+        self.counted = slice(1, None, 2 if job["growth"] else 1)
         self.model = self.read()
         self.loaded_gib = self.read()["memory_gib"]
 
@@ -81,16 +83,16 @@ class Worker:
         self.process.kill()
 
     def figures(self) -> dict:
-        counted = self.steps[1:]
+        counted, rates = self.steps[self.counted], self.rates[self.counted]
         seconds, tokens = sum(s["seconds"] for s in counted), sum(s["tokens"] for s in counted)
         per_weight = (6 if self.job["method"] == "full" else 4) + 2 * self.job["checkpointing"]
-        possible = sum(s["seconds"] * rate for s, rate in zip(counted, self.rates[1:], strict=True)) * 1e12
+        possible = sum(s["seconds"] * rate for s, rate in zip(counted, rates, strict=True)) * 1e12
         return {
             "pairs_per_second": self.job["pairs"] * len(counted) / seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
             "peak_gib_above_model": counted[-1]["memory_gib"] - self.loaded_gib,
             "matmul_share": per_weight * self.model["parameters"] * tokens / possible, "losses": [s["loss"] for s in self.steps],
             "seconds": [s["seconds"] for s in counted], "step_tokens": [s["tokens"] for s in counted],
-            "attention_seconds": [s["attention_seconds"] for s in counted], "matmul_tflops": self.rates[1:], "profile": self.profile,
+            "attention_seconds": [s["attention_seconds"] for s in counted], "matmul_tflops": rates, "profile": self.profile,
         }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def main() -> None:
     shared = {k: v for k, v in vars(options).items() if k not in ("out", "systems", "precision")}
     shared["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if options.growth:
-        shared |= {"pairs": 1, "steps": len(options.growth), "max_tokens": max(options.growth)}
+        shared |= {"pairs": 1, "steps": 2 * len(options.growth) - 1, "max_tokens": max(options.growth)}
     jobs = {}
     for precision in options.precision:
         for name in options.systems:
@@ -137,6 +139,7 @@ def main() -> None:
 
 
 def rate_for(job: dict) -> float:
+    time.sleep(2)  # the process that has just computed may still be freeing its memory
     return matmul_rate(getattr(torch, job["precision"]), job["device"], 1024)
 
 

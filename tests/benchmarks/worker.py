@@ -40,7 +40,7 @@ def encoded_pairs(job: dict) -> list:
     if job["growth"]:
         rng = random.Random(0)
         return [EncodedPair(i, *([rng.randrange(5, 5000) for _ in range(n // 3 + k * (n % 3))] for k in (1, 0, 0)))
-                for i, n in enumerate([256, *job["growth"], *job["growth"][-1:] * job["profile"]])]  # fmt: skip
+                for i, n in enumerate([*sorted(2 * job["growth"]), *job["growth"][-1:] * job["profile"]])]  # fmt: skip
     tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
