@@ -19,6 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .batching import Batch, EncodedPair, Span, collate
 
 NAME = "lazyorpo"
+CPU_KERNEL = {"cpu"}  # devices with torch's kernel for the CPU: it reads one key for several heads; elsewhere not every kernel does
+SHORT = 256  # tokens of a pair up to which that kernel is slower in bfloat16 than in float32, its backward most
 
 
 @dataclass
@@ -60,15 +62,24 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and dropout == 0.0 and _varlen_works(query, key, value):
         return _varlen(query, key, value, scaling, sliding_window), None
-    if key.shape[1] != query.shape[1]:
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and query.device.type not in CPU_KERNEL:
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+        grouped = False
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.device.type in CPU_KERNEL and max(sum(span[1:]) for span in _row.spans) <= SHORT:
+        query, key, value = (x.float() for x in (query, key, value))
+    options = dict(dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+    # One split, whose backward is one copy: a slice's would be a row of zeros and a sum over it, for every pair.
+    pieces = [x.split([n for _, p, c, r in _row.spans for n in (p + c, r)], dim=2) for x in (query, key, value)]
     parts = []
-    for start, p, c, r in _row.spans:
-        q, k, v = (x[:, :, start : start + p + c + r] for x in (query, key, value))
-        parts.append(_attend(q[:, :, : p + c], k[:, :, : p + c], v[:, :, : p + c], dropout, scaling, sliding_window))
-        k, v = (torch.cat([x[:, :, :p], x[:, :, p + c :]], dim=2) for x in (k, v))
-        parts.append(_attend(q[:, :, p + c :], k, v, dropout, scaling, sliding_window))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    for i, (_, p, _, _) in enumerate(_row.spans):
+        (q, q_rejected), *first_and_rejected = (x[2 * i : 2 * i + 2] for x in pieces)
+        k, v = (first for first, _ in first_and_rejected)
+        parts.append(_attend(q, k, v, sliding_window, options))
+        k, v = (torch.cat([first[:, :, :p], rejected], dim=2) for first, rejected in first_and_rejected)
+        parts.append(_attend(q_rejected, k, v, sliding_window, options))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype), None
 
 
 AttentionInterface.register(NAME, attention)
@@ -76,17 +87,17 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None if _row else sdpa_mask(*args, **kwargs))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropout, scaling, window) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: dict) -> Tensor:
     """The last len(q) tokens of a document attend to all of it, causally."""
     n, total = q.shape[2], k.shape[2]
     windowed = window is not None and window < total
     if n == total and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     if q.is_cuda and not windowed:
         mask = causal_lower_right(n, total)  # the CUDA kernels know this shape without a mask in memory
     else:
         mask = _mask(n, total, window if windowed else None, q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
 def _mask(n: int, total: int, window: int | None, like: Tensor) -> Tensor:

@@ -168,20 +168,9 @@ def progress_bar(total: int | None, unit: str, **options) -> tqdm:
     return tqdm(total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options)
 
 
-class EverySteps(TrainerCallback):
-    """Calls `act(step)` every so many steps; 0: never."""
-
-    def __init__(self, act: Callable[[int], None], steps: int):
-        self.act, self.steps = act, steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.steps and state.global_step % self.steps == 0:
-            self.act(state.global_step)
-
-
 class On(TrainerCallback):
-    """Calls `act(step)` at the Trainer's events by name: save=…, when a checkpoint is complete; train_begin=…, when the model
-    is in its place on every process."""
+    """Calls `act(step)` at the Trainer's events by name: step_end=…; save=…, when a checkpoint is complete; train_begin=…,
+    when the model is in its place on every process."""
 
     def __init__(self, **acts: Callable[[int], None]):
         for event, act in acts.items():

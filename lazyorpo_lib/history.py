@@ -23,6 +23,13 @@ ENOUGH_POINTS = 10  # logged steps before `reading` judges
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
+def duration(minutes: float) -> str:
+    """In words, e.g. 40 s, 14 min, 2.5 h."""
+    if minutes < 1:
+        return f"{max(1, round(60 * minutes))} s"
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 def append(path, row: dict) -> None:
     """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
     line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"

@@ -207,7 +207,7 @@ def show_progress(folder) -> None:
         return
     if display := _kernel_display():
         display(_bundle(draw(rows, title=Path(folder).name)), raw=True, metadata=METADATA)
-    age = _duration(time.time() - path.stat().st_mtime)
+    age = history.duration((time.time() - path.stat().st_mtime) / 60)
     print(f"Step {rows[-1]['step']:,}, written {age} ago. {history.reading(rows).capitalize()}.")
 
 
@@ -219,13 +219,6 @@ def _kernel_display():
 
 def _bundle(png):
     return {"image/png": png, "text/plain": "LazyORPO live plot"}  # constant: nbval compares the text
-
-
-def _duration(seconds):
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class LivePlot:
@@ -319,8 +312,8 @@ class LivePlot:
         first, since = self._first or (self._last_step, now)
         done, left = self._last_step - first, self.total_steps - self._last_step
         if final:
-            return f"{text} \N{MIDDLE DOT} {_duration(now - self._began)}"
-        return f"{text} \N{MIDDLE DOT} {_duration(left * (now - since) / done)} left" if done and left > 0 else text
+            return f"{text} \N{MIDDLE DOT} {history.duration((now - self._began) / 60)}"
+        return f"{text} \N{MIDDLE DOT} {history.duration(left * (now - since) / done / 60)} left" if done and left > 0 else text
 
 
 def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) -> bytes:

@@ -5,6 +5,7 @@ It trains nothing and knows nothing of pairs.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -94,6 +95,7 @@ def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
     return torch.float32, f"float32: bfloat16 runs at {gain:.2f} times its speed on this CPU in a short timing"
 
 
+@functools.cache  # so that the runs of a process agree
 def _bfloat16_gain() -> float:
     """How many times faster this CPU multiplies bfloat16 matrices than float32 ones."""
     seconds = {}

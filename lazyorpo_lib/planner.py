@@ -20,6 +20,7 @@ import torch
 from . import trainer
 from .batching import EncodedPair
 from .head import BLOCK_BYTES
+from .history import duration
 from .model import Machine, check_apple, pick_precision
 from .settings import Settings, UserError
 from .simulation import Profile, adapted_layers, on_meta, simulate
@@ -212,7 +213,7 @@ def _profile(config, settings: Settings, method: str, dtype, machine: Machine, l
         points = [min(lengths.longest, full // 2)] * (lengths.longest < full) + [full, 2 * full]
     rows = []
     for tokens in points:
-        count = max(1, round(tokens / lengths.mean)) if machine.device == "mps" else 1
+        count = max(1, round(tokens / lengths.mean)) if machine.device != "cuda" else 1  # whose kernels do not care how long a pair is
         prompt, chosen, rejected = (max(1, round(share * tokens / count)) for share in shares)
         rows.append([EncodedPair(i, [1] * prompt, [1] * chosen, [1] * rejected) for i in range(count)])
     key = (
@@ -332,13 +333,6 @@ def tokens_per_second(rows: Sequence[dict]) -> float:
     return sum(row["tokens"] for row in rows) / sum(row["tokens"] / row["tokens_per_second"] for row in rows)
 
 
-def duration(minutes: float) -> str:
-    """In words, e.g. 40 s, 14 min, 2.5 h."""
-    if minutes < 1:
-        return f"{max(1, round(60 * minutes))} s"
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
 class _Planner:
     """One method on one device: peak and time of any split of a step, and the best split."""
 
@@ -387,27 +381,28 @@ class _Planner:
     def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
         """The peak by part, GiB."""
         tokens = min(max(tokens, self.lengths.longest), self.most)  # a longer pair is a micro-batch of its own
-        held = not self.full or tokens < self.most  # gradients of the micro-batches before; adapters' are small
-        gradients = 4.0 * self.trained
+        # Gradients of the micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
+        held = not self.full or tokens < self.most or self.cards > 1
+        gradients = 4.0 * self.trained / self.cards
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
         if self.machine.device != "cuda":  # the masks of the rejected answers, which only the CPU's kernel wants
             masks = self.lengths.rejected * (self.lengths.prompt + self.lengths.rejected) / self.lengths.mean
             peak += tokens * masks * self.dtype.itemsize
         activations = peak - head - made
         gradients_then = gradients if held else made
-        state, _, passing = self.optimizer()
+        state, _, passing = (size / self.cards for size in self.optimizer())
         if gradients + passing > activations + head + gradients_then:  # the optimizer's own moment, activations gone
             activations, head, gradients_then = passing, 0.0, gradients
         parts = {
-            "weights": self.weights, "adapters": 0.0 if self.full else gradients,
+            "weights": self.weights / self.cards, "adapters": 0.0 if self.full else gradients,
             "gradients": gradients_then, "optimizer": state, "activations": activations, "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }  # fmt: skip
         if self.cards > 1:  # fully sharded; embeddings and head stay gathered, of the layers the one at work and the next
-            for name in ("weights", "adapters", "gradients", "optimizer"):
-                parts[name] /= self.cards
-            ends = self.shape.total - self.shape.bulk
-            parts["gathered"] = self.dtype.itemsize * (ends + 2 * self.shape.bulk / self.shape.layers)
+            ends, layer = self.shape.total - self.shape.bulk, self.shape.bulk / self.shape.layers
+            parts["gathered"] = self.dtype.itemsize * (ends + 2 * layer)
+            if self.full:  # and their gradients, until they are summed over the cards
+                parts["gathered"] += 4.0 * (ends + layer)
         return {name: value / GIB for name, value in parts.items()}
 
     def peak(self, tokens: int, checkpointed: int) -> float:

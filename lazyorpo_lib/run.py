@@ -24,8 +24,8 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, card, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import EverySteps, On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
+from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
+from .callbacks import On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
@@ -77,7 +77,7 @@ class Run:
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.fingerprint = fingerprint(settings)
         self.drive = setup.drive_folder(self.folder.name) if settings.save_to == "drive" and self.main else None
-        if self.drive and not trainer.checkpoints(self.folder):
+        if self.drive and not checkpoints.complete(self.folder):
             setup.mirror(self.drive, self.folder)  # what an earlier session left there
         older = read_json(self.folder / "settings.json")
         # What auto chose when the run began holds to its end, also where it goes on on another kind of machine.
@@ -178,7 +178,7 @@ class Run:
 
     def _report_tokens(self, pairs: PairFile, digest: str) -> None:
         older = read_json(self.folder / "data_report.json")
-        if older and older.get("digest") != digest and trainer.checkpoints(self.folder):
+        if older and older.get("digest") != digest and checkpoints.complete(self.folder):
             raise UserError(
                 f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} began: choose another "
                 "output_dir, or bring the old dataset back."
@@ -209,6 +209,8 @@ class Run:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         (self.plan,) = broadcast_object_list([self._plan()])  # of several processes all take the first one's
+        if not (self.folder / "settings.json").is_file():  # the first process has written it by now
+            raise UserError(f"{self.folder} is not the folder that the first process writes: give an output_dir that every machine sees.")
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         self._write("settings.json", self.record | {"chosen": chosen})
@@ -220,8 +222,8 @@ class Run:
             tokens_per_batch=tokens,
             checkpointed_layers=layers,
             on_row=self._on_row, callbacks=[
-                self.stop, Progress(s.pairs_per_step), EverySteps(self._watch, s.watch_every_steps),
-                On(save=self._mirror, train_begin=self._begin),
+                self.stop, Progress(s.pairs_per_step),
+                On(step_end=self._watch, save=self._mirror, train_begin=self._begin),
             ],
         )  # fmt: skip
         if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone
@@ -260,9 +262,9 @@ class Run:
         if self.finished:
             show_progress(self.folder)
             return
-        found = trainer.checkpoints(self.folder)
+        found = checkpoints.complete(self.folder)
         last = int(found[-1].name.split("-")[1]) if found else -1
-        if found and (wrote := trainer.sharding_of(found[-1])) != self.trainer.sharded:
+        if found and (wrote := checkpoints.sharding_of(found[-1])) != self.trainer.sharded:
             raise UserError(
                 f"{found[-1]} was written {'with ' + wrote if wrote else 'without FSDP or DeepSpeed'}: go on with the accelerate "
                 "config that the run began with, or choose another output_dir."
@@ -325,7 +327,7 @@ class Run:
         tokens_left = (self._steps() - step) * self.settings.pairs_per_step * self.plan.lengths.mean
         left = tokens_left / planner.tokens_per_second(history.read(self.folder / "history.jsonl")) + self.looked_seconds
         self.foreseen_minutes = (time.time() - self.started + left) / 60
-        self.show(f"After {step} steps: {planner.duration(left / 60)} left, {planner.duration(self.foreseen_minutes)} in all.")
+        self.show(f"After {step} steps: {history.duration(left / 60)} left, {history.duration(self.foreseen_minutes)} in all.")
 
     def _look(self, when: str) -> None:
         """Figures and answers on the held-out pairs, `before` or `after` training; kept in held_out.json."""
@@ -364,6 +366,8 @@ class Run:
 
     def _watch(self, step: int) -> None:
         """Answers to the first held-out prompts while training goes on; kept in watched.jsonl and shown."""
+        if not self.settings.watch_every_steps or step % self.settings.watch_every_steps:
+            return
         prompts = [self.eval_pairs[i].prompt for i in range(min(3, len(self.eval_pairs)))]
         texts = self._answer(prompts)
         for pair, text in zip(self.texts, texts, strict=False):
@@ -442,7 +446,7 @@ class Run:
             if not (self.folder / "README.md").exists():
                 history.write_atomically(self.folder / "README.md", card.write_card(self.folder).encode())
             if self.finished:
-                trainer.remove_checkpoints(self.folder)
+                checkpoints.remove(self.folder)
             self._mirror()
 
     def _work(self) -> dict[str, int]:

@@ -286,6 +286,8 @@ def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], fl
         stack.enter_context(patch.object(adapters, "frozen_weight", _dequantised))
         stack.enter_context(patch.object(attention, "_mask", _no_mask))
         stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *args: False))  # its fake takes bfloat16 alone
+        if machine.device != "cpu":
+            stack.enter_context(patch.object(attention, "CPU_KERNEL", ()))
         _simulated_attention.varlen = cuda and autocast and machine.capability[0] >= 8
         if cuda and autocast:
             stack.enter_context(patch.object(nn.functional, "layer_norm", _float32_layer_norm))

@@ -7,9 +7,7 @@ loss does not depend on how (nll exact in tokens, the odds term exact in pairs, 
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import history
+from . import checkpoints, history
 from .attention import PairScorer
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
 from .callbacks import StepGuard, StepWindow, memory_gib
@@ -96,6 +94,7 @@ def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, o
         disable_tqdm=True,
         report_to=settings.report_to,
         use_liger_kernel=settings.liger_kernel,
+        ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
     )
     _ = args.device
     args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would cut a packed row in two; many GPUs are accelerate's
@@ -410,7 +409,7 @@ class OrpoTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    _seal(scratch / name)
+                    checkpoints.seal(scratch / name)
                     shutil.rmtree(home / name, ignore_errors=True)
                     (scratch / name).rename(home / name)
         finally:
@@ -418,49 +417,8 @@ class OrpoTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(scratch, ignore_errors=True)
         if self.args.should_save:
-            remove_checkpoints(home, keep=self.settings.keep_checkpoints)
+            checkpoints.remove(home, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
-
-
-def _seal(checkpoint: Path) -> None:
-    """Flush a checkpoint to the disk and write down the sizes of its files, by which a torn one is known."""
-    sizes = {}
-    for file in sorted(f for f in checkpoint.rglob("*") if f.is_file()):
-        with open(file, "r+b") as opened:
-            os.fsync(opened.fileno())
-        sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
-    history.write_atomically(checkpoint / "sizes.json", json.dumps(sizes, indent=1).encode())
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        sizes = json.loads((checkpoint / "sizes.json").read_bytes())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _numbered(folder: Path) -> list[Path]:
-    found = [c for c in Path(folder).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda c: int(c.name.split("-")[1]))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return [c for c in _numbered(folder) if _is_whole(c)]
-
-
-def sharding_of(checkpoint: Path) -> str:
-    """FSDP or DeepSpeed, where one of them wrote the checkpoint; else empty."""
-    return "FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else "DeepSpeed" * (checkpoint / "latest").is_file()
-
-
-def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
-    """Remove all but the last `keep` complete checkpoints, torn ones too."""
-    kept = checkpoints(folder)[-keep:] if keep else []
-    for checkpoint in _numbered(folder):
-        if checkpoint not in kept:
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _as_step(pairs: list[EncodedPair]) -> dict:

@@ -123,9 +123,9 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
 
 def tear(folder: Path, chance: random.Random) -> None:
     """Cut a file of the newest checkpoint short."""
-    from lazyorpo_lib.trainer import checkpoints
+    from lazyorpo_lib.checkpoints import complete
 
-    for checkpoint in checkpoints(folder)[-1:]:
+    for checkpoint in complete(folder)[-1:]:
         file = chance.choice([f for f in sorted(checkpoint.iterdir()) if f.stat().st_size])
         os.truncate(file, chance.randrange(file.stat().st_size))
 

@@ -200,3 +200,8 @@ def test_the_reading_sees_memorising_in_the_held_out_nll():
 def test_it_imports_the_standard_library_alone():
     code = "import sys, lazyorpo_lib.history; sys.exit(bool({'numpy', 'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("minutes", "text"), [(0, "1 s"), (0.9, "54 s"), (1.2, "1 min"), (99, "99 min"), (125, "2.1 h")])
+def test_durations_read_well(minutes, text):
+    assert history.duration(minutes) == text

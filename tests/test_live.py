@@ -225,11 +225,6 @@ def test_the_time_left_is_told_from_the_training_steps_alone(clock, shown, pictu
     assert plot._status(clock.now, final=True) == "step 200 of 500 · 18 min"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (95, "2 min"), (7500, "2 h 05 min")])
-def test_durations_read_well(seconds, text):
-    assert live._duration(seconds) == text
-
-
 def test_both_curves_are_in_the_picture_in_their_own_colors(tmp_path):
     png = live.draw(healthy(50), tmp_path / "live.png", title="tiny")
     assert (tmp_path / "live.png").read_bytes() == png

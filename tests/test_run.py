@@ -57,6 +57,12 @@ def test_history_has_every_step_once_with_the_names_of_the_contract(finished):
     assert [r["step"] for r in rows if history.is_evaluation(r)] == [0, 6]
 
 
+def test_a_process_that_does_not_see_the_first_ones_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="every machine sees"):
+        execute(*tiny(tmp_path / "mine"), show=lambda text: None)
+
+
 def test_reports_add_up(finished):
     report = json.loads((finished.folder / "data_report.json").read_text())
     assert report["kept"] + sum(report["dropped"].values()) == report["read"] == 48

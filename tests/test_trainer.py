@@ -13,12 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
 
+from lazyorpo_lib import checkpoints
 from lazyorpo_lib import trainer as module
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.callbacks import StepGuard, Stop
 from lazyorpo_lib.model import adapters_off, add_adapters, load_base
 from lazyorpo_lib.settings import Settings, UserError
-from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, checkpoints, training_arguments
+from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from tests.architectures import tiny_model
 from tests.conftest import booby_trap, random_pairs
 
@@ -143,7 +144,7 @@ def test_resuming_from_the_last_checkpoint_takes_no_step_more(tmp_path):
 def test_a_checkpoint_appears_complete_or_not_at_all_and_old_ones_go(tmp_path):
     trainer = make(tmp_path, random_pairs(16), max_steps=6, save_every_steps=1, keep_checkpoints=2)
     trainer.train()
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
     assert not (tmp_path / ".saving").exists() and not (tmp_path / ".old").exists()
 
 
@@ -159,7 +160,7 @@ def test_a_full_disk_while_saving_keeps_the_last_complete_checkpoint(tmp_path, m
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(UserError, match="No space left"):
         trainer.train()
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
@@ -183,7 +184,7 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkey
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +199,10 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "sizes.json"])
 def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, saved, file, tear):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     tear(tmp_path / "checkpoint-4" / file)
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
-    module.remove_checkpoints(tmp_path, keep=1)
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
+    checkpoints.remove(tmp_path, keep=1)
     assert [c.name for c in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -355,7 +356,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, monke
     with pytest.warns(UserWarning):
         trainer.train()
     assert trainer.state.global_step == 3 and "learning_rate" in trainer.stop_reason
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-3"]
 
 
 def test_held_out_table_is_in_order_and_averages_to_the_evaluation(tmp_path):

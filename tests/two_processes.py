@@ -18,9 +18,12 @@ STEPS = dict(max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_st
 TINY = {"preset": "tiny", "precision": "float32", "tokens_per_batch": 150, "save_every_steps": 4}
 
 
-def train(folder, method, resume=None):
+WAYS = {"lora": dict(method="lora"), "full": dict(method="full"), "dpo": dict(method="lora", objective="dpo")}
+
+
+def train(folder, what, resume=None):
     """Three steps, with a checkpoint after the second; the trained weights, in one piece on the first process."""
-    made = test_trainer.make(folder, random_pairs(30), method=method, **STEPS)
+    made = test_trainer.make(folder, random_pairs(30), **WAYS[what], **STEPS)
     trainer.checkpoint_layers(made.model, 1)
     made.train(resume_from_checkpoint=resume and str(resume))
     gathered = made.gathered_weights() if made.sharded else test_trainer.weights(made)
@@ -51,10 +54,10 @@ if __name__ == "__main__":
 
     if way == "fsdp2":
         trainer.training_arguments = test_trainer.training_arguments = on_gpus
-    for method in ("lora", "full"):
-        weights = {"through": train(home / method, method), "resumed": train(home / "again", method, home / method / "checkpoint-2")}
+    for what in WAYS if way == "ddp" else ("lora", "full"):
+        weights = {"through": train(home / what, what), "resumed": train(home / "again", what, home / what / "checkpoint-2")}
         if PartialState().is_main_process:
-            torch.save(weights, home / f"{method}.pt")
+            torch.save(weights, home / f"{what}.pt")
     steps = gather_object([stopped(home / "stopped")])
     if PartialState().is_main_process:
         torch.save(steps, home / "stopped.pt")
