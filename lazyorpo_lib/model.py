@@ -335,6 +335,9 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
         model.save_pretrained(scratch, state_dict=weights)
     model.generation_config.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    config = scratch / "tokenizer_config.json"  # one class under two names: transformers 4, and so llama.cpp, knows only the older
+    text = config.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    config.write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 

@@ -52,7 +52,8 @@ def merge(run_folder, out=None, *, dtype=None) -> Path:
 
 def export_gguf(run_folder) -> str:
     """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, where llama.cpp's converter is on the
-    PATH (or in a clone of it here); returns what was written, or the commands that do it."""
+    PATH (or in a clone of it here); returns what was written, or the commands that do it. They leave out the converter's
+    own requirements, which would replace this kit's torch and transformers by older ones."""
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
@@ -61,7 +62,7 @@ def export_gguf(run_folder) -> str:
         return f"""\
 llama.cpp's converter is not here; these commands fetch it and write {merged}.gguf:
 git clone --depth 1 https://github.com/ggml-org/llama.cpp
-{sys.executable} -m pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
+{sys.executable} -m pip install gguf sentencepiece
 {shlex.join(command)}"""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

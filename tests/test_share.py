@@ -70,6 +70,11 @@ def test_merged_folder_has_template_generation_settings_and_cache(run, tmp_path)
     assert (out / "chat_template.jinja").read_text() == (run / "model" / "chat_template.jinja").read_text()
 
 
+def test_tools_on_transformers_4_know_the_class_of_the_saved_tokenizer(run):
+    saved = json.loads((run / "model" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_merged_weights_have_the_precision_of_the_run(copy):
     folder = copy("half", summary={"precision": "bfloat16"})
     merged = share.merge(folder)
@@ -82,7 +87,7 @@ def test_gguf_is_written_by_llama_cpps_converter_or_its_commands_are_told(copy, 
     folder, tools = copy("a run"), tmp_path / "tools"
     monkeypatch.setenv("PATH", str(tools))
     told = share.export_gguf(folder)
-    assert "git clone" in told and f"'{folder / 'merged'}' --outtype q8_0 --outfile '{folder / 'merged'}.gguf'" in told
+    assert "git clone" in told and "requirements" not in told and f"'{folder / 'merged'}' --outtype q8_0 --outfile '{folder / 'merged'}.gguf'" in told
     tools.mkdir()
     converter = tools / "convert_hf_to_gguf.py"
     converter.write_text("import sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))")
