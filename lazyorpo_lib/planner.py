@@ -200,7 +200,9 @@ _shapes: dict[tuple, _Shape] = {}
 _profiles: dict[tuple, Profile] = {}
 
 
-def _profile(config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int) -> Profile:
+def _profile(
+    config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int, sharded: bool
+) -> Profile:
     """Simulated at two lengths past which all is linear: once the blocks of the head are full, or at the most a step has."""
     shares = [part / lengths.mean for part in (lengths.prompt, lengths.chosen, lengths.rejected)]
     scored = 1.0 if settings.nll_over != "answer" else 1 - shares[0]
@@ -218,10 +220,10 @@ def _profile(config, settings: Settings, method: str, dtype, machine: Machine, l
         rows.append([EncodedPair(i, [1] * prompt, [1] * chosen, [1] * rejected) for i in range(count)])
     key = (
         config.to_json_string(), method, dtype, machine.device, machine.capability[0] >= 8, settings.lora_rank,
-        settings.lora_dropout > 0, settings.nll_over, *(len(part) for row in rows for part in row[0][1:]),
+        settings.lora_dropout > 0, settings.nll_over, sharded, *(len(part) for row in rows for part in row[0][1:]),
     )  # fmt: skip
     if key not in _profiles:
-        _profiles[key] = simulate(config, settings, method, dtype, machine, rows)
+        _profiles[key] = simulate(config, settings, method, dtype, machine, rows, sharded)
     return _profiles[key]
 
 
@@ -347,7 +349,7 @@ class _Planner:
         # Eight random pairs are rarely half as long again as eight mean ones.
         step = self.pairs * min(lengths.longest, 1.5 * lengths.mean)
         self.most = max(lengths.longest, round(step), 16)
-        self.profile = _profile(config, settings, method, dtype, machine, lengths, self.shape, self.most)
+        self.profile = _profile(config, settings, method, dtype, machine, lengths, self.shape, self.most, cards > 1)
         self.rate, self.bandwidth, self.rate_source = _rates(machine, card, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
@@ -401,8 +403,8 @@ class _Planner:
         if self.cards > 1:  # fully sharded; embeddings and head stay gathered, of the layers the one at work and the next
             ends, layer = self.shape.total - self.shape.bulk, self.shape.bulk / self.shape.layers
             parts["gathered"] = self.dtype.itemsize * (ends + 2 * layer)
-            if self.full:  # and their gradients, until they are summed over the cards
-                parts["gathered"] += 4.0 * (ends + layer)
+            if self.full:  # and their gradients, until they are summed over the cards, in float32
+                parts["gathered"] += self.dtype.itemsize * (ends + layer) + 4.0 * layer
         return {name: value / GIB for name, value in parts.items()}
 
     def peak(self, tokens: int, checkpointed: int) -> float:

@@ -170,9 +170,9 @@ def _cut(config):
     return config
 
 
-def _small_model(config, settings: Settings, method: str, dtype):
-    """The cut model as `method` trains it, its parameters on meta."""
-    model = on_meta(_cut(config), torch.float32 if method == "full" else dtype)
+def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
+    """The cut model as `method` trains it, its parameters on meta. FSDP gathers weights in the dtype of the computation."""
+    model = on_meta(_cut(config), torch.float32 if method == "full" and not sharded else dtype)
     if method == "full":
         return model
     if method == "qlora":
@@ -222,8 +222,10 @@ def _float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
     return _layer_norm(x, shape, weight, bias, eps)
 
 
-def simulate(config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]]) -> Profile:
-    """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them.
+def simulate(
+    config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]], sharded: bool = False
+) -> Profile:
+    """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them; `sharded`: with weights that FSDP gathers.
 
     A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a Llama of its shape.
 
@@ -233,12 +235,12 @@ def simulate(config, settings: Settings, method: str, dtype, machine: Machine, r
     stood_in = False
     with _quiet():
         try:
-            phases, layer_gradient = _run(config, settings, method, dtype, machine, rows)
+            phases, layer_gradient = _run(config, settings, method, dtype, machine, rows, sharded)
         except UserError:
             raise
         except Exception:  # whatever a model raises on fakes, it means the same: not this one
             stood_in = True
-            phases, layer_gradient = _run(_llama_like(config.get_text_config()), settings, method, dtype, machine, rows)
+            phases, layer_gradient = _run(_llama_like(config.get_text_config()), settings, method, dtype, machine, rows, sharded)
         finally:
             attention.start_batch(None)
     counts = [sum(pair.tokens() for pair in row) for row in rows]
@@ -269,9 +271,9 @@ def _llama_like(text):
     )  # fmt: skip
 
 
-def _run(config, settings, method, dtype, machine, rows) -> tuple[list[dict], float]:
+def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[dict], float]:
     cuda, autocast = machine.device == "cuda", dtype != torch.float32
-    model = _small_model(config, settings, method, dtype)
+    model = _small_model(config, settings, method, dtype, sharded)
     lm = causal_lm(model)
     dense = not lm._supports_sdpa  # soft-capping and sinks run in eager code with dense masks
     mode, results = FakeTensorMode(), []

@@ -186,7 +186,9 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
     one, four, eight = (
         next(m for m in plan.methods if m.method == method).parts
         for cards in (1, 4, 8)
-        for plan in [make_plan(small(24), Settings(pairs_per_step=2 * cards, **settings), "A100-80", LENGTHS, cards=cards)]
+        for plan in [
+            make_plan(small(24), Settings(pairs_per_step=2 * cards, **settings), "A100-80", LENGTHS, dtype=torch.float32, cards=cards)
+        ]
     )
     for name in ("weights", "adapters", "gradients", "optimizer"):
         assert four[name] == pytest.approx(one[name] / 4) and eight[name] == pytest.approx(one[name] / 8)

@@ -87,7 +87,11 @@ def test_gguf_is_written_by_llama_cpps_converter_or_its_commands_are_told(copy, 
     folder, tools = copy("a run"), tmp_path / "tools"
     monkeypatch.setenv("PATH", str(tools))
     told = share.export_gguf(folder)
-    assert "git clone" in told and "requirements" not in told and f"'{folder / 'merged'}' --outtype q8_0 --outfile '{folder / 'merged'}.gguf'" in told
+    assert (
+        "git clone" in told
+        and "requirements" not in told
+        and f"'{folder / 'merged'}' --outtype q8_0 --outfile '{folder / 'merged'}.gguf'" in told
+    )
     tools.mkdir()
     converter = tools / "convert_hf_to_gguf.py"
     converter.write_text("import sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))")

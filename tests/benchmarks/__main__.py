@@ -167,6 +167,7 @@ def report(options, job: dict, workers: list[Worker]) -> None:
         for name, share in worker.profile or ():
             print(f"{worker.name}: {name} {share:.1%}")
     stamp = f"{datetime.date.today()}-{machine.device}-{Path(options.model).name}-{options.method}"
+    stamp += "".join(f"-{name.split(', ')[-1].lower()}" for name in options.systems)
     stamp += "-checkpointed" * options.checkpointing + "-growth" * bool(options.growth) + "-precision" * (len(options.precision) > 1)
     options.out.mkdir(parents=True, exist_ok=True)
     record = {

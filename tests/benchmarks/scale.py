@@ -54,7 +54,7 @@ def main() -> None:
           f"| s a step: computing / links | h for {' | h for '.join(f'{n:,} pairs' for n in PAIRS)} |")  # fmt: skip
     print("|---" * (7 + len(PAIRS)) + "|")
     for method in ("lora", "full"):
-        for name, cards in (("H100", 8), ("H100", 16), ("H100", 32), ("H100", 64), ("H200", 8)):
+        for name, cards in (("H100", 8), ("H100", 16), ("H100", 32), ("H100", 64), ("H200", 8), ("H200", 16)):
             print("| " + " | ".join(row(method, name, cards)) + " |", flush=True)
     for name in ("A100-80", "H100", "H200"):
         card = CARDS[name]
