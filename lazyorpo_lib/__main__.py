@@ -1,6 +1,7 @@
 """python -m lazyorpo_lib: a run, or its plan, from a terminal. Every setting of `settings.py` is a flag.
 
-Exit status: 0 done; 2 the user's mistake, one line on stderr; 130 interrupted, with a checkpoint saved.
+Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or stopped by gradients
+that were not finite, with a checkpoint saved.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import sys
 
 from .settings import FIELDS, UserError, coerce, from_environment, resolve
+from .share import USAGE, command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,7 +19,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lazyorpo_lib", description=__doc__.split("\n")[0], allow_abbrev=False)
+    also = "; ".join(f"{name} {words}" for name, words in USAGE.items())
+    parser = _Parser(
+        prog="python -m lazyorpo_lib", description=__doc__.split("\n")[0], epilog=f"With finished runs: {also}.", allow_abbrev=False
+    )
     for name, field in FIELDS.items():
         meta = field.metadata
         allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
@@ -33,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("chat", "merge", "export-gguf", "compare", "push"):
-        from .share import command
-
+    if arguments and arguments[0] in USAGE:
         return command(arguments[0], arguments[1:])
     given = vars(_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
@@ -51,7 +54,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
-        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), plan.method.explain()]))
+        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), *plan.method.arithmetic]))
         return 0
     if given["probe"]:
         from .trials import probe

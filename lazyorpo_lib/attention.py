@@ -15,11 +15,12 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_torch_greater_or_equal
 
 from .batching import Batch, EncodedPair, Span, collate
 
 NAME = "lazyorpo"
-CPU_KERNEL = {"cpu"}  # devices with torch's kernel for the CPU: it reads one key for several heads; elsewhere not every kernel does
+CPU_KERNEL = {"cpu"}  # devices with torch's kernel for the CPU: from 2.9 on it reads one key for several heads; not every other does
 SHORT = 256  # tokens of a pair up to which that kernel is slower in bfloat16 than in float32, its backward most
 
 
@@ -54,16 +55,14 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         (1, N, heads, head_dim) and None for the weights.
     """
     if _row is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # fmt: skip
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings of float32 weights leave query and key in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and dropout == 0.0 and _varlen_works(query, key, value):
         return _varlen(query, key, value, scaling, sliding_window), None
     grouped = key.shape[1] != query.shape[1]
-    if grouped and query.device.type not in CPU_KERNEL:
+    if grouped and not (query.device.type in CPU_KERNEL and is_torch_greater_or_equal("2.9")):
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
         grouped = False
     dtype = query.dtype
@@ -73,12 +72,13 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     # One split, whose backward is one copy: a slice's would be a row of zeros and a sum over it, for every pair.
     pieces = [x.split([n for _, p, c, r in _row.spans for n in (p + c, r)], dim=2) for x in (query, key, value)]
     parts = []
-    for i, (_, p, _, _) in enumerate(_row.spans):
-        (q, q_rejected), *first_and_rejected = (x[2 * i : 2 * i + 2] for x in pieces)
-        k, v = (first for first, _ in first_and_rejected)
-        parts.append(_attend(q, k, v, sliding_window, options))
-        k, v = (torch.cat([first[:, :, :p], rejected], dim=2) for first, rejected in first_and_rejected)
-        parts.append(_attend(q_rejected, k, v, sliding_window, options))
+    with torch.autocast(query.device.type, enabled=False):  # it would turn the short pairs back
+        for i, (_, p, _, _) in enumerate(_row.spans):
+            (q, q_rejected), *first_and_rejected = (x[2 * i : 2 * i + 2] for x in pieces)
+            k, v = (first for first, _ in first_and_rejected)
+            parts.append(_attend(q, k, v, sliding_window, options))
+            k, v = (torch.cat([first[:, :, :p], rejected], dim=2) for first, rejected in first_and_rejected)
+            parts.append(_attend(q_rejected, k, v, sliding_window, options))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype), None
 
 

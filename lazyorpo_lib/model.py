@@ -335,11 +335,21 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
         model.save_pretrained(scratch, state_dict=weights)
     model.generation_config.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
-    config = scratch / "tokenizer_config.json"  # one class under two names: transformers 4, and so llama.cpp, knows only the older
-    text = config.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    config.write_text(text, encoding="utf-8")
+    _name_as_transformers_4(scratch / "tokenizer_config.json")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
+
+
+def _name_as_transformers_4(config: Path) -> None:
+    """Give a tokenizer's class and its further special tokens the older of their two names, which llama.cpp and others know too."""
+    if not config.is_file():
+        return
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    if saved.get("tokenizer_class") == "TokenizersBackend":
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(saved.get("extra_special_tokens"), list):
+        saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
+    config.write_text(json.dumps(saved, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", merge: bool = False):

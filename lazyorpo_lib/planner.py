@@ -129,11 +129,12 @@ _KNOWN = {
 
 
 def preset_lengths(dataset: str, settings: Settings) -> Lengths:
-    """Of a dataset not yet downloaded: its published size and known lengths, under the settings' limits. One that is not
+    """Of a dataset not yet downloaded: its published size, lengths of a sample, under the settings' limits. One that is not
     known is taken for 7,000 pairs as long as argilla/dpo-mix-7k's, and `source` says so."""
     name = dataset.split(":")[0]
-    source = f"known lengths of {name}" if name in _KNOWN else "a guess: 7,000 pairs as long as argilla/dpo-mix-7k's"
     pairs, sample = _KNOWN.get(name, (7000, _MIX))
+    lengths = f"lengths of {name}" if sample is not _MIX else "as long as argilla/dpo-mix-7k's, by a sample"
+    source = f"{'known' if name in _KNOWN else 'a guess'}: {pairs:,} pairs, {lengths}"
     kept = []
     for p, c, r in sample:
         if settings.overlong == "truncate":
@@ -261,7 +262,7 @@ def _rates(machine: Machine, card: Card | None, dtype) -> tuple[float, float, st
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method: its peak and the parts that sum to it (GiB), the time, the split of a step that gives them."""
+    """One method: its peak and the parts that sum to it (GiB), the time and the arithmetic behind it, the split of a step."""
 
     method: str
     peak_gib: float
@@ -272,10 +273,6 @@ class MethodPlan:
     checkpointed_layers: int
     layers: int
     arithmetic: tuple[str, ...]
-
-    def explain(self) -> str:
-        """How `minutes` came about."""
-        return "\n".join(self.arithmetic)
 
 
 @dataclass(frozen=True)
@@ -400,8 +397,9 @@ class _Planner:
             "gradients": gradients_then, "optimizer": state, "activations": activations, "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }  # fmt: skip
-        if self.cards > 1:  # fully sharded; embeddings and head stay gathered, of the layers the one at work and the next
-            ends, layer = self.shape.total - self.shape.bulk, self.shape.bulk / self.shape.layers
+        if self.cards > 1:  # fully sharded; embeddings and head are counted as gathered, of the layers the one at work and the next
+            ends = self.shape.head + self.shape.untied
+            layer = (self.shape.total - ends) / self.shape.layers
             parts["gathered"] = self.dtype.itemsize * (ends + 2 * layer)
             if self.full:  # and their gradients, until they are summed over the cards, in float32
                 parts["gathered"] += self.dtype.itemsize * (ends + layer) + 4.0 * layer
@@ -427,7 +425,7 @@ class _Planner:
         size = self.dtype.itemsize
         cast = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
         moved = batches * cast * (2 + again) + 28.0 * self.trained / self.cards
-        _, paged, _ = self.optimizer()
+        paged = self.optimizer()[1] / self.cards
         over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves the card and comes back, every step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
         compute = per_step * pair / self.rate
@@ -530,14 +528,14 @@ def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPla
     plan, least = methods[planner.method], planner.peak(longest, layers)
     if least <= planner.limit:
         return ["set tokens_per_batch=auto and checkpointed_layers=auto"]
-    fixed = planner.peak(longest, layers) - planner.limit
+    fixed = least - planner.limit
     slope = (planner.profile.peak(2 * longest, layers, layers, True)[0] - planner.profile.peak(longest, layers, layers, True)[0]) / GIB
     if 0.1 < (share := 1 - fixed / max(slope, 1e-9)):
         found.append(f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit")
     lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if m in methods and methods[m].fits), None)
     if lighter:
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
-    if planner.full and settings.optimizer == "adamw" and least - 5.97 * planner.trained / GIB <= planner.limit:
+    if planner.full and settings.optimizer == "adamw" and least - 5.97 * planner.trained / planner.cards / GIB <= planner.limit:
         found.append("optimizer=adamw_8bit would fit")
     larger = next((c for c in sorted(CARDS.values(), key=lambda c: c.memory_gib) if least <= c.memory_gib * (1 - MARGIN)), None)
     if larger:

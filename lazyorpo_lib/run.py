@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
@@ -209,8 +209,10 @@ class Run:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
         (self.plan,) = broadcast_object_list([self._plan()])  # of several processes all take the first one's
-        if not (self.folder / "settings.json").is_file():  # the first process has written it by now
-            raise UserError(f"{self.folder} is not the folder that the first process writes: give an output_dir that every machine sees.")
+        if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process has written it by now
+            raise UserError(
+                f"{self.folder} is not on every machine the folder that the first process writes: give an output_dir that all of them see."
+            )
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         self._write("settings.json", self.record | {"chosen": chosen})

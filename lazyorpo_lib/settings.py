@@ -132,7 +132,7 @@ class Settings:
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
-# Sources: the article (see README); arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
+# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
 PRESETS = {
     "demo": dict(
         method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128,

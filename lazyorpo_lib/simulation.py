@@ -344,7 +344,6 @@ def _watch(lm, model, ledger: _Ledger) -> float:
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(begins(i))
         layer.register_forward_hook(ends(i))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(ledger.add_gradient)
     return float(sum(p.numel() * p.element_size() for p in layers[-1].parameters() if p.requires_grad))

@@ -144,8 +144,7 @@ class OrpoTrainer(Trainer):
         self._reference: dict[int, Tensor] = {}
         self._window = StepWindow()
         super().__init__(
-            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, data_collator=_as_step,
-            callbacks=[StepGuard(self), *callbacks],
+            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[StepGuard(self), *callbacks],
         )  # fmt: skip
         self.sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
         if self.sharded:
@@ -213,7 +212,7 @@ class OrpoTrainer(Trainer):
         while True:
             try:
                 return self._forward_backward(model, pairs)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _is_out_of_memory(error) or self.args.world_size > 1:
                     raise
                 message = str(error).splitlines()[0][:160]
@@ -313,7 +312,7 @@ class OrpoTrainer(Trainer):
 
     def remember_reference(self, pairs: Sequence[EncodedPair]) -> None:
         """Keep the summed log-probabilities of `pairs` under the untrained model, for objective="dpo"."""
-        with adapters_off(self.model), torch.no_grad():
+        with adapters_off(self.model):
             for batch, logps in self._score(pairs):
                 b = len(batch.pairs)
                 sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lazyorpo_lib.attention import LADDER, PairScorer, start_batch
+from lazyorpo_lib.attention import LADDER, SHORT, PairScorer, start_batch
 from lazyorpo_lib.batching import collate
 from lazyorpo_lib.head import ScoringForward
 from tests.architectures import DENSE, NOT_SHARED, SHARED, tiny_model
@@ -54,6 +55,32 @@ def test_gradients_of_shared_rows_equal_those_of_separate_forwards(name):
     for parameter, true in gradients[1].items():
         error = (gradients[0][parameter] - true).norm() / true.norm().clamp(min=1e-6)
         assert error < 1e-5, parameter
+
+
+class Kernels(TorchDispatchMode):
+    """The dtypes in which attention's kernel ran, forward or backward, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.name():
+            self.seen.setdefault(func.name(), set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("prompt", "dtype"), [(SHORT - 10, torch.float32), (SHORT, torch.bfloat16)])
+def test_under_bfloat16_the_cpus_kernel_takes_short_pairs_in_float32_and_never_copies_a_key_for_its_heads(prompt, dtype):
+    _, _, scorer = scored("llama")  # with fewer keys than queries
+    (pair,) = random_pairs(1, seed=3, longest=5)
+    pair = pair._replace(prompt=[7] * prompt)
+    with Kernels() as kernels, torch.autocast("cpu", torch.bfloat16):
+        scorer.model(**scorer.inputs(collate([pair])))["logps"].sum().backward()
+    start_batch(None)
+    assert kernels.seen == {
+        f"aten::_scaled_dot_product_flash_attention_for_cpu{way}": {dtype} for way in ("", "_backward")
+    }  # the one kernel that is quick
 
 
 @pytest.mark.parametrize("name", DENSE)

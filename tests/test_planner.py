@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import GemmaConfig, LlamaConfig
+from transformers import GemmaConfig, LlamaConfig, MixtralConfig
 
 from lazyorpo_lib import attention, simulation
 from lazyorpo_lib.__main__ import main
@@ -203,3 +203,12 @@ def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
         parts.append(make_plan(small(24), settings, "A100-80", LENGTHS, cards=4).methods[0].parts)
     assert parts[0]["activations"] == pytest.approx(parts[1]["activations"], rel=0.05)
     assert parts[0]["gradients"] == parts[1]["gradients"]
+
+
+def test_of_experts_too_only_two_layers_are_gathered():
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1
+    )
+    settings = Settings(method="lora", pairs_per_step=4)
+    parts = make_plan(config, settings, "A100-80", LENGTHS, dtype=torch.float32, cards=4).methods[1].parts
+    assert parts["gathered"] < 3 / 8 * 4 * parts["weights"]

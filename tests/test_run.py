@@ -59,7 +59,7 @@ def test_history_has_every_step_once_with_the_names_of_the_contract(finished):
 
 def test_a_process_that_does_not_see_the_first_ones_folder_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match="every machine sees"):
+    with pytest.raises(UserError, match="all of them see"):
         execute(*tiny(tmp_path / "mine"), show=lambda text: None)
 
 

@@ -75,6 +75,16 @@ def test_tools_on_transformers_4_know_the_class_of_the_saved_tokenizer(run):
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+def test_further_special_tokens_are_saved_as_transformers_4_reads_them_and_come_back(run, tmp_path):
+    loaded, tokenizer = model.load_finished(run / "model", merge=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<further>"]})
+    model.save_model(loaded, tokenizer, tmp_path / "m", base_model="")
+    saved = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert saved["additional_special_tokens"] == ["<further>"] and "extra_special_tokens" not in saved
+    back = model.load_finished(tmp_path / "m")[1]
+    assert back.extra_special_tokens == ["<further>"] and back("a<further>") == tokenizer("a<further>")
+
+
 def test_merged_weights_have_the_precision_of_the_run(copy):
     folder = copy("half", summary={"precision": "bfloat16"})
     merged = share.merge(folder)
