@@ -4,7 +4,7 @@
     python -m tests.benchmarks --dataset pairs.json --max-tokens 760 --method full --checkpointing
     python -m tests.benchmarks --model llama-3-8b --method qlora --precision bfloat16      # random weights, on a GPU
     python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16   # one system against itself
-    python -m tests.benchmarks --growth 256 1024 4096             # one pair of so many tokens, each twice: how the cost grows
+    python -m tests.benchmarks --systems "LazyORPO, answer" --growth 256 1024 4096   # one pair of so many tokens, each twice
 
 Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up by a first step that does not
 count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
