@@ -53,13 +53,12 @@ def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:
     (name,) = lora.active_adapters
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        dropout = lora.lora_dropout[name]
-        dropped = None if isinstance(dropout, nn.Identity) else dropout(flat)
-        weights = lora.lora_A[name].weight, lora.lora_B[name].weight
-        out = _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name])
-        return out.view(*x.shape[:-1], out.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    dropout = lora.lora_dropout[name]
+    dropped = None if isinstance(dropout, nn.Identity) else dropout(flat)
+    weights = lora.lora_A[name].weight, lora.lora_B[name].weight
+    out = _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name])
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def fuse(model) -> None:

@@ -67,12 +67,13 @@ class StepGuard(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.trainer._window = StepWindow()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if torch.isfinite(norm).item():
             trainer._bad_in_a_row = 0
             return

@@ -24,7 +24,10 @@ from .settings import Settings, UserError
 
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
-COST = {"training_minutes": "training minutes", "tokens": "tokens", "forward_passes": "forward passes", "peak_memory_gib": "peak GiB"}
+COST = {
+    "training_minutes": "training minutes", "tokens": "tokens", "forward_passes": "forward passes",
+    "training_peak_gib": "training's peak, GiB",
+}  # fmt: skip
 SHARES = {"habit_after": "answers with the habit", "instructions_after": "instructions followed"}
 
 
@@ -80,7 +83,8 @@ def _figures(stages: list[Path]) -> dict[str, float]:
     last = summaries[-1]
     figures = {name: last["held_out"][name]["after"] for name in QUALITY}
     figures |= {name: last[name] for name in SHARES if name in last}
-    return figures | {name: (max if name == "peak_memory_gib" else sum)(s[name] for s in summaries) for name in COST}
+    costs = [s | {"training_peak_gib": s["planned_against_measured"]["peak_gib"][1]} for s in summaries]
+    return figures | {name: (max if name == "training_peak_gib" else sum)(s[name] for s in costs) for name in COST}
 
 
 def _verdict(folders: dict[str, list[Path]], other: str) -> str:

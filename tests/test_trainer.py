@@ -346,7 +346,9 @@ def test_float16s_overflow_is_the_scalers_until_its_scale_is_down(tmp_path, monk
     monkeypatch.setattr(trainer.accelerator, "scaler", types.SimpleNamespace(get_scale=lambda: scale))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        StepGuard(trainer).on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        guard, given = StepGuard(trainer), (trainer.args, trainer.state, trainer.control)
+        guard.on_train_begin(*given, model=trainer.model)
+        guard.on_pre_optimizer_step(*given, model=trainer.model)
     assert len(trainer.bad_steps) == counted == trainer._bad_in_a_row
 
 
