@@ -208,8 +208,7 @@ class OrpoTrainer(Trainer):
         self._rows_of_step, self._computing = [p.index for p in pairs], pairs
         if self.settings.objective == "dpo":
             self._remember_reference(pairs)
-        if not model.training:  # walking through all modules is not free
-            model.train()
+        model.train()
         while True:
             try:
                 return self._forward_backward(model, pairs)

@@ -72,6 +72,13 @@ def test_gradient_of_a_step_does_not_depend_on_its_split(tmp_path, method, nll_o
         assert relative(grads, results[-1][2]) < 1e-5
 
 
+def test_a_step_is_taken_in_training_mode_also_where_only_the_base_model_was_left_in_evaluation(tmp_path):
+    trainer = make(tmp_path, pairs := random_pairs(4))
+    trainer.model.train().get_base_model().eval()  # as from_pretrained leaves it under a new adapter
+    trainer.training_step(trainer.model, {"pairs": pairs})
+    assert all(module.training for module in trainer.model.modules())
+
+
 def test_checkpointed_layers_change_no_gradient(tmp_path):
     pairs = random_pairs(6)
     trainer = make(tmp_path, pairs)
