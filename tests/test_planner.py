@@ -192,8 +192,9 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
     )
     for name in ("weights", "adapters", "gradients", "optimizer"):
         assert four[name] == pytest.approx(one[name] / 4) and eight[name] == pytest.approx(one[name] / 8)
-    assert four["activations"] + four["head"] == pytest.approx(one["activations"] + one["head"])
-    assert eight["gathered"] == pytest.approx(four["gathered"])
+    for name in ("activations", "head"):
+        assert four[name] == pytest.approx(one[name])
+    assert eight["gathered"] == pytest.approx(four["gathered"]) and four["gathered"] > 0
 
 
 def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
