@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .folder import remove
+
 BAD_STEPS_ALLOWED = 3
 
 
@@ -119,7 +121,7 @@ class Stop(TrainerCallback):
         """Take the signals over for the time of training; only a main thread can."""
         self.reason, self.asked, self.hurried, self._signalled = "", False, False, False
         self._began = time.monotonic()
-        self.file.unlink(missing_ok=True)
+        remove(self.file)
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -141,7 +143,7 @@ class Stop(TrainerCallback):
         """Whether somebody has asked to stop."""
         if self.file.exists():
             self.reason, self.asked = f"the file {self.file.name} was found", True
-            self.file.unlink(missing_ok=True)
+            remove(self.file)
         return self.asked
 
     def on_step_end(self, args, state, control, **kwargs):

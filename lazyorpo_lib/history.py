@@ -86,7 +86,8 @@ def write_atomically(path, data: bytes) -> None:
     """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
     path = Path(path)
     draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(data)
+    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)) as file:
+        file.write(data)
     os.replace(draft, path)
 
 

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from . import folder as folders
 from . import hub
 from .adapters import fuse
 from .settings import DEFAULTS, Settings, UserError
@@ -323,21 +323,25 @@ def adapters_off(model):
 
 def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None) -> None:
     """Adapter or full model, safetensors only, with tokenizer, chat template and generation settings; complete or not at
-    all. An adapter names `base_model`, not a folder of this machine. `weights`: where the model holds only a part of them."""
-    scratch = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)  # peft's empty card, which names a folder of this machine
-        config = scratch / "adapter_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2))
-    else:
-        model.save_pretrained(scratch, state_dict=weights)
-    model.generation_config.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    _name_as_transformers_4(scratch / "tokenizer_config.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    all. An adapter names `base_model`, not a folder of this machine; a merged model has none (empty).
+
+    Args:
+        weights: where the model holds only a part of them.
+
+    Raises:
+        UserError: `folder` holds something else than an older one of these.
+    """
+    with folders.replacing(folder, "model" if base_model else "merged model") as scratch:
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
+            config = scratch / "adapter_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2))
+            folders.remove(scratch / "README.md")  # peft's empty card, which names a folder of this machine
+        else:
+            model.save_pretrained(scratch, state_dict=weights)
+        model.generation_config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        _name_as_transformers_4(scratch / "tokenizer_config.json")
 
 
 def _name_as_transformers_4(config: Path) -> None:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +26,17 @@ from transformers.utils import logging as transformers_logging
 from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
 from .callbacks import On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from .folder import remove, take
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
 from .live import LivePlot, show_progress
 from .settings import FIELDS, Settings, UserError
 
+# What a run writes into its folder, checkpoints apart.
+FILES = (
+    ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp", "history.jsonl", "watched.jsonl",
+    "held_out.json", "live.png", "summary.json", "README.md", "model", ".saving", "tensorboard", "wandb",
+)  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
     "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_steps", "keep_checkpoints",
@@ -73,6 +78,8 @@ class Run:
         model.check_apple(settings, self.machine)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
+            _keep_base_apart(settings.base_model, self.folder)
+            take(self.folder, "run", *FILES, *(c.name for c in checkpoints.numbered(self.folder)))
             _claim(self.folder)
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.fingerprint = fingerprint(settings)
@@ -275,7 +282,7 @@ class Run:
         if self.main:  # what an earlier process left behind
             for name in ("history.jsonl", "watched.jsonl"):
                 history.truncate_after(self.folder / name, last)
-            shutil.rmtree(self.folder / ".saving", ignore_errors=True)
+            remove(self.folder / ".saving")
         self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
         for row in history.read(rows):
             self.plot.update(row)
@@ -403,7 +410,7 @@ class Run:
             return read_json(self.folder / "summary.json")
         state, stopped = self.trainer.state, self.stopped
         if self.main:
-            (self.folder / "README.md").unlink(missing_ok=True)  # of an earlier stop
+            remove(self.folder / "README.md")  # of an earlier stop
         weights = self.trainer.gathered_weights() if state.global_step else None
         if self.main and state.global_step:
             self.model.generation_config.eos_token_id = self._end_ids()
@@ -524,7 +531,7 @@ def fingerprint(settings: Settings) -> str:
 
 
 def folder_of(settings: Settings) -> Path:
-    """The run's folder, made and writable."""
+    """The run's folder, which need not be there yet."""
     if settings.output_dir != "auto":
         folder = Path(settings.output_dir).expanduser()
     else:
@@ -533,14 +540,14 @@ def folder_of(settings: Settings) -> Path:
         names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
         folder = home / "-".join([*names, fingerprint(settings)])
     os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder.") from None
     return folder.resolve()
+
+
+def _keep_base_apart(base_model: str, folder: Path) -> None:
+    """Refuse a base model in the folder that is going to be written over."""
+    base = Path(base_model).expanduser()
+    if base.exists() and base.resolve().is_relative_to(folder):
+        raise UserError(f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir.")
 
 
 def _claim(folder: Path) -> None:
@@ -551,7 +558,7 @@ def _claim(folder: Path) -> None:
         return
     if folder in _locks:
         return
-    lock = open(folder / ".lock", "w")
+    lock = open(folder / ".lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

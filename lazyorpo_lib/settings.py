@@ -174,6 +174,8 @@ def coerce(name: str, value):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
+    if kind is str and not str(value).strip() and FIELDS[name].default:  # a variable of the shell that was never set
+        raise UserError(f"{name} is empty, but must be text: {meta['help']}.")
     if meta["auto"] and str(value).strip().lower() == "auto":
         return "auto"
     try:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from . import checkpoints
+from .folder import MARKER, marked, remove, replacing, take
 from .settings import UserError
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
@@ -140,24 +142,23 @@ def mirror(source: Path, target: Path, *, keep: int = 2) -> bool:
         for item in sorted(source.iterdir()):
             done = item.name.startswith("checkpoint-") and (target / item.name).exists()  # a checkpoint never changes
             if not done and not item.name.startswith(".") and item.suffix not in (".tmp", ".partial"):
+                take(target, "run", item.name)
                 copy_complete(item, target / item.name)
-        numbered = [c for c in target.glob("checkpoint-*") if c.name.split("-")[1].isdigit()]
-        for old in sorted(numbered, key=lambda c: int(c.name.split("-")[1]))[:-keep]:
-            shutil.rmtree(old)
-    except OSError as error:
-        print(f"Could not copy to {target} ({error.strerror or error}); the run goes on, its files are in {source}.")
+        for old in checkpoints.numbered(target)[:-keep]:
+            remove(old)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
         return False
     return True
 
 
 def copy_complete(source: Path, target: Path) -> None:
     """Copy a file or folder so that `target` is there whole or not at all."""
-    draft = target.with_name(target.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, draft)
-        shutil.rmtree(target, ignore_errors=True)
+        with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
+            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
     else:
+        draft = target.with_name(target.name + ".tmp")
         shutil.copy2(source, draft)
-    draft.replace(target)
+        draft.replace(target)

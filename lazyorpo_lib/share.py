@@ -6,14 +6,17 @@ Nothing is trained here, and nothing leaves the machine but by `push`.
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from . import card, hub
+from . import folder as folders
 from .history import read_json
 from .settings import UserError
 
@@ -41,11 +44,14 @@ def merge(run_folder, out=None, *, dtype=None) -> Path:
     from . import model
 
     folder = folder_of_run(run_folder, "model")
-    out = Path(out).expanduser() if out else folder / "merged"
+    out = Path(out or folder / "merged").expanduser().resolve()
+    base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
+    if base.is_dir() and base.resolve().is_relative_to(out):
+        raise UserError(f"The merged model would be written over {str(base)!r}, from which it is made: give another folder.")
+    folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = model.load_finished(folder / "model", dtype=dtype, merge=True)
     merged.config.use_cache = True  # training had it off
-    out.parent.mkdir(parents=True, exist_ok=True)
     model.save_model(merged, tokenizer, out, base_model="")
     return out
 
@@ -57,6 +63,7 @@ def export_gguf(run_folder) -> str:
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
+    folders.take(folder, "run", f"{merged.name}.gguf")
     command = [sys.executable, script, str(merged), "--outtype", "q8_0", "--outfile", f"{merged}.gguf"]
     if not Path(script).is_file():
         return f"""\
@@ -191,7 +198,7 @@ def _told(repo: str):
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     """{name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
-    files = {f.name: str(f) for f in sorted((folder / "model").iterdir()) if f.is_file()}
+    files = {f.name: str(f) for f in sorted((folder / "model").iterdir()) if f.is_file() and f.name != folders.MARKER}
     if (folder / "live.png").is_file():
         files["live.png"] = str(folder / "live.png")
     if summary := read_json(folder / "summary.json"):
@@ -226,7 +233,8 @@ def command(name: str, given: list[str]) -> int:
     elif name == "compare":
         from .compare import compare
 
-        print(f"{compare(given, 'compare.png')['markdown']}\n\nThe curves over each other are in compare.png.")
+        picture = next(name for k in count(1) if not os.path.lexists(name := f"compare{f'-{k}' if k > 1 else ''}.png"))
+        print(f"{compare(given, picture)['markdown']}\n\nThe curves over each other are in {picture}.")
     else:
         print(f"Pushed to {push(*given)}")
     return 0

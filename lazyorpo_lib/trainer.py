@@ -8,7 +8,6 @@ loss does not depend on how (nll exact in tokens, the odds term exact in pairs, 
 import contextlib
 import dataclasses
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints, history
+from . import folder as folders
 from .attention import PairScorer
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
 from .callbacks import StepGuard, StepWindow, memory_gib
@@ -405,16 +405,18 @@ class OrpoTrainer(Trainer):
         self.args.output_dir = str(scratch)
         try:
             with history.disk_told(home):
+                if self.args.should_save:
+                    folders.take(home, "run", scratch.name, name)
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    checkpoints.seal(scratch / name)
-                    shutil.rmtree(home / name, ignore_errors=True)
+                    folders.seal(scratch / name, "checkpoint")
+                    folders.remove(home / name)
                     (scratch / name).rename(home / name)
         finally:
             self.args.output_dir = str(home)
             if self.args.should_save:
-                shutil.rmtree(scratch, ignore_errors=True)
+                folders.remove(scratch)
         if self.args.should_save:
             checkpoints.remove(home, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()

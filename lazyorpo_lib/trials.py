@@ -18,6 +18,7 @@ import numpy as np
 
 from . import card, history
 from .evaluate import compare, measures
+from .folder import take
 from .history import read_json
 from .run import folder_of
 from .settings import Settings, UserError
@@ -52,7 +53,7 @@ def compare_recipes(settings: Settings, *, seeds: int = 3, dpo_learning_rate: fl
     """
     if not settings.eval_pairs:
         raise UserError("eval_pairs is 0: a comparison needs held-out pairs; give at least 40.")
-    home = folder_of(settings) / "comparison"
+    home = _home(settings, "comparison")
     plan = [(recipe, seed) for seed in range(1, seeds + 1) for recipe in RECIPES]
     runs, folders = [], {}
     for recipe, seed in plan:
@@ -124,7 +125,7 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         `probe/` in the run's folder that the settings name: a folder for each trial; probe.json, {"runs": [{"trial", "or_weight",
         "learning_rate", gains}], "recommended": {setting: value}, "said": [sentence]}; probe.md and probe.png.
     """
-    home, held_out = folder_of(settings) / "probe", min(settings.eval_pairs or 32, 32)
+    home, held_out = _home(settings, "probe"), min(settings.eval_pairs or 32, 32)
     short = dataclasses.replace(
         settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5), eval_pairs=held_out,
         max_pairs=min(settings.max_pairs or 10**9, 2 * (held_out + steps * settings.pairs_per_step)), answers=0, resume="auto",
@@ -162,6 +163,11 @@ def recommend(runs: Sequence[dict]) -> dict:
 # Both.
 
 
+def _home(settings: Settings, name: str) -> Path:
+    """The folder `name` in the run's that the settings name, ready for several runs and what comes of them."""
+    return take(take(folder_of(settings), "run", name) / name, "set of runs", *(f"{name}.{ending}" for ending in ("json", "md", "png")))
+
+
 def _run(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:
     """A run in a process of its own; what it says goes to log.txt in its folder.
 
@@ -172,7 +178,7 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
     if read_json(folder / "summary.json").get("finished"):
         return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    take(folder, "run", "log.txt", "STOP")
     # A fork server imports torch and transformers once for all runs; Windows has none.
     kinds = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")

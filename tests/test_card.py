@@ -9,6 +9,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
 from lazyorpo_lib import card
+from lazyorpo_lib.folder import MARKER
+from lazyorpo_lib.run import FILES
 from lazyorpo_lib.settings import DEFAULTS
 
 EVIL = "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"
@@ -21,6 +23,7 @@ FIGURE = {
 def write_run(folder, *, settings=None, summary=None, held_out=None, without=()):
     """The files of a finished run, without its model."""
     folder.mkdir(exist_ok=True)
+    (folder / MARKER).write_text(json.dumps({"what": "run", "files": dict.fromkeys(FILES)}))
     values = DEFAULTS | {"base_model": "owner/base", "dataset": "maker/pairs:train", "method": "lora"} | (settings or {})
     figures = dict.fromkeys(("mean", "p50", "p95", "max"), 30.0)
     texts = ["first\nsecond"]

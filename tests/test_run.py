@@ -13,6 +13,7 @@ import pytest
 
 from lazyorpo_lib import history, model, planner
 from lazyorpo_lib.callbacks import Stop, forget_peak_memory, memory_gib
+from lazyorpo_lib.folder import MARKER, take
 from lazyorpo_lib.instructions import INSTRUCTIONS
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
@@ -366,6 +367,7 @@ def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
 
 
 def test_two_runs_on_one_folder_the_second_stops(tmp_path):
+    take(tmp_path, "run", ".lock")
     held = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
          "print(1, flush=True); sys.stdin.read()", str(tmp_path / ".lock")],
@@ -406,7 +408,7 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
     done = command(*flags, *outside)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("lazyorpo:")]) == 1
-    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in (".lock", "settings.json")]
+    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in (".lock", "settings.json", MARKER)]
     assert left == [], "nothing half-written"
 
 

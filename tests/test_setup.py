@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import setup
+from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.settings import UserError
 
 COLAB = Path(__file__).parents[2] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
@@ -178,7 +179,7 @@ def run(tmp_path):
 
 
 def names(folder):
-    return sorted(item.name for item in folder.iterdir())
+    return sorted(item.name for item in folder.iterdir() if item.name != MARKER)
 
 
 def test_mirror_copies_what_is_complete_and_keeps_the_newest(run, tmp_path):
@@ -204,8 +205,8 @@ def test_mirror_takes_in_what_changed(run, tmp_path):
 
 
 def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, monkeypatch, capsys):
-    def copytree(source, target):
-        target.mkdir()
+    def copytree(source, target, **options):
+        target.mkdir(exist_ok=True)
         (target / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 

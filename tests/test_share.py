@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from lazyorpo_lib import model, share
 from lazyorpo_lib.encoding import prepare_tokenizer
+from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.run import execute
 from lazyorpo_lib.settings import Settings, UserError, resolve
 
@@ -212,7 +213,7 @@ def test_push_makes_a_private_repository_with_model_card_picture_and_summary(hub
     made = json.loads(body)
     assert made.get("private") is True or made.get("visibility") == "private"
     files = commit(hub)
-    own = {f.name for f in (run / "model").iterdir()}
+    own = {f.name for f in (run / "model").iterdir()} - {MARKER}
     assert set(files) == own | {"README.md", "live.png", "summary.json"}
     assert files["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
     assert b'name = "me/tuned"' in files["README.md"] and b"More Information Needed" not in files["README.md"]

@@ -17,6 +17,7 @@ from lazyorpo_lib import checkpoints
 from lazyorpo_lib import trainer as module
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.callbacks import StepGuard, Stop
+from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.model import adapters_off, add_adapters, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
@@ -203,7 +204,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tear", [lambda f: os.truncate(f, f.stat().st_size - 1), lambda f: f.unlink()])
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "sizes.json"])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", MARKER])
 def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, saved, file, tear):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2", "checkpoint-4"]

@@ -1,0 +1,273 @@
+"""folder.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached by."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import lazyorpo_lib
+from lazyorpo_lib import model, setup, share, trials
+from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.folder import MARKER, is_whole, remove, replacing, seal, take
+from lazyorpo_lib.run import Run, folder_of
+from lazyorpo_lib.settings import UserError, coerce, resolve
+from tests.test_card import write_run
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"theirs: {name}")
+    return folder
+
+
+def state(folder: Path) -> dict:
+    """Everything below a folder: what each file holds, where each link leads, and the folders."""
+    return {
+        p.relative_to(folder).as_posix(): str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+def settings(folder, **more):
+    return resolve([("test", {"preset": "tiny", "output_dir": str(folder)} | more)])[0]
+
+
+PROJECTS = {
+    "a thesis": ["thesis.tex", "data/table.csv"],
+    "another trainer's run": ["README.md", "settings.json", "model/model.safetensors", "checkpoint-500/optimizer.pt"],
+    "one hidden file": [".env"],
+    "an empty folder in it": ["notes/.keep"],
+    "a run of another tool": ["history.jsonl", "summary.json", ".lock"],
+    "a marker of no meaning": [MARKER, "thesis.tex"],
+}
+
+
+@pytest.fixture(params=PROJECTS)
+def project(request, tmp_path):
+    return write(tmp_path / "theirs", *PROJECTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run whose model is a copy of the base; never changed by a test."""
+    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
+    tokenizer = model.load_tokenizer(model.TINY_MODEL)
+    base = model.load_base(model.TINY_MODEL, dtype=model.torch.float32, device="cpu")
+    model.save_model(base, tokenizer, folder / "model", base_model=model.TINY_MODEL)
+    return folder
+
+
+DOORS = {
+    "run": lambda folder, run: Run(settings(folder), {}, show=str),
+    "run through a link": lambda folder, run: Run(settings(link(folder)), {}, show=str),
+    "merge": lambda folder, run: share.merge(run, folder),
+    "merge through a link": lambda folder, run: share.merge(run, link(folder)),
+    "probe": lambda folder, run: trials.probe(settings(folder), show=str),
+    "comparison": lambda folder, run: trials.compare_recipes(settings(folder), seeds=1, show=str),
+    "save": lambda folder, run: model.save_model(None, None, folder, base_model="x"),
+}
+
+
+def link(folder):
+    (place := folder.parent / "link").symlink_to(folder)
+    return place
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_folder_of_somebody_elses_is_refused_before_anything_is_touched(door, project, finished):
+    before = state(project)
+    with pytest.raises(UserError, match="did not write: nothing in it was touched; choose a new or an empty folder"):
+        DOORS[door](project, finished)
+    assert state(project) == before
+
+
+def test_the_drives_folder_of_somebody_elses_is_left_alone_and_the_run_goes_on(project, finished, capsys):
+    before = state(project)
+    assert not setup.mirror(finished, project)
+    assert state(project) == before and "the run goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["merged", "model", "."])
+def test_a_merge_replaces_an_older_merged_model_and_nothing_else(where, finished, tmp_path):
+    share.merge(finished, tmp_path / "merged")
+    folder = {"merged": tmp_path / "merged", "model": finished / "model", ".": finished}[where]
+    if where == "merged":
+        write(folder, "notes.txt")
+        share.merge(finished, folder)
+        assert (folder / "notes.txt").read_text() == "theirs: notes.txt" and is_whole(folder)
+    else:
+        before = state(folder)
+        with pytest.raises(UserError, match=f"holds a {'run' if where == '.' else 'model'}, not a merged model"):
+            share.merge(finished, folder)
+        assert state(folder) == before
+
+
+def test_a_merged_model_is_never_written_over_the_base_that_it_comes_from(tmp_path, finished):
+    base = share.merge(finished, tmp_path / "base")
+    run = write_run(tmp_path / "second", settings={"base_model": str(base)})
+    write(run, "model/x")
+    (run / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = state(base)
+    with pytest.raises(UserError, match="from which it is made: give another folder"):
+        share.merge(run, base)
+    assert state(base) == before
+
+
+def test_a_base_model_in_the_runs_own_folder_is_refused(finished):
+    before = state(finished)
+    with pytest.raises(UserError, match="lies in the run's own folder"):
+        Run(settings(finished, base_model=str(finished / "model")), {}, show=str)
+    assert state(finished) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "model", "tensorboard", "README.md", ".saving"])
+def test_what_others_put_into_a_runs_folder_under_a_name_of_ours_stops_a_new_run_before_it_begins(name, tmp_path):
+    take(tmp_path, "run")
+    write(tmp_path, f"{name}/weights" if "." not in name[1:] else name)
+    before = state(tmp_path)
+    with pytest.raises(UserError, match="was not written by this kit"):
+        Run(settings(tmp_path), {}, show=str)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "settings.json", "model", "STOP", "live.png"])
+def test_a_planted_link_is_refused_and_what_it_leads_to_stays(name, tmp_path):
+    write(tmp_path, "precious")
+    run = take(tmp_path / "run", "run", name)
+    (run / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="was not written by this kit"):
+        Run(settings(run), {}, show=str)
+    assert (tmp_path / "precious").read_text() == "theirs: precious" and (run / name).is_symlink()
+
+
+def test_a_draft_planted_as_a_link_is_not_written_through(tmp_path):
+    write(tmp_path, "precious")
+    take(tmp_path / "run", "run")
+    (tmp_path / "run" / f"{MARKER}.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"):
+        take(tmp_path / "run", "run")
+    assert (tmp_path / "precious").read_text() == "theirs: precious"
+
+
+@pytest.mark.parametrize("name", ["output_dir", "base_model", "dataset"])
+def test_an_unset_variable_is_a_sentence(name, tmp_path, monkeypatch, capsys):
+    write(tmp_path, "README.md")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        main(["--preset", "tiny", f"--{name.replace('_', '-')}", ""])
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        coerce(name, " ")
+    assert state(tmp_path) == {"README.md": b"theirs: README.md"}
+
+
+@pytest.mark.parametrize("place", [".", "..", "~"])
+def test_a_home_or_a_clone_given_as_output_dir_is_refused(place, tmp_path, monkeypatch):
+    write(tmp_path, "README.md", "in/file")
+    monkeypatch.chdir(tmp_path / "in")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="did not write"):
+        Run(settings(place), {}, show=str)
+
+
+# Deleting.
+
+
+def sealed(folder, what="checkpoint"):
+    write(folder, "weights", "deep/state")
+    seal(folder, what)
+    return folder
+
+
+def test_removing_takes_what_is_listed_and_leaves_what_others_added(tmp_path):
+    folder = write(sealed(tmp_path / "c"), "notes.txt", "deep/more.txt")
+    remove(folder)
+    assert set(state(folder)) == {MARKER, "notes.txt", "deep", "deep/more.txt"}
+    remove(sealed(tmp_path / "d"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_removing_does_nothing_to_what_no_marker_lists(tmp_path):
+    write(tmp_path, "checkpoint-1/weights", "file")
+    before = state(tmp_path)
+    remove(tmp_path / "checkpoint-1"), remove(tmp_path / "file"), remove(tmp_path / "missing")
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["../precious", "/precious", "link/precious", "..", "."])
+def test_a_marker_that_names_files_outside_its_folder_deletes_none(name, tmp_path):
+    write(tmp_path, "precious", "elsewhere/precious")
+    folder = sealed(tmp_path / "c")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    name = name.replace("/precious", f"{tmp_path}/precious") if name[0] == "/" else name
+    (folder / MARKER).write_text(json.dumps({"what": "checkpoint", "files": {name: 1, "weights": 2}}))
+    remove(folder)
+    assert (tmp_path / "precious").exists() and (tmp_path / "elsewhere" / "precious").exists() and (tmp_path / "c").exists()
+
+
+def test_a_link_that_was_listed_goes_alone(tmp_path):
+    write(tmp_path, "precious/file")
+    take(tmp_path / "run", "run", "model")
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "precious")
+    remove(tmp_path / "run" / "model")
+    assert not (tmp_path / "run" / "model").is_symlink() and (tmp_path / "precious" / "file").exists()
+
+
+# Replacing.
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "m"
+    with replacing(target, "model") as draft:
+        write(draft, "a", "b")
+    old = state(target)
+    with pytest.raises(KeyError), replacing(target, "model") as draft:
+        write(draft, "c")
+        raise KeyError
+    assert state(target) == old and [p.name for p in tmp_path.iterdir()] == ["m"]
+    with replacing(target, "model") as draft:
+        write(draft, "c")
+    assert set(state(target)) == {"c", MARKER}
+
+
+def test_what_a_kill_left_of_a_draft_is_replaced_and_a_strangers_draft_is_not(tmp_path):
+    take(tmp_path / ".m.partial", "draft")
+    write(tmp_path, ".m.partial/half")
+    with replacing(tmp_path / "m", "model") as draft:
+        write(draft, "whole")
+    assert set(state(tmp_path)) == {"m", "m/whole", f"m/{MARKER}"}
+    write(tmp_path, ".n.partial/half")
+    with pytest.raises(UserError, match="did not write"), replacing(tmp_path / "n", "model"):
+        pass
+    assert (tmp_path / ".n.partial" / "half").exists()
+
+
+def test_a_file_that_others_added_is_never_written_over_by_a_new_one(tmp_path):
+    with replacing(tmp_path / "m", "model") as draft:
+        write(draft, "a")
+    write(tmp_path, "m/b")
+    before = state(tmp_path)
+    with pytest.raises(UserError, match="was not written by this kit"), replacing(tmp_path / "m", "model") as draft:
+        (draft / "b").write_text("ours")
+    assert state(tmp_path) == before
+
+
+def test_a_comparisons_picture_takes_a_name_that_is_free(tmp_path, monkeypatch, capsys):
+    runs = [str(write_run(tmp_path / name)) for name in "ab"]
+    write(tmp_path, "here/compare.png", "here/compare-2.png")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["compare", *runs]) == 0 and "compare-3.png" in capsys.readouterr().out
+    assert (tmp_path / "here" / "compare.png").read_text() == "theirs: here/compare.png"
+
+
+def test_only_one_module_deletes():
+    deleting = re.compile(r"rmtree|unlink|rmdir|os\.remove\b|removedirs|send2trash|shutil\.move")
+    for file in Path(lazyorpo_lib.__file__).parent.rglob("*.py"):
+        found = deleting.findall(file.read_text())
+        assert not found or file.name == "folder.py", (file.name, found)
+
+
+def test_a_new_run_takes_an_empty_folder_and_its_own_again(tmp_path):
+    for _ in range(2):
+        assert Run(settings(tmp_path / "run"), {}, show=str).folder == folder_of(settings(tmp_path / "run"))
