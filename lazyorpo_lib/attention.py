@@ -168,7 +168,7 @@ def _efficient(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, windo
 KERNEL_DEVICES = {"cuda"}
 KERNELS = {"flash": _flash, "efficient": _efficient}  # the best first; both private in torch, so none is believed
 PROOF = (((70, 150, 1), (3, 2, 140), (1, 9, 6)), ((20, 3, 1),))  # (prompt, chosen, rejected) of rows: several blocks of a kernel, one token
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of a tensor's norm
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of a tensor's norm; rounding is a third of it
 _verdicts: dict[tuple, tuple] = {}  # (the kernel or None, what is said of it), by what it was tried on
 
 
