@@ -1,7 +1,7 @@
 """Encoded pairs -> the rows a model is run on, and which of their tokens are scored.
 
-The usual layout is `shared`: one row of tokens without padding; for each pair prompt, chosen, rejected, one
-after the other, positions of rejected starting again where the prompt ended. Models that cannot take it get
+The usual layout is `shared`: one row of tokens without padding; each pair's prompt and chosen, then each pair's
+rejected, whose positions start again where its prompt ended. Models that cannot take it get
 `packed` (two documents a pair) or `padded` (two right-padded rows a pair). Nothing outside this module, attention.py
 and head.py knows a layout. It tokenizes nothing and computes no attention.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -35,9 +36,10 @@ class EncodedPair(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a pair lies in a `shared` row: it starts at `start`; then the lengths, in tokens."""
+    """Where a pair lies in a `shared` row: prompt and chosen from `start`, rejected from `rejected_start`; then the lengths, in tokens."""
 
     start: int
+    rejected_start: int
     prompt: int
     chosen: int
     rejected: int
@@ -55,61 +57,89 @@ class Batch:
     segment: Tensor  # (M,) int64: i chosen answer of pair i; B + i rejected; 2 B + i prompt (scored for the nll alone)
     lengths: Tensor  # (3 B,) float32, scored tokens in each segment
     pairs: list[EncodedPair]
+    # Of a `shared` row alone: its pairs; what every rejected answer sees, [prompt, rejected] of each pair after the other; and
     spans: list[Span]
+    keys: Tensor | None  # (K,) int64, into N
+    starts: Tensor | None  # (3, B + 1) int32: where each pair's [prompt, chosen] begins, its rejected, its piece of `keys`; and the ends
 
     def to(self, device) -> "Batch":
-        for f in fields(self):
-            if isinstance(value := getattr(self, f.name), Tensor):
-                setattr(self, f.name, value.to(device, non_blocking=True))
+        """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
+        moving = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        flat = torch.cat([t.flatten().long() for t in moving.values()])
+        pinned = torch.device(device).type == "cuda"
+        flat = (flat.pin_memory() if pinned else flat).to(device, non_blocking=pinned)
+        for (name, t), moved in zip(moving.items(), flat.split([t.numel() for t in moving.values()]), strict=True):
+            setattr(self, name, moved.view(t.shape).to(t.dtype))
         return self
 
 
 def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str = "shared") -> Batch:
     """Lay out pairs as one micro-batch.
 
-    Example, `shared`, prompt [1, 2], chosen [3, 9], rejected [4, 5, 9]:
-        input_ids     1 2 3 9 4 5 9
-        position_ids  0 1 2 3 2 3 4
-        targets       3 9 4 5 9, predicted from the hidden states at 1 2 1 4 5
+    Example, `shared`, prompts [1, 2] and [6], chosen [3, 9] and [7, 9], rejected [4, 5, 9] and [8, 9]:
+        input_ids     1 2 3 9 6 7 9 4 5 9 8 9
+        position_ids  0 1 2 3 0 1 2 2 3 4 1 2
+        targets       3 9 4 5 9 7 9 8 9, predicted from the hidden states at 1 2 1 7 8 4 5 4 10
 
     Args:
         nll_over: "prompt+answer" also scores the prompt's tokens (all but its first, which nothing predicts).
         layout: one of LAYOUTS.
     """
-    rows, positions, scored, spans = [[]], [[]], [], []  # scored: (row, column of the hidden state, token, segment)
-    for i, (_, prompt, chosen, rejected) in enumerate(pairs):
-        prompt = list(prompt)
-        p = len(prompt)
-        for side, answer in enumerate((chosen, rejected)):
-            if side == 0 or layout != "shared":
-                if layout == "padded" and rows[-1]:
-                    rows.append([]), positions.append([])
-                start = len(rows[-1])
-                rows[-1] += prompt
-                positions[-1] += range(p)
-            row, first = len(rows) - 1, len(rows[-1])
-            if side == 0 and nll_over == "prompt+answer":
-                scored += [(row, start + t, prompt[t + 1], 2 * len(pairs) + i) for t in range(p - 1)]
-            # The first answer token is predicted by the prompt's last, the others by the one before them.
-            sources = [start + p - 1, *range(first, first + len(answer) - 1)]
-            scored += [(row, s, token, side * len(pairs) + i) for s, token in zip(sources, answer, strict=True)]
-            rows[-1] += answer
-            positions[-1] += range(p, p + len(answer))
-        spans.append(Span(start, p, len(chosen), len(rejected)))
-    width = max(map(len, rows))
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows] if layout == "padded" else None
-    row, column, targets, segment = torch.tensor(scored).T.contiguous()
+    b, shared = len(pairs), layout == "shared"
+    p, c, r = np.array([[len(tokens) for tokens in pair[1:]] for pair in pairs]).T
+    first, rejected, rows, width = _places(p, c, r, layout)
+    before = first if shared else rejected - p  # the prompt that a rejected answer follows
+    # Pieces of text: where they lie, how long they are, their first position.
+    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)] + [(1, before, p, 0 * p)] * (not shared)
+    kinds, at, lengths, position = zip(*pieces, strict=True)
+    place = _ranges(np.stack(at), np.stack(lengths))
+    input_ids, position_ids = np.zeros((2, rows * width), dtype=np.int64)
+    input_ids[place] = np.concatenate([pair[kind] for kind in kinds for pair in pairs])
+    position_ids[place] = _ranges(np.stack(position), np.stack(lengths))
+    # What is scored, pair by pair: the prompt's tail, chosen, rejected. Each is predicted by the token before it.
+    counts = np.stack([(p - 1) * (nll_over == "prompt+answer"), c, r], axis=1)
+    scored = _ranges(np.stack([first + 1, first + p, rejected], axis=1), counts)
+    hidden_index = scored - 1
+    hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = before + p - 1  # what predicts the first token of rejected
+    segment = np.stack([np.arange(b) + k * b for k in (2, 0, 1)], axis=1)
+    mask = np.arange(width) < np.stack([p + c, p + r], axis=1).reshape(-1, 1)
     return Batch(
-        input_ids=torch.tensor([r + [0] * (width - len(r)) for r in rows]),
-        position_ids=torch.tensor([p + [0] * (width - len(p)) for p in positions]),
-        attention_mask=None if mask is None else torch.tensor(mask),
-        hidden_index=row * width + column,
-        targets=targets,
-        segment=segment,
-        lengths=torch.bincount(segment, minlength=3 * len(pairs)).float(),
+        input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
+        position_ids=torch.from_numpy(position_ids.reshape(rows, width)),
+        attention_mask=torch.from_numpy(mask).long() if layout == "padded" else None,
+        hidden_index=torch.from_numpy(hidden_index),
+        targets=torch.from_numpy(input_ids[scored]),
+        segment=torch.from_numpy(segment.ravel().repeat(counts.ravel())),
+        lengths=torch.from_numpy(counts[:, [1, 2, 0]].T.flatten()).float(),
         pairs=pairs,
-        spans=spans if layout == "shared" else [],
+        spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()] if shared else [],
+        keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1))) if shared else None,
+        starts=torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int() if shared else None,
     )
+
+
+def _places(p, c, r, layout: str):
+    """Where each pair's first prompt and its rejected answer begin in the flat rows, (B,) each; how many rows, how wide."""
+    if layout == "shared":  # every [prompt, chosen], then every rejected: two slices of the row
+        return _ends(p + c)[:-1], (p + c).sum() + _ends(r)[:-1], 1, (p + c + r).sum()
+    if layout == "packed":
+        ends = _ends(2 * p + c + r)
+        return ends[:-1], ends[:-1] + 2 * p + c, 1, ends[-1]
+    width = (p + np.maximum(c, r)).max()
+    first = np.arange(len(p)) * 2 * width
+    return first, first + width + p, 2 * len(p), width
+
+
+def _ends(lengths) -> np.ndarray:
+    """0, and where each of the pieces ends that lie one after the other."""
+    return np.concatenate([[0], lengths.cumsum()])
+
+
+def _ranges(starts, lengths) -> np.ndarray:
+    """range(start, start + length) of each, one after the other."""
+    starts, lengths = starts.ravel(), lengths.ravel()
+    ends = _ends(lengths)
+    return (starts - ends[:-1]).repeat(lengths) + np.arange(ends[-1])
 
 
 def split_by_tokens(pairs: list[EncodedPair], tokens_per_batch: int, layout: str = "shared") -> list[list[EncodedPair]]:

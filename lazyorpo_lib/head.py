@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not faster on CPU
+TILE = 128  # rows that a GPU's matrix product takes at once: part of a tile costs as much as a whole one
 
 
 def token_logps(
@@ -39,43 +40,55 @@ def token_logps(
         return function.apply(hidden.to(dtype), weight.to(dtype), bias, targets, softcap, scale)
 
 
-def _logits(hidden, weight, bias, softcap, scale):
-    """One block of logits in float32 (m, V), and d capped / d raw where there is soft-capping, else None."""
-    logits = (hidden @ weight.T).float()
+def _log_softmax(hidden, weight, bias, softcap, scale):
+    """One block of log-probabilities in float32 (m, V), and d capped / d raw where there is soft-capping, else None."""
+    logits = hidden @ weight.T
+    if logits.dtype != torch.float16 or bias is not None or scale != 1.0 or softcap:
+        logits = logits.float()  # else log_softmax casts as it reads (on CUDA)
     if bias is not None:
         logits += bias
     if scale != 1.0:
         logits *= scale
-    if not softcap:
-        return logits, None
-    t = torch.tanh_(logits.div_(softcap))
-    slope = 1 - t * t
-    return t.mul_(softcap), slope
+    slope = None
+    if softcap:
+        t = torch.tanh_(logits.div_(softcap))
+        slope = 1 - t * t
+        logits = t.mul_(softcap)
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32), slope
 
 
 def _blocks(weight: Tensor, tokens: int):
     rows = max(16, BLOCK_BYTES // (4 * weight.shape[0]))
+    rows -= rows % TILE if rows > TILE else 0
     return (slice(i, i + rows) for i in range(0, tokens, rows))
 
 
-def _block_gradient(logits, slope, targets, scale):
-    """d logp / d (hidden @ weight.T + bias) of a block (m, V); `logits` come as log-softmax and are overwritten."""
-    gradient = logits.exp_().neg_()
+def _block_gradient(logps, slope, targets, scale):
+    """d logp / d (hidden @ weight.T + bias) of a block (m, V); `logps` are overwritten."""
+    gradient = logps.exp_().neg_()
     gradient.scatter_add_(1, targets[:, None], torch.ones_like(gradient[:, :1]))
     if slope is not None:
         gradient *= slope
     return gradient.mul_(scale) if scale != 1.0 else gradient
 
 
+def _block(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
+    """The log-probabilities of a block (m,). A function, so that no block's logits outlive it."""
+    all_logps, slope = _log_softmax(hidden, weight, bias, softcap, scale)
+    logps = all_logps.gather(1, targets[:, None])[:, 0]
+    if jacobian is not None and slope is not None:
+        torch.mm(_block_gradient(all_logps, slope, targets, scale).to(weight.dtype), weight, out=jacobian)
+    elif jacobian is not None:  # scale * (weight[target] - p @ weight): 1 - p of a target is never rounded to 16 bit
+        p = torch.exp(all_logps, out=all_logps if weight.dtype == torch.float32 else torch.empty_like(all_logps, dtype=weight.dtype))
+        torch.addmm(weight.index_select(0, targets), p, weight, beta=scale, alpha=-scale, out=jacobian)
+    return logps
+
+
 def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
     """The log-probabilities (M,), block by block; fills `jacobian` (M, H) with d logp / d hidden where it is given."""
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for s in _blocks(weight, len(targets)):
-        logits, slope = _logits(hidden[s], weight, bias, softcap, scale)
-        logits = torch.log_softmax(logits, dim=-1)
-        logps[s] = logits.gather(1, targets[s, None])[:, 0]
-        if jacobian is not None:
-            jacobian[s] = _block_gradient(logits, slope, targets[s], scale).to(weight.dtype) @ weight
+        logps[s] = _block(hidden[s], weight, bias, targets[s], softcap, scale, None if jacobian is None else jacobian[s])
     return logps
 
 
@@ -107,17 +120,17 @@ class _TrainedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for s in _blocks(weight, len(targets)):
-            logits, slope = _logits(hidden[s], weight, bias, ctx.softcap, ctx.scale)
-            gradient = _block_gradient(torch.log_softmax(logits, dim=-1), slope, targets[s], ctx.scale)
+            gradient = _block_gradient(*_log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale), targets[s], ctx.scale)
             gradient *= grad[s, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
-            grad_hidden[s] = gradient @ weight
+            torch.mm(gradient, weight, out=grad_hidden[s])
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(gradient.T, hidden[s])
             else:
                 grad_weight += gradient.T @ hidden[s]
+            del gradient  # before the next block's logits exist
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 

@@ -199,7 +199,7 @@ def _fake(model) -> None:
 
 def _simulated_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
     if _simulated_attention.varlen and dropout == 0.0:
-        return attention._varlen(query, key, value, scaling, sliding_window), None
+        return attention._in_two_calls(attention._flash, query, key, value, scaling, sliding_window), None
     return attention.attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
 
 
@@ -319,7 +319,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
 def _fake_batch(mode, pairs, settings):
     with _disable_current_modes():
         batch = collate(pairs, nll_over=settings.nll_over)
-    for name in ("input_ids", "position_ids", "hidden_index", "targets", "segment", "lengths"):
+    for name in ("input_ids", "position_ids", "hidden_index", "targets", "segment", "lengths", "keys", "starts"):
         setattr(batch, name, mode.from_tensor(getattr(batch, name)))
     return batch
 

@@ -53,9 +53,9 @@ NOT_SHARED = {
 }  # fmt: skip
 
 
-def tiny_model(name: str, seed: int = 0):
+def tiny_model(name: str, seed: int = 0, **changes):
     """A random float32 model of an architecture, in evaluation mode."""
-    options = (SHARED | DENSE | NOT_SHARED)[name]
+    options = (SHARED | DENSE | NOT_SHARED)[name] | changes
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **(BASE | options))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

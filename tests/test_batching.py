@@ -1,7 +1,11 @@
 import itertools
+import re
+import sys
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib.batching import LAYOUTS, EncodedPair, StepSampler, collate, split_by_tokens
 
@@ -16,6 +20,16 @@ def test_shared_row_holds_the_prompt_once_and_restarts_positions_for_rejected():
     assert batch.hidden_index.tolist() == [1, 2, 1, 4, 5]
     assert batch.segment.tolist() == [0, 0, 1, 1, 1]
     assert batch.attention_mask is None
+
+
+def test_a_row_of_two_pairs_is_what_the_docstring_shows():
+    batch = collate([PAIR, EncodedPair(8, [6], [7, 9], [8, 9])])
+    for name in ("input_ids", "position_ids"):
+        shown = re.search(rf"{name} +([\d ]+)", collate.__doc__)[1].split()
+        assert getattr(batch, name).tolist() == [[int(n) for n in shown]]
+    targets, sources = re.search(r"targets +([\d ]+), predicted from the hidden states at ([\d ]+)", collate.__doc__).groups()
+    assert batch.targets.tolist() == [int(n) for n in targets.split()]
+    assert batch.hidden_index.tolist() == [int(n) for n in sources.split()]
 
 
 @pytest.mark.parametrize("nll_over", ["answer", "prompt+answer"])
@@ -94,6 +108,70 @@ def test_fewer_pairs_than_ranks_is_refused():
         StepSampler([5, 5], 8, seed=0, world=4)
 
 
-def test_batch_moves_all_its_tensors():
-    batch = collate([PAIR]).to("meta")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_moves_all_its_tensors_in_one_copy_and_changes_none(layout, pairs):
+    here, moved = collate(pairs, layout=layout), collate(pairs, layout=layout)
+    with Copies() as copies:
+        moved.to("meta")
+    assert copies.count == 1
+    moved = collate(pairs, layout=layout).to("cpu")
+    for name, x in vars(here).items():
+        if isinstance(x, torch.Tensor):
+            y = getattr(moved, name)
+            assert x.dtype == y.dtype and x.device == y.device and torch.equal(x, y), name
+    batch = collate(pairs, layout=layout).to("meta")
     assert all(x.device.type == "meta" for x in vars(batch).values() if isinstance(x, torch.Tensor))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the host to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" != out.device.type
+        return out
+
+
+def test_every_chosen_lies_before_every_rejected_and_what_a_rejected_sees_is_gathered(pairs):
+    batch = collate(pairs)
+    row, ends = batch.input_ids[0], batch.starts.tolist()
+    assert row.tolist() == [t for p in pairs for t in (*p.prompt, *p.chosen)] + [t for p in pairs for t in p.rejected]
+    assert row[batch.keys].tolist() == [t for p in pairs for t in (*p.prompt, *p.rejected)]
+    sizes = [
+        [len(p.prompt) + len(p.chosen) for p in pairs],
+        [len(p.rejected) for p in pairs],
+        [len(p.prompt) + len(p.rejected) for p in pairs],
+    ]
+    assert ends == [list(itertools.accumulate(n, initial=0)) for n in sizes] and batch.starts.dtype == torch.int32
+    for pair, span in zip(pairs, batch.spans, strict=True):
+        assert row[span.start :][: span.prompt + span.chosen].tolist() == [*pair.prompt, *pair.chosen]
+        assert row[span.rejected_start :][: span.rejected].tolist() == list(pair.rejected)
+        assert (span.prompt, span.chosen, span.rejected) == tuple(map(len, pair[1:]))
+
+
+def test_tokens_may_come_as_arrays(pairs):
+    as_arrays = [EncodedPair(p.index, *(np.array(t, dtype=np.int32) for t in p[1:])) for p in pairs]
+    for ours, plain in zip(vars(collate(as_arrays)).values(), vars(collate(pairs)).values(), strict=True):
+        assert not isinstance(plain, torch.Tensor) or (ours.dtype == plain.dtype and torch.equal(ours, plain))
+
+
+def test_a_batch_is_laid_out_without_a_python_loop_over_its_tokens():
+    def calls(tokens):
+        pairs, count = [EncodedPair(i, *([list(range(5, 5 + tokens))] * 3)) for i in range(4)], 0
+
+        def count_lines(frame, event, arg):
+            nonlocal count
+            count += 1
+            return count_lines
+
+        sys.settrace(count_lines)
+        try:
+            collate(pairs)
+        finally:
+            sys.settrace(None)
+        return count
+
+    assert calls(1000) == calls(10)

@@ -1,5 +1,8 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib import head
 from lazyorpo_lib.head import token_logps
@@ -51,3 +54,76 @@ def test_a_frozen_head_keeps_no_logits_for_the_backward():
 def test_without_gradient_nothing_is_kept():
     with torch.no_grad():
         assert token_logps(torch.randn(3, 8), torch.randn(9, 8), torch.tensor([0, 1, 8])).grad_fn is None
+
+
+def plain(hidden, weight, targets, bias=None, softcap=0.0, scale=1.0):
+    """The formula as it is written, all in float32 after the product: log-probabilities and d logp / d hidden."""
+    logits = hidden @ weight.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if bias is None else logits + bias) * scale
+    t = torch.tanh(logits / softcap) if softcap else logits
+    logps = torch.log_softmax(softcap * t if softcap else logits, -1)
+    gradient = (torch.nn.functional.one_hot(targets, len(weight)) - logps.exp()) * scale * (1 - t * t if softcap else 1)
+    return logps.gather(1, targets[:, None])[:, 0], gradient.to(weight.dtype) @ weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_are_those_of_the_plain_formula_to_the_bit_and_their_gradient_no_less_exact(case, dtype, monkeypatch):
+    torch.manual_seed(0)
+    m, h, v = 96, 48, 500
+    monkeypatch.setattr(head, "BLOCK_BYTES", 32 * 4 * v)
+    case = dict(case)
+    bias = torch.randn(v) if case.pop("bias", False) else None
+    hidden, weight = torch.randn(m, h).to(dtype).requires_grad_(), (torch.randn(v, h) / 4).to(dtype)
+    targets = (hidden @ weight.T).argmax(1)  # likely tokens, as after some training: p is near 1
+    with torch.no_grad():
+        blocks = [plain(hidden[i : i + 32], weight, targets[i : i + 32], bias, **case) for i in range(0, m, 32)]
+        logps, jacobian = (torch.cat(x) for x in zip(*blocks, strict=True))
+        _, true = plain(hidden.double(), weight.double(), targets, bias, **case)
+    ours = token_logps(hidden, weight, targets, bias=bias, **case)
+    assert torch.equal(ours, logps)
+    (ours,) = torch.autograd.grad(ours.sum(), hidden)
+    assert (ours - true).norm() <= 1.02 * (jacobian - true).norm() + 1e-6 * true.norm()
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that what is made inside takes at once."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.live = self.most = 0
+        self.seen = {t.untyped_storage()._cdata for t in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+        if storage is not None and storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            self.most = max(self.most, self.live)
+        return out
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_second_block_takes_no_more_memory_than_the_first(trained, monkeypatch):
+    v, peaks = 4000, []
+    monkeypatch.setattr(head, "BLOCK_BYTES", 128 * 4 * v)
+    for m in (128, 512):
+        hidden = torch.randn(m, 8, dtype=torch.bfloat16, requires_grad=True)
+        weight, targets = torch.randn(v, 8, dtype=torch.bfloat16, requires_grad=trained), torch.randint(v, (m,))
+        with Peak(hidden, weight, targets) as peak:
+            token_logps(hidden, weight, targets).sum().backward()
+        peaks.append(peak.most / (128 * v))
+    assert peaks[1] < peaks[0] + 0.5 and peaks[1] < 9  # bytes a logit of one block: float32 twice
+
+
+def test_blocks_are_whole_tiles_of_a_matrix_product():
+    for vocabulary, rows in ((128256, 256), (49152, 640), (262144, 128), (300000, 111), (10**7, 16)):
+        blocks = list(head._blocks(torch.empty(vocabulary, 1, device="meta"), 1000))
+        assert blocks[0] == slice(0, rows) and blocks[1].start == rows
