@@ -38,12 +38,14 @@ TINY_MODEL = "tiny-random"
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one."""
+    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this process may
+    have of the GPU at hand, None where that is not known."""
 
     device: str  # cuda, mps or cpu
     name: str
     memory_gib: float
     capability: tuple[int, int] = (0, 0)  # CUDA's
+    free_gib: float | None = None
 
     @property
     def gpu_gib(self) -> float:

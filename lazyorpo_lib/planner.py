@@ -1,10 +1,10 @@
 """Will it fit, and how long will it take: answered from a model's config.json, before anything else is downloaded.
 
-Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are operations over
-a rate. Of the ways to split a step the quickest that fits is chosen. Peaks are checked against real runs on the CPU
-(tests/benchmarks/planner_check.py). What is CUDA's own is a stated constant that no run has checked: CUDA_CONTEXT_GIB,
-FRAGMENTATION, EFFICIENCY, HOST_LINK. It loads no weights and knows neither the links between several GPUs nor the time of
-writing answers.
+Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are operations over a rate,
+bytes over a bandwidth, and on a GPU no less than the launches take. Of the ways to split a step the quickest that fits is chosen.
+Peaks are checked against real runs on the CPU (tests/benchmarks/planner_check.py). What is CUDA's own is a stated constant that no
+run has checked: CUDA_CONTEXT_GIB, FRAGMENTATION, a card's share, COPY_SHARE, LAUNCH, HOST_LINK. It loads no weights and knows
+neither the links between several GPUs nor the time of writing answers and checkpoints.
 """
 
 import functools
@@ -17,9 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import psutil
 import torch
 
-from . import trainer
 from .batching import EncodedPair
-from .head import BLOCK_BYTES
 from .history import duration
 from .model import Machine, check_apple, pick_precision
 from .settings import Settings, UserError
@@ -30,17 +28,19 @@ MARGIN = 0.08  # share of the memory that a plan leaves free
 CUDA_CONTEXT_GIB = 0.5  # context 0.35 to 0.45, cuBLAS workspace 0.03 to 0.1; not in torch's own count
 CPU_GROWTH_GIB = 0.02  # of the process in its first steps, tensors apart: threads, kernels made at run time; 0.013 to 0.018 measured
 FRAGMENTATION = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}  # of what comes and goes in a step
-EFFICIENCY = 0.45  # of a card's peak, reached by a whole training step
-MEASURED_EFFICIENCY = 0.65  # of one large matrix product timed on the machine at hand
+COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
+LAUNCH = 8e-6  # seconds in which Python and torch start one operation on a GPU
+MEASURED_SHARE = {"cuda": 0.9, "mps": 0.65, "cpu": 0.65}  # of one large product timed here; off CUDA that covers all of a step
 APPLE_SHARE = 0.75  # of the RAM may be the GPU's working set
 HOST_LINK = 12e9  # bytes a second between card and host, for paged optimizers
+DISK = 0.5e9  # bytes a second that a checkpoint is written with; a rented machine's volume, often slower
 FULL_LEARNING_RATE = 1e-5  # above it full tuning is not taken unasked: it would destroy the model
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet. Memory as the driver reports it, GiB; dense TFLOP/s in 16 and 32 bit; GB/s."""
+    """A GPU by its data sheet. Memory as the driver reports it, GiB; dense TFLOP/s in 16 bit (summed in 32) and in 32; GB/s."""
 
     name: str
     memory_gib: float
@@ -48,7 +48,7 @@ class Card:
     tflops_32: float
     bandwidth: float
     capability: tuple[int, int]
-    efficiency: float = EFFICIENCY
+    share: float = 0.7  # of the TFLOP/s, reached by large products
 
     @property
     def machine(self) -> Machine:
@@ -58,29 +58,54 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("T4", 14.7, 65, 8.1, 320, (7, 5), 0.3),  # throttles at 70 W
-        Card("L4", 22.0, 121, 30.3, 300, (8, 9)),
+        Card("T4", 14.7, 65, 8.1, 320, (7, 5), 0.37),  # throttles at 70 W
+        Card("P100", 15.9, 18.7, 9.3, 732, (6, 0)),  # no tensor cores
+        Card("V100-16", 15.8, 112, 14, 900, (7, 0)),
+        Card("V100-32", 31.7, 112, 14, 900, (7, 0)),
+        Card("L4", 22.0, 121, 30.3, 300, (8, 9), 0.5),  # throttles at 72 W
         Card("A10", 22.0, 125, 31.2, 600, (8, 6)),
+        Card("RTX-3090", 23.7, 71, 35.6, 936, (8, 6)),
+        Card("RTX-4090", 23.6, 165.2, 82.6, 1008, (8, 9)),
+        Card("RTX-5090", 31.4, 209.5, 104.8, 1792, (12, 0)),
         Card("A40", 44.4, 150, 37.4, 696, (8, 6)),
+        Card("L40S", 44.4, 362, 91.6, 864, (8, 9)),
+        Card("A6000", 47.5, 155, 38.7, 768, (8, 6)),
         Card("A100-40", 39.4, 312, 19.5, 1555, (8, 0)),
         Card("A100-80", 79.1, 312, 19.5, 2039, (8, 0)),
         Card("H100", 79.1, 989, 67, 3350, (9, 0)),
+        Card("H100-PCIe", 79.1, 756, 51, 2000, (9, 0)),
+        Card("H100-NVL", 93.1, 835, 60, 3900, (9, 0)),
         Card("H200", 139.8, 989, 67, 4800, (9, 0)),
+        Card("B200", 178.4, 2250, 75, 8000, (10, 0)),
     )
 }
 
 
+def _kind(name: str) -> tuple[set[str], list[float]]:
+    """The words of a card's name that tell it from others, and the GiB that it names."""
+    words = re.sub(r"nvidia|tesla|geforce|rtx|sxm\d?|hbm\d\w?|gb\b|[\s_-]+", " ", name.lower()).split()
+    sizes = {word for word in words if word.isdigit() and len(word) < 4}
+    return set(words) - sizes, list(map(float, sizes))
+
+
+def _listed(name: str, *sizes: float) -> Card | None:
+    """The card of CARDS with this name, as people or its driver write it, if its memory is of `sizes` and what the name says."""
+    words, named = _kind(name)
+    fitting = [card for card in CARDS.values() if all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))]
+    found = [card for card in fitting if _kind(card.name)[0] <= words <= _kind(card.name)[0] | {"pcie"}]  # of most cards both are alike
+    return max(found, key=lambda card: len(_kind(card.name)[0]), default=None)
+
+
 def find_card(name: str) -> Card | Machine:
-    """A card of CARDS by name, in any case; or `cpu` or `apple`, with GiB of RAM behind a dash or else this machine's.
+    """A card of CARDS by name, as people or its driver write it; or `cpu` or `apple`, with GiB of RAM behind a dash or else this
+    machine's.
 
     Raises:
         UserError: no such name.
     """
-    wanted = re.sub(r"^(nvidia|tesla)[ -]|gb$", "", name.strip().lower()).strip().replace(" ", "-")
-    for card in CARDS.values():
-        if card.name.lower() == wanted:
-            return card
-    if match := re.fullmatch(r"(cpu|apple)(?:-(\d+))?", wanted):
+    if card := _listed(name):
+        return card
+    if match := re.fullmatch(r"(cpu|apple)(?:[ -](\d+)(?: ?gb)?)?", name.strip().lower()):
         ram = float(match[2] or psutil.virtual_memory().total / GIB)
         return Machine("cpu", "CPU", ram) if match[1] == "cpu" else Machine("mps", "Apple GPU", ram)
     raise UserError(f"device is {name!r}, but must be one of {', '.join(CARDS)}, cpu-<GiB> or apple-<GiB>.")
@@ -162,12 +187,13 @@ class _Shape:
     active: int
     head: int
     untied: int  # in input embeddings that are not the head too
+    embeddings: int
     adapters: int
     largest: int
     factored: int  # numbers in adafactor's row and column averages
     layers: int
     attention_width: int
-    vocabulary: int
+    dense: bool  # attention in eager code, of every token of a row with every other
 
 
 def _shape(config, rank: int) -> _Shape:
@@ -187,12 +213,13 @@ def _shape(config, rank: int) -> _Shape:
         active=bulk + round(used * sum(p.numel() for p in parameters.values() if p.dim() == 3)),
         head=head.weight.numel(),
         untied=0 if head.weight is embeddings.weight else embeddings.weight.numel(),
+        embeddings=sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)),
         adapters=sum(rank * (a + b) for a, b in adapted),
         largest=max(p.numel() for p in parameters.values()),
         factored=sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters.values()),
         layers=text.num_hidden_layers,
         attention_width=heads * head_dim,
-        vocabulary=text.vocab_size,
+        dense=not model._supports_sdpa,
     )
 
 
@@ -204,16 +231,15 @@ _profiles: dict[tuple, Profile] = {}
 def _profile(
     config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int, sharded: bool
 ) -> Profile:
-    """Simulated at two lengths past which all is linear: once the blocks of the head are full, or at the most a step has."""
+    """Simulated from the fewest to the most tokens that a micro-batch may have, each time with at most three times as many: between
+    two such counts a line is near enough, wherever the head's blocks bend it, and past 30,000 tokens nothing bends."""
     shares = [part / lengths.mean for part in (lengths.prompt, lengths.chosen, lengths.rejected)]
-    scored = 1.0 if settings.nll_over != "answer" else 1 - shares[0]
-    full = math.ceil(BLOCK_BYTES / (4 * shape.vocabulary) / scored) + 64
+    low = lengths.longest if lengths.longest < most else max(64, most // 2)
+    high = min(max(most, 128), max(2 * low, 30_000))
+    parts = max(2 if shape.dense else 1, math.ceil(math.log(high / low, 3)))
+    points = [round(low * (high / low) ** (k / parts)) for k in range(parts + 1)]
     if machine.device == "mps":  # holds all attention scores, so pairs must be as long as they are
         points = [round(lengths.mean), 2 * round(lengths.mean)]
-    elif full >= most:
-        points = [max(64, most // 2), max(128, most)]
-    else:
-        points = [min(lengths.longest, full // 2)] * (lengths.longest < full) + [full, 2 * full]
     rows = []
     for tokens in points:
         count = max(1, round(tokens / lengths.mean)) if machine.device != "cuda" else 1  # whose kernels do not care how long a pair is
@@ -232,29 +258,28 @@ def _profile(
 
 
 @functools.lru_cache(maxsize=8)
-def _timed_rate(device: str, dtype) -> float:
-    """Operations a second of one matrix product on the machine at hand."""
-    n = 768 if device == "cpu" else 4096
-    a, seconds = torch.ones(n, n, dtype=dtype, device=device), []
-    for _ in range(5):
+def _timed(device: str, dtype) -> tuple[float, float]:
+    """Operations a second of a product of random matrices on the machine at hand (of equal numbers it is quicker), bytes of a copy."""
+    n, seconds = 768 if device == "cpu" else 4096, []
+    a, large = torch.randn(n, n, dtype=dtype, device=device), torch.zeros(16 * n * n, dtype=torch.uint8, device=device)
+    for work in [lambda: (a @ a)[0, 0].item()] * 5 + [lambda: large.clone()[0].item()] * 5:
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        work()
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    return 2 * n**3 / min(seconds[:5]), 2 * large.numel() / min(seconds[5:])
 
 
 def _rates(machine: Machine, card: Card | None, dtype) -> tuple[float, float, str]:
     """Operations and bytes a second that a step may count on, and where the first comes from."""
     if card is None and machine.device == "cuda":
-        same = [c for c in CARDS.values() if re.search(rf"\b{c.name.split('-')[0]}\b", machine.name)]
-        card = min(same, key=lambda c: abs(c.memory_gib - machine.memory_gib), default=None)
+        card = _listed(machine.name, machine.memory_gib)
     if card is not None:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
-        return (peak * 1e12 * card.efficiency, card.bandwidth * 1e9, f"{card.name}: {peak:g} TFLOP/s x {card.efficiency:g}")
+        return peak * 1e12 * card.share, card.bandwidth * 1e9 * COPY_SHARE, f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
     if machine.device == "mps" and not torch.backends.mps.is_available():
-        return 3e12 * EFFICIENCY, 100e9, f"an Apple GPU, assumed: 3 TFLOP/s x {EFFICIENCY:g}"
-    rate, bandwidth = _timed_rate(machine.device, dtype), {"cpu": 10e9, "mps": 100e9, "cuda": 400e9}[machine.device]
-    return rate * MEASURED_EFFICIENCY, bandwidth, f"timed here: {rate / 1e12:.3g} TFLOP/s x {MEASURED_EFFICIENCY:g}"
+        return 3e12 * 0.45, 100e9, "an Apple GPU, assumed: 3 TFLOP/s x 0.45"
+    share, (rate, copied) = MEASURED_SHARE[machine.device], _timed(machine.device, dtype)
+    return rate * share, {"cpu": 10e9, "mps": 100e9, "cuda": copied}[machine.device], f"timed here: {rate / 1e12:.3g} TFLOP/s x {share:g}"
 
 
 # The plan.
@@ -262,7 +287,7 @@ def _rates(machine: Machine, card: Card | None, dtype) -> tuple[float, float, st
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method: its peak and the parts that sum to it (GiB), the time and the arithmetic behind it, the split of a step."""
+    """One method: its peak and the parts that sum to it (GiB), the time and the arithmetic behind it, the split of a step; a checkpoint."""
 
     method: str
     peak_gib: float
@@ -272,6 +297,8 @@ class MethodPlan:
     tokens_per_batch: int
     checkpointed_layers: int
     layers: int
+    checkpoint_gib: float
+    checkpoint_seconds: float
     arithmetic: tuple[str, ...]
 
 
@@ -350,6 +377,8 @@ class _Planner:
         self.rate, self.bandwidth, self.rate_source = _rates(machine, card, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
+        if machine.free_gib is not None:  # counted when this process had its context already
+            self.limit = min(self.limit, machine.free_gib + CUDA_CONTEXT_GIB)
         self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
 
     def _weights(self, stored: torch.dtype) -> float:
@@ -364,18 +393,14 @@ class _Planner:
         # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
 
-    def optimizer(self) -> tuple[float, float, float]:
+    def optimizer(self, name: str = "") -> tuple[float, float, float]:
         """Bytes of its state on the device, of state that may leave it, and of what an update holds for a moment."""
-        name, n = self.settings.optimizer, self.trained
+        name, n = name or self.settings.optimizer, self.trained
         if name == "adafactor":
             return 4.0 * (self.shape.factored if self.full else n / 8), 0.0, 12.0 * min(self.shape.largest, n)
-        state = 2.03 * n if "8bit" in name else 8.0 * n
-        if name.startswith("paged") and self.cuda:
-            return 0.0, state, 0.0
-        passing = 0.0
-        if name == "adamw" and "fused" not in trainer.OPTIMIZERS["adamw"]:
-            passing = 4.0 * n if self.cuda else 8.0 * min(self.shape.largest, n)  # CUDA takes all tensors at once
-        return state, 0.0, passing
+        kept = self.shape.embeddings if self.full else 0  # in 32 bit by 8-bit optimizers too
+        state = 2.03 * (n - kept) + 8.0 * kept if "8bit" in name else 8.0 * n
+        return (0.0, state, 0.0) if name.startswith("paged") and self.cuda else (state, 0.0, 0.0)
 
     def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
         """The peak by part, GiB."""
@@ -413,36 +438,42 @@ class _Planner:
         settings, lengths, shape = self.settings, self.lengths, self.shape
         p, c, r, per_step = lengths.prompt, lengths.chosen, lengths.rejected, self.pairs
         again = checkpointed / shape.layers
+        # First-fit leaves about a tenth of a budget empty where a step does not go in at once.
+        batches = math.ceil(per_step * lengths.mean / tokens * (1.1 if tokens < self.most else 1))
+        row = per_step * lengths.mean / batches
         # Operations for a pair. Layers: forward and gradients of activations, with full tuning of weights too.
         forward = 2.0 * lengths.mean * (shape.active + (0 if self.full else shape.adapters))
-        scores = 4.0 * ((p + c) ** 2 / 2 + r * p + r * r / 2) * shape.attention_width * shape.layers
+        seen = row * lengths.mean if shape.dense else (p + c) ** 2 / 2 + r * p + r * r / 2
+        scores = 4.0 * seen * shape.attention_width * shape.layers
         scored = c + r + (p if settings.nll_over != "answer" else 0)
         passes = (3 if self.full else 2) + again
         head = (8.0 if self.full else 4.0) * scored * shape.head  # see head.py: recomputed, or kept as a Jacobian
         pair = forward * passes + scores * (3.5 + again) + head  # flash attention's backward is 2.5 forwards
-        # Bytes moved. First-fit leaves about a tenth of a budget empty where a step does not go in at once.
-        batches = math.ceil(per_step * lengths.mean / tokens * (1.1 if tokens < self.most else 1))
         size = self.dtype.itemsize
-        cast = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
-        moved = batches * cast * (2 + again) + 28.0 * self.trained / self.cards
+        moved, launches = self.profile.work(row, shape.layers, checkpointed)
+        if not self.cuda:  # all but the weights is in the share of the rate that is measured
+            moved = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
+            moved, launches = moved * (2 + again), 0.0
+        computing = per_step * pair / self.rate
+        moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth
+        waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
         paged = self.optimizer()[1] / self.cards
         over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves the card and comes back, every step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
-        compute = per_step * pair / self.rate
-        step = compute + moved / self.bandwidth + paging
+        step = computing + moving + waiting + paging
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
         evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
-        evaluation = evaluations * settings.eval_pairs * (forward + scores + head / 2) / self.rate
+        evaluation = evaluations * settings.eval_pairs * (forward + scores + head / 2) / pair * (step - paging) / per_step
         total = (steps * step + evaluation) / 60
         lines = (
             f"a pair: {lengths.mean:.0f} tokens, {pair / 1e12:.3g} TFLOP (layers {forward * passes / 1e12:.3g} in {passes:.2f} passes, "
             f"attention {scores * (3.5 + again) / 1e12:.3g}, head {head / 1e12:.3g})",
-            f"a step: {per_step} pairs in {batches} micro-batches, {step:.3g} s (computing {compute:.3g} at "
-            f"{self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving weights {moved / self.bandwidth:.3g}; "
-            f"paging optimizer state {paging:.3g})",
+            f"a step: {per_step} pairs in {batches} micro-batches, {step:.3g} s (computing {computing:.3g} at "
+            f"{self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving bytes {moving:.3g} at {self.bandwidth / 1e9:.3g} GB/s; "
+            f"waiting for launches {waiting:.3g}; paging optimizer state {paging:.3g})",
             f"the run: {steps} steps x {step:.3g} s + {evaluations} evaluations in {evaluation:.3g} s = {total:.3g} min, "
-            "without the answers written for comparison",
+            "without the answers written for comparison and the checkpoints",
         )
         return total, lines
 
@@ -462,7 +493,11 @@ class _Planner:
         quickest = 1.001 * min(times.values(), default=0.0)
         split = next((s for s in fitting if times[s] <= quickest), (budgets[-1], counts[-1]))
         parts, (minutes, lines) = self.parts(*split), self.minutes(*split)
-        return MethodPlan(self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, lines)
+        weights, state = 4.0 * self.trained, sum(self.optimizer()[:2])
+        saved = weights + state
+        said = f"a checkpoint: {saved / GIB:.3g} GiB (weights {weights / GIB:.3g}, optimizer {state / GIB:.3g})"
+        lines += (f"{said}, {saved / DISK:.3g} s at {DISK / 1e9:g} GB/s of disk",)
+        return MethodPlan(self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, saved / GIB, saved / DISK, lines)
 
 
 def make_plan(
@@ -490,7 +525,9 @@ def make_plan(
     methods = {method: planner.best() for method, planner in planners.items()}
     chosen, why = _choose(settings, methods, machine)
     if planners[chosen].profile.stood_in:
-        why += "; this kind of model cannot be simulated, so activations are those of a Llama of its shape"
+        why += f"; this kind of model cannot be simulated, so activations are {planners[chosen].profile.stood_in}"
+    if planners[chosen].limit < planners[chosen].memory * (1 - MARGIN) / GIB:
+        why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
     changes = [] if methods[chosen].fits else _changes(settings, planners[chosen], methods)
     memory = planners[chosen].memory / GIB
     return Plan(machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths)
@@ -535,7 +572,8 @@ def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPla
     lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if m in methods and methods[m].fits), None)
     if lighter:
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
-    if planner.full and settings.optimizer == "adamw" and least - 5.97 * planner.trained / planner.cards / GIB <= planner.limit:
+    saved = (planner.optimizer()[0] - planner.optimizer("adamw_8bit")[0]) / planner.cards / GIB
+    if planner.full and settings.optimizer == "adamw" and least - saved <= planner.limit:
         found.append("optimizer=adamw_8bit would fit")
     larger = next((c for c in sorted(CARDS.values(), key=lambda c: c.memory_gib) if least <= c.memory_gib * (1 - MARGIN)), None)
     if larger:

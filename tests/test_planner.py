@@ -2,19 +2,21 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
-from transformers import GemmaConfig, LlamaConfig, MixtralConfig
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers.models.llama import modeling_llama
 
-from lazyorpo_lib import attention, simulation
+from lazyorpo_lib import attention, planner, simulation
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.model import Machine
 from lazyorpo_lib.panel import Panel
 from lazyorpo_lib.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
 from lazyorpo_lib.run import estimate
-from lazyorpo_lib.settings import Settings, UserError
+from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings, UserError
 
 CPU = Machine("cpu", "CPU", 16.0)
 LENGTHS = Lengths(pairs=400, prompt=60.0, chosen=50.0, rejected=40.0, longest=220)
@@ -25,6 +27,14 @@ GEMMA_7B = dict(
 LLAMA_3_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN_2_5 = dict(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+GEMMA_2_2B = dict(
+    vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256,
 )  # fmt: skip
 
 
@@ -56,6 +66,59 @@ def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
     for held in (False, True):
         direct = max(row[2 if held else 1] for row in phases.values())
         assert 0.995 <= foretold.peak(750, 5, 4, held)[0] / direct <= 1.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LlamaConfig(**LLAMA_3_8B), Qwen2Config(**QWEN_2_5), Gemma2Config(**GEMMA_2_2B)])
+def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
+    card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
+    lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
+    foretold = planner._Planner(config, settings, card.machine, card, lengths, torch.bfloat16, "lora", 1).profile
+    assert not foretold.stood_in
+    row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
+    direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
+    ((_, phases),) = direct.points
+    for name, (start, peak, *_) in phases.items():
+        assert foretold.at(7200)[name][:2] == pytest.approx([start, peak], rel=0.03, abs=2**20)
+    for held in (False, True):
+        assert foretold.peak(7200, 3, 2, held)[0] == pytest.approx(max(row[2 if held else 1] for row in phases.values()), rel=0.03)
+    assert foretold.work(7200, 3, 2) == pytest.approx(direct.work(7200, 3, 2), rel=0.05)
+
+
+@pytest.mark.parametrize("card", ["T4", "A40"])
+def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
+    def missing(*args, **kwargs):
+        raise TypeError("varlen_attn() got an unexpected keyword argument")
+
+    expected = plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16)
+    planner._profiles.clear()
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
+    monkeypatch.setattr(attention, "attention", missing)
+    assert plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16) == expected
+    assert "simulated" not in expected.why
+
+
+def test_where_nothing_can_be_simulated_a_plan_is_a_rough_estimate_that_says_so(monkeypatch):
+    expected = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    planner._profiles.clear()
+    monkeypatch.setattr(simulation, "FakeTensorMode", None)  # of a torch that has no such thing
+    rough = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    assert "rough estimate" in rough.why and "simulated" not in expected.why
+    for ours, theirs in zip(rough.methods, expected.methods, strict=True):
+        assert ours.fits and 0.5 < ours.peak_gib / theirs.peak_gib < 2
+
+
+def test_a_plan_after_liger_is_the_plan_before_it(monkeypatch):
+    def rotary(*args, **kwargs):
+        raise RuntimeError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    rotary.__module__ = "liger_kernel.transformers.rope"
+    expected = plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    planner._profiles.clear()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+    assert plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16) == expected
+    assert modeling_llama.apply_rotary_pos_emb is rotary and "simulated" not in expected.why
 
 
 def test_the_peak_grows_with_tokens_and_shrinks_with_checkpointing():
@@ -104,9 +167,85 @@ def test_paged_state_leaves_the_card_but_not_the_cpu():
     assert on_card.parts["optimizer"] == 0 < on_cpu.parts["optimizer"]
 
 
+def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bit():
+    table = 4000 * 64
+    full = gib(plan(optimizer="adamw_8bit"), "full")
+    total = full.parts["weights"] * 2**30 / 4
+    assert full.parts["optimizer"] * 2**30 == pytest.approx(8 * table + 2.03 * (total - table))
+
+
+def test_a_plan_says_what_a_checkpoint_is():
+    m = gib(plan(optimizer="paged_adamw_32bit"), "full")
+    assert m.checkpoint_gib == pytest.approx(3 * m.parts["weights"]) and m.checkpoint_seconds > 0
+    assert f"a checkpoint: {m.checkpoint_gib:.3g} GiB" in m.arithmetic[-1]
+    assert gib(plan(), "lora").checkpoint_gib < 0.2 * m.checkpoint_gib
+
+
+def test_a_card_that_another_process_fills_is_planned_by_what_is_free():
+    whole, shared = (plan(Machine("cuda", "NVIDIA A40", 44.4, (8, 6), free), dtype=torch.bfloat16) for free in (None, 0.2))
+    assert whole.method.fits and "another process" not in whole.why
+    assert "only 0.2 GiB of NVIDIA A40 are free" in shared.why and shared.method.peak_gib < whole.method.peak_gib
+
+
 @pytest.mark.parametrize("name", ["t4", "NVIDIA A40", "a100 80GB", "H200"])
 def test_cards_are_found_in_any_case(name):
     assert find_card(name) in CARDS.values()
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("rtx4090", "RTX-4090"), ("4090", "RTX-4090"), ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"), ("NVIDIA A100 80GB PCIe", "A100-80"), ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 NVL", "H100-NVL"), ("Tesla T4", "T4"), ("Tesla V100-SXM2-32GB", "V100-32"),
+        ("Tesla P100-PCIE-16GB", "P100"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA L40S", "L40S"), ("nvidia b200", "B200"),
+    ],
+)  # fmt: skip
+def test_cards_are_found_by_the_names_that_people_and_drivers_write(name, card):
+    assert find_card(name).name == card
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_card_is_found_by_its_own_name_and_memory(name):
+    assert planner._listed(name, CARDS[name].memory_gib) is CARDS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 19.6), ("NVIDIA A100-SXM4-40GB", 19.6), ("NVIDIA A100-SXM-64GB", 63.4), ("NVIDIA A10G", 22.0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7), ("NVIDIA GeForce RTX 3090 Ti", 23.7), ("NVIDIA GH200 480GB", 95.0),
+    ],
+)  # fmt: skip
+def test_a_slice_or_a_namesake_of_another_make_is_no_listed_card(name, gib):
+    assert planner._listed(name, gib) is None
+
+
+def test_cards_without_bfloat16_are_planned_in_float16_and_with_all_keys():
+    plans = planner.plan_cards(small(), Settings(precision="bfloat16"), LENGTHS)
+    assert [p.dtype == "bfloat16" for p in plans] == [card.capability[0] >= 8 for card in CARDS.values()]
+    assert {p.dtype for p in plans if p.device in ("V100-16", "P100", "T4")} == {"float16"}
+
+
+def test_a_small_model_on_a_fast_card_waits_for_its_launches():
+    seconds = [gib(plan("H100", config=small(n), dtype=torch.bfloat16, checkpointed_layers=0), "lora").minutes * 60 for n in (12, 24)]
+    assert 1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * planner.LAUNCH  # steps, layers, launches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("card", "large", "middle"), [("T4", 0.30, 0.25), ("A100-80", 0.59, 0.46), ("H100", 0.41, 0.30)])
+def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_allow(card, large, middle):
+    for config, ceiling in ((LlamaConfig(**LLAMA_3_8B), large), (Qwen2Config(**QWEN_2_5), middle)):
+        settings = Settings(method="lora", pairs_per_step=4, checkpointed_layers=0, tokens_per_batch=3600)
+        pair, step, *_ = make_plan(config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900)).method.arithmetic
+        reached = 4 * float(re.search(r"([\d.]+) TFLOP ", pair)[1]) / float(re.search(r"([\d.]+) s ", step)[1]) / CARDS[card].tflops_16
+        assert reached == pytest.approx(ceiling, rel=0.15)
+
+
+def test_the_colab_preset_takes_on_a_t4_what_its_sentence_says():
+    settings = Settings(**PRESETS["colab-t4"])
+    m = make_plan(Qwen2Config(**QWEN_2_5), settings, "T4", preset_lengths(settings.dataset, settings)).method
+    assert m.fits and abs(m.minutes - COLAB_MINUTES) <= 2
 
 
 def test_an_unknown_card_is_one_sentence_that_names_all():

@@ -58,7 +58,7 @@ def main() -> None:
             print("| " + " | ".join(row(method, name, cards)) + " |", flush=True)
     for name in ("A100-80", "H100", "H200"):
         card = CARDS[name]
-        print(f"\n{name}: {card.tflops_16:g} TFLOP/s x {card.efficiency:g}, {card.memory_gib:g} GiB", end="")
+        print(f"\n{name}: {card.tflops_16:g} TFLOP/s x {card.share:g}, {card.memory_gib:g} GiB", end="")
     print()
 
 
