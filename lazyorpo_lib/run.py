@@ -7,7 +7,6 @@ computed and where it is written; the parts do the computing.
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -25,18 +24,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
+from .callbacks import On, Progress, Stop, Stopped, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
 from .live import LivePlot, show_progress
+from .memory import allocated_gib, forget_peak_memory, memory_gib
 from .settings import FIELDS, Settings, UserError
 
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
-    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_steps", "keep_checkpoints",
-    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "instructions", "tokens_per_batch",
-    "checkpointed_layers",
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
+    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
+    "answer_tokens", "instructions", "tokens_per_batch", "checkpointed_layers",
 }  # fmt: skip
 FIRST_STEPS = 10  # real steps that tell how long the rest will take
 _locks: dict[Path, object] = {}  # folders this process is at work in
@@ -71,6 +71,7 @@ class Run:
         self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
         self.machine = model.this_machine()
         model.check_apple(settings, self.machine)
+        model.check_liger(settings)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
             _claim(self.folder)
@@ -200,7 +201,7 @@ class Run:
         if self.finished:
             self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
             return
-        gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
+        model.forget_earlier_run()
         forget_peak_memory()
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
         if self.fsdp:
@@ -284,6 +285,7 @@ class Run:
             known = read_json(self.folder / "held_out.json")
             self._write("held_out.json", {name: part for name, part in known.items() if name != "after"})  # of an earlier stop
         self.training_seconds = self.peak_before = self.training_peak = 0.0
+        self.training_allocated = None
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
                 if not found and not self.trainer.sharded:
@@ -292,7 +294,7 @@ class Run:
                 forget_peak_memory()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
                 self.training_seconds = time.monotonic() - self.training_began
-                self.training_peak = memory_gib(self.trainer.args.device)
+                self.training_peak, self.training_allocated = (f(self.trainer.args.device) for f in (memory_gib, allocated_gib))
                 if not self.stop.hurried or self.trainer.state.global_step >= self.trainer.state.max_steps:
                     self._look("after")
             finally:
@@ -379,10 +381,12 @@ class Run:
             self.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
 
     def _answer(self, prompts, on_batch=lambda done: None) -> list[str]:
-        return evaluate.answers(
-            self.trainer.model, self.tokenizer, prompts, max_tokens=self.settings.answer_tokens, end_ids=self._end_ids(),
-            on_batch=on_batch,
-        )  # fmt: skip
+        # Weights in float32 would give a cache in float32.
+        with self.trainer.accelerator.autocast() if self.method == "full" else contextlib.nullcontext():
+            return evaluate.answers(
+                self.trainer.model, self.tokenizer, prompts, max_tokens=self.settings.answer_tokens, end_ids=self._end_ids(),
+                on_batch=on_batch,
+            )  # fmt: skip
 
     def _mirror(self, step: int = 0) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training itself stays on the local disk."""
@@ -424,6 +428,7 @@ class Run:
             "training_minutes": round(self.training_seconds / 60, 3),
             **self._work(),
             "peak_memory_gib": round(peak, 3),
+            "peak_allocated_gib": self.training_allocated and round(self.training_allocated, 3),
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),

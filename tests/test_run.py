@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import history, model, planner
-from lazyorpo_lib.callbacks import Stop, forget_peak_memory, memory_gib
+from lazyorpo_lib.callbacks import Stop
 from lazyorpo_lib.instructions import INSTRUCTIONS
+from lazyorpo_lib.memory import forget_peak_memory, memory_gib
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
