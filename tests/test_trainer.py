@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import sys
 import types
 import warnings
 from collections import defaultdict
@@ -15,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
 
-from lazyorpo_lib import checkpoints
+from lazyorpo_lib import callbacks, checkpoints
 from lazyorpo_lib import trainer as module
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.callbacks import On, Stop
-from lazyorpo_lib.model import adapters_off, add_adapters, load_base
+from lazyorpo_lib.model import adapters_off, add_adapters, check_liger, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from tests.architectures import tiny_model
@@ -256,6 +257,42 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkey
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
 
 
+@pytest.mark.parametrize("minutes,steps", [(10, []), (2.5, [3, 6]), (0, [])])
+def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(tmp_path, monkeypatch, minutes, steps):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
+    trainer = make(tmp_path, random_pairs(80), max_steps=7, save_every_minutes=minutes, keep_checkpoints=9)
+
+    def minute(step):
+        clock.now += 60
+
+    trainer.callback_handler.callbacks.insert(0, On(step_begin=minute, save=lambda step: minute(step) or minute(step)))
+    trainer.train()  # a minute a step, two to write a checkpoint, which do not count
+    assert [int(c.name.split("-")[1]) for c in checkpoints.complete(tmp_path)] == steps
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, monkeypatch, optimizer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def in_pages(self, parameter, dtype=torch.float32):  # what only CUDA has
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", in_pages)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor: None)
+    options = dict(max_steps=4, save_every_steps=2, optimizer=optimizer, method="full", learning_rate=1e-3)
+    whole = make(tmp_path / "a", random_pairs(40), **options)
+    whole.train()
+    resumed = make(tmp_path / "b", random_pairs(40), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    states = list(resumed.optimizer.optimizer.state.values())
+    assert states and all(getattr(state[name], "is_paged", False) for state in states for name in ("state1", "state2"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run's folder with checkpoint-2 and checkpoint-4; never changed by a test."""
@@ -346,6 +383,100 @@ def test_out_of_memory_on_one_long_pair_checkpoints_layers_and_leaves_the_budget
     with pytest.warns(UserWarning, match="layers are now checkpointed"):
         trainer.train()
     assert trainer.tokens_per_batch == 60 and trainer.state.global_step == 2 and len(trainer.oom_notes) == 1
+
+
+def test_a_step_repeated_after_out_of_memory_counts_its_work_once(tmp_path):
+    tokens = []
+    for fails in (False, True):
+        rows, pairs = [], random_pairs(8)
+        trainer = make(tmp_path, pairs, rows=rows, max_steps=1, tokens_per_batch=max(p.tokens() for p in pairs), warmup_steps=0)
+        inner, calls = trainer.scorer.forward.original, []
+
+        def forward(*args, inner=inner, calls=calls, fails=fails, **kwargs):
+            calls.append(1)
+            if fails and len(calls) == 3:
+                raise torch.OutOfMemoryError("injected")
+            return inner(*args, **kwargs)
+
+        trainer.scorer.forward.original = forward
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        assert len(trainer.oom_notes) == fails
+        tokens.append(rows[0]["tokens"])
+    assert tokens[0] == tokens[1] == sum(p.tokens() for p in pairs)
+
+
+def test_out_of_memory_in_evaluation_shrinks_its_batches_and_changes_no_figure(tmp_path):
+    pairs = random_pairs(12)
+    trainer = make(tmp_path, pairs[:4], eval_pairs=pairs)
+    whole, inner = trainer.pair_tables(pairs), trainer.scorer.forward.original
+
+    def forward(*args, **kwargs):
+        if kwargs["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("injected")
+        return inner(*args, **kwargs)
+
+    trainer.scorer.forward.original, most = forward, max(p.tokens() for p in pairs)
+    with pytest.warns(UserWarning, match="evaluation: out of memory"):
+        torch.testing.assert_close(trainer.pair_tables(pairs), whole, rtol=1e-5, atol=1e-5)
+    assert trainer.tokens_per_batch == 10**6 and trainer.model.training, "training's own budget stays"
+    most = 5
+    with warnings.catch_warnings(), pytest.raises(UserError, match="evaluating a single pair .*lower max_tokens"):
+        warnings.simplefilter("ignore")
+        trainer.pair_tables(pairs)
+
+
+def test_out_of_memory_of_dpos_reference_shrinks_its_batches(tmp_path):
+    pairs, sums = random_pairs(8), []
+    for limit in (10**9, 80):
+        trainer = make(tmp_path, pairs, objective="dpo")
+        inner = trainer.scorer.forward.original
+
+        def forward(*args, inner=inner, limit=limit, **kwargs):
+            if kwargs["input_ids"].numel() > limit:
+                raise torch.OutOfMemoryError("injected")
+            return inner(*args, **kwargs)
+
+        trainer.scorer.forward.original = forward
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.remember_reference(pairs)
+        sums.append(torch.stack([trainer._reference[p.index] for p in pairs]))
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(tmp_path, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    results, zeros_like = [], torch.zeros_like
+    options = dict(method="full", max_steps=3, optimizer=optimizer, weight_decay=0.1)
+    for failing in ((), (9,), (4, 12)):  # which tensor of the state
+        trainer, made = make(tmp_path, random_pairs(24), model=tiny_model("qwen2"), **options), []
+        step = trainer._step
+
+        def counted(*args, failing=failing, made=made, step=step):
+            def zeros(*given, **kwargs):
+                made.append(1)
+                if len(made) in failing:
+                    raise torch.OutOfMemoryError("injected")
+                return zeros_like(*given, **kwargs)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "zeros_like", zeros)
+                return step(*args)
+
+        trainer._step = counted
+        if len(failing) < 2:
+            trainer.train()
+            results.append(weights(trainer))
+        else:
+            with pytest.raises(UserError, match="optimizer's state .*optimizer=adamw_8bit"):
+                trainer.train()
+        assert len(made) > 9
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
 
 
 def test_out_of_memory_with_nothing_left_to_give_says_what_to_change(tmp_path):
@@ -666,3 +797,50 @@ def test_dpo_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path):
     true_loss, true = trl_dpo_loss_and_gradients(moved, tiny_model("llama"), pairs, 0.3, tmp_path)
     assert abs(loss - 0.693) > 0.01 and loss == pytest.approx(true_loss, rel=1e-5)
     assert grads.keys() == true.keys() and relative(grads, true) < 1e-5
+
+
+# Liger, by a stand-in for its 0.8.5 that replaces the same forwards.
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Counts the MLPs computed by "Liger"."""
+    calls = []
+
+    def fused(module, x):
+        calls.append(1)
+        return module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+
+    def whole(self, *args, **kwargs):  # with its own loss, which knows no pairs
+        return type(self).forward(self, *args, **kwargs)
+
+    def apply(model, fused_linear_cross_entropy=True, cross_entropy=False):
+        if fused_linear_cross_entropy or cross_entropy:
+            model.forward = types.MethodType(whole, model)
+        for layer in model.model.layers:
+            layer.mlp.forward = types.MethodType(fused, layer.mlp)
+
+    package = types.ModuleType("liger_kernel.transformers")
+    package._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    for place in ("lazyorpo_lib.model", "transformers.integrations.liger", "transformers.training_args"):
+        monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda *args: True, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_same(tmp_path, liger, method):
+    results = []
+    for wanted in (False, True):
+        trainer = make(tmp_path, random_pairs(16), rows=(rows := []), method=method, liger_kernel=wanted)
+        assert trainer.scorer.rung == "shared" and bool(liger) == wanted, "the test of the layout ran through them"
+        trainer.train()
+        results.append([row["loss"] for row in rows])
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and len(results[1]) == 4
+
+
+def test_liger_that_is_not_there_is_one_sentence():
+    with pytest.raises(UserError, match="liger-kernel is not installed: pip install liger-kernel, or set liger_kernel=false"):
+        check_liger(Settings(liger_kernel=True))
+    check_liger(Settings())
