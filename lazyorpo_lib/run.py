@@ -208,14 +208,17 @@ class Run:
             device = "cpu"  # FSDP takes each process's part from there; the whole may be too large for one GPU
         os.environ["WANDB_DIR"] = str(self.folder)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
+        (self.plan, self.settings) = broadcast_object_list([*self._plan()])  # of several processes all take the first one's
+        s = self.settings
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
-        (self.plan,) = broadcast_object_list([self._plan()])  # of several processes all take the first one's
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process has written it by now
             raise UserError(
                 f"{self.folder} is not on every machine the folder that the first process writes: give an output_dir that all of them see."
             )
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
+        if s.optimizer != self.record["settings"]["optimizer"]:
+            chosen["optimizer"] = s.optimizer
         self._write("settings.json", self.record | {"chosen": chosen})
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -235,15 +238,15 @@ class Run:
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
         self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
 
-    def _plan(self) -> planner.Plan:
-        plan = planner.make_plan(
-            model.load_config(self.settings.base_model), self.settings, self.machine,
-            planner.measured_lengths(self.train_pairs), dtype=self.dtype, cards=int(os.environ["WORLD_SIZE"]) if self.fsdp else 1,
+    def _plan(self) -> tuple[planner.Plan, Settings]:
+        plan, settings = _planned(
+            self.settings, self.machine, planner.measured_lengths(self.train_pairs), begun=bool(checkpoints.complete(self.folder)),
+            dtype=self.dtype, cards=int(os.environ["WORLD_SIZE"]) if self.fsdp else 1,
         )  # fmt: skip
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
-        return plan
+        return plan, settings
 
     def cards(self) -> str:
         """What these pairs would take on each card that the planner knows, by each method, as text."""
@@ -503,7 +506,20 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
 def estimate(settings: Settings, device: str = "") -> planner.Plan:
     """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand."""
     target = planner.find_card(device) if device else model.this_machine()
-    return planner.make_plan(model.load_config(settings.base_model), settings, target, _lengths(settings))
+    return _planned(settings, target, _lengths(settings))[0]
+
+
+def _planned(settings: Settings, target, lengths: planner.Lengths, *, begun: bool = False, **options) -> tuple[planner.Plan, Settings]:
+    """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same numbers
+    sooner. A run that has begun keeps to its kind of state."""
+    config = model.load_config(settings.base_model)
+    plan = planner.make_plan(config, settings, target, lengths, **options)
+    if settings.optimizer == "paged_adamw_32bit" and not begun:
+        resident = dataclasses.replace(settings, optimizer="adamw")
+        other = planner.make_plan(config, resident, target, lengths, **options)
+        if other.method.fits and other.chosen == plan.chosen:
+            return other, resident
+    return plan, settings
 
 
 def estimates(settings: Settings) -> list[planner.Plan]:
