@@ -13,10 +13,12 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
-# Rows differ in length, and so do the pieces that CUDA's allocator cuts its blocks into; with these they grow instead, and far less
-# memory lies idle between them. Windows and its Linux do not have them. What somebody has set stays.
-_ALLOCATOR, _names = "expandable_segments:True", ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # from torch 2.9 on, and before
-if sys.platform == "linux" and "microsoft" not in os.uname().release.lower() and not any(name in os.environ for name in _names):
+# Rows differ in length, and so would the blocks that CUDA's allocator keeps; segments that grow leave far less memory idle.
+# Windows and its Linux do not have them. What somebody has set stays.
+_ALLOCATOR = "expandable_segments:True"
+_names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the new name, and the old one
+_has_segments = sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
+if _has_segments and not any(name in os.environ for name in _names):
     os.environ |= dict.fromkeys(_names, _ALLOCATOR)
     _torch = sys.modules.get("torch")  # it may have read its environment by now
     if _torch is not None and _torch.version.cuda and not _torch.cuda.is_initialized():

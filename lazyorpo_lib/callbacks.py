@@ -42,7 +42,7 @@ class StepWindow:
 
 
 class StepGuard(TrainerCallback):
-    """Before each optimizer step: are the loss and the gradient finite? The trainer has read both from the device."""
+    """Before each optimizer step: are the loss and the gradient, which the trainer has read, finite?"""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -70,8 +70,8 @@ class StepGuard(TrainerCallback):
         trainer._bad_in_a_row += 1
         if trainer._bad_in_a_row >= BAD_STEPS_ALLOWED:
             trainer.stop_reason = (
-                f"{BAD_STEPS_ALLOWED} steps in a row had a loss or gradient that is not finite (last: step {step}, dataset rows {rows}); "
-                "try a lower learning_rate or precision=float32"
+                f"{BAD_STEPS_ALLOWED} steps in a row had a loss or gradient that is not finite (last: step {step}, "
+                f"dataset rows {rows}); try a lower learning_rate or precision=float32"
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -80,8 +80,8 @@ class StepGuard(TrainerCallback):
 
 
 class SaveByTheClock(TrainerCallback):
-    """Asks for a checkpoint at the end of a step when `minutes` have passed since the last one was written, or since the
-    beginning: a run that is shorter writes none. 0: never. Of several processes the first one's clock counts."""
+    """Asks for a checkpoint at the end of a step when `minutes` have passed since the last one was written, or since
+    the beginning: a run that is shorter writes none. 0: never. Of several processes the first one's clock counts."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes

@@ -89,7 +89,7 @@ def answers(
         prompts: token ids, from `Encoder.prompt_ids`.
         max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
         end_ids: tokens that end an answer.
-        batch_size: most prompts at once; fewer where their cache would take more than a quarter of the free memory.
+        batch_size: most prompts at once; fewer where their cache would take over a quarter of the free memory.
         streamer: one of transformers', for a single prompt.
 
     Raises:
@@ -112,14 +112,14 @@ def answers(
         elif len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
         else:
-            raise UserError(f"Out of memory in answering a single prompt ({message}); lower answer_tokens or max_prompt_tokens.")
+            raise UserError(f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens.")
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return [texts[i] for i in range(len(prompts))]
 
 
 def cache_bytes(config, itemsize: int) -> int:
-    """Bytes of the keys and values that a token leaves in a model's cache, each number of them `itemsize` bytes."""
+    """Count the bytes of keys and values, `itemsize` for each number, that a token leaves in a model's cache."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -127,7 +127,7 @@ def cache_bytes(config, itemsize: int) -> int:
 
 
 def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
-    """Deal `order`, shortest first, into batches of at most `room` tokens, padding included, and `most` members."""
+    """Deal `order`, shortest first, into batches of at most `most` members and `room` tokens with padding."""
     batches: list[list[int]] = []
     for i in order:
         if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * tokens[i] > room:

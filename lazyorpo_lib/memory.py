@@ -1,4 +1,4 @@
-"""Memory of the device: the peak of a run, what is free, and the one way in which running out of it is met."""
+"""Memory of the device: the peak of a run, what is free, and the one way in which running out is met."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,8 +13,8 @@ GIB = 2**30
 
 
 def memory_gib(device) -> float:
-    """Give the peak since `forget_peak_memory`, GiB: of the GPU all that its allocator reserved, and what is not in its count
-    (CUDA's context, other processes); else of the process."""
+    """Give the peak since `forget_peak_memory`, GiB: of the GPU all that its allocator reserved, and what is not in its
+    count (CUDA's context, other processes); else of the process."""
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (torch.cuda.max_memory_reserved(device) + total - free - torch.cuda.memory_reserved(device)) / GIB
@@ -26,11 +26,11 @@ def memory_gib(device) -> float:
 
 def allocated_gib(device) -> float | None:
     """Give the peak of what tensors held of a GPU, GiB; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / GIB if torch.device(device).type == "cuda" else None
+    return round(torch.cuda.max_memory_allocated(device) / GIB, 3) if torch.device(device).type == "cuda" else None
 
 
 def forget_peak_memory() -> None:
-    """Start the peak anew. On a GPU it starts at what is reserved, so what earlier work left in the cache goes first."""
+    """Start the peak anew. On a GPU it starts at what is reserved, so what lies unused in the cache goes first."""
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -46,7 +46,7 @@ def free_bytes(device) -> int:
 
 
 def attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
-    """Call `compute`: gives what it returns and "", or None and what was said where memory ran out, with the cache emptied.
+    """Call `compute`; give what it returns and "", or None and the message where memory ran out, the cache emptied.
 
     Of several processes none can go back alone, for the others wait in a collective: there the error is raised.
     """

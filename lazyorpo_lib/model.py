@@ -43,8 +43,8 @@ TINY_MODEL = "tiny-random"
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this process may
-    have of the GPU at hand, None where that is not known."""
+    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this
+    process may have of the GPU at hand, None where that is not known."""
 
     device: str  # cuda, mps or cpu
     name: str
@@ -67,7 +67,7 @@ def this_machine() -> Machine:
 
     floor = next(wanted.specifier for wanted in setup.requirements() if wanted.name == "torch")
     if not floor.contains(torch.__version__, prereleases=True):
-        raise UserError(f"torch is {torch.__version__}, but {floor} is needed: pip install 'torch{floor}', then start again.")
+        raise UserError(f"torch is {torch.__version__}, but {floor} is needed: pip install 'torch{floor}', then start anew.")
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         free = (free_bytes("cuda:0") + torch.cuda.memory_allocated(0)) / GIB
@@ -79,8 +79,8 @@ def this_machine() -> Machine:
         return Machine("cuda", card.name, card.total_memory / GIB, torch.cuda.get_device_capability(0), free)
     if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and setup._has_gpu():
         raise UserError(
-            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, or "
-            "does not answer. Update the driver, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, "
+            "or does not answer: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
         )
     ram = psutil.virtual_memory().total / 2**30
     if torch.backends.mps.is_available():
@@ -99,7 +99,7 @@ def check_apple(settings: Settings, machine: Machine) -> None:
 def check_liger(settings: Settings) -> None:
     """Raise UserError where the settings ask for Liger's layers and the package is not there."""
     if settings.liger_kernel and not is_liger_kernel_available():
-        raise UserError("liger_kernel is true, but liger-kernel is not installed: pip install liger-kernel, or set liger_kernel=false.")
+        raise UserError("liger_kernel is true, but it is not installed: pip install liger-kernel, or set liger_kernel=false.")
 
 
 def apply_liger(model) -> None:
@@ -108,8 +108,8 @@ def apply_liger(model) -> None:
 
 
 def forget_earlier_run() -> None:
-    """Let go of what an earlier run of this process left alive: bitsandbytes' registries hold its weights and paged state, the
-    last traceback the frames of a cell that failed, and a Trainer holds its model in cycles."""
+    """Let go of what an earlier run of this process left alive: bitsandbytes' registries hold its weights and paged
+    state, the last traceback the frames of a cell that failed, and a Trainer holds its model in cycles."""
     error = getattr(sys, "last_value", None)
     while error is not None:  # other references to it may live on, so its frames are emptied
         traceback.clear_frames(error.__traceback__)

@@ -297,7 +297,8 @@ class Run:
                 forget_peak_memory()
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
                 self.training_seconds = time.monotonic() - self.training_began
-                self.training_peak, self.training_allocated = (f(self.trainer.args.device) for f in (memory_gib, allocated_gib))
+                self.training_peak = memory_gib(self.trainer.args.device)
+                self.training_allocated = allocated_gib(self.trainer.args.device)
                 if not self.stop.hurried or self.trainer.state.global_step >= self.trainer.state.max_steps:
                     self._look("after")
             finally:
@@ -416,7 +417,7 @@ class Run:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
                 model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model, weights=weights)
-        minutes, peak = (time.time() - self.started) / 60, max(self.peak_before, memory_gib(self.trainer.args.device))
+        minutes = (time.time() - self.started) / 60
         as_planned = (self.training_seconds + self.evaluated_seconds) / 60  # a plan knows neither answers nor loading
         summary = {
             "finished": not stopped,
@@ -430,8 +431,7 @@ class Run:
             "minutes": round(minutes, 3),
             "training_minutes": round(self.training_seconds / 60, 3),
             **self._work(),
-            "peak_memory_gib": round(peak, 3),
-            "peak_allocated_gib": self.training_allocated and round(self.training_allocated, 3),
+            **self._peaks(),
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
@@ -458,6 +458,11 @@ class Run:
             if self.finished:
                 checkpoints.remove(self.folder)
             self._mirror()
+
+    def _peaks(self) -> dict[str, float | None]:
+        """Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without that."""
+        peak = max(self.peak_before, memory_gib(self.trainer.args.device))
+        return {"peak_memory_gib": round(peak, 3), "peak_allocated_gib": self.training_allocated}
 
     def _work(self) -> dict[str, int]:
         """What training put through the model, from the history, which a stop and going on leave whole."""
@@ -510,8 +515,8 @@ def estimate(settings: Settings, device: str = "") -> planner.Plan:
 
 
 def _planned(settings: Settings, target, lengths: planner.Lengths, *, begun: bool = False, **options) -> tuple[planner.Plan, Settings]:
-    """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same numbers
-    sooner. A run that has begun keeps to its kind of state."""
+    """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same
+    numbers sooner. A run that has begun keeps to its kind of state."""
     config = model.load_config(settings.base_model)
     plan = planner.make_plan(config, settings, target, lengths, **options)
     if settings.optimizer == "paged_adamw_32bit" and not begun:

@@ -98,7 +98,7 @@ def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, o
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=settings.report_to,
-        ddp_find_unused_parameters=False,  # every trained weight is used; the search walks the graph in every backward
+        ddp_find_unused_parameters=False,  # all trained weights are used; the search would walk every graph
         ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
     )
     _ = args.device
@@ -261,7 +261,8 @@ class OrpoTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None) -> float:
         """The one look at the device in a step: the gradient's norm, the loss, and the sums that are logged."""
         norm = super()._get_grad_norm(model, grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's; DeepSpeed's is a number, or None at first
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
+        # DeepSpeed's is a number, or None at first.
         norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.args.device)
         found = self._unread if self.args.world_size == 1 else self.accelerator.reduce(self._unread)
         self.grad_norm, self.step_loss, *sums = torch.cat([norm.view(1), found]).tolist()
@@ -276,7 +277,7 @@ class OrpoTrainer(Trainer):
         column = dict(zip(SUMS, table.T, strict=True))
         of_nll = column["nll_tokens"].sum() / nll_tokens**2
         logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
-        # d or_loss / d log odds, and d log odds / d logp = 1 / (1 - P), which loss.py's clamp makes 0 where P is all but 1.
+        # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which loss.py's clamp makes 0 where P is all but 1.
         outer = torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"]) * self.settings.or_weight / pairs
         slope = torch.where(logp <= -1e-6, -outer / torch.expm1(logp), 0.0)
         return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])
@@ -310,7 +311,8 @@ class OrpoTrainer(Trainer):
             raise UserError(
                 f"Out of memory in step {self.state.global_step + 1} on a single pair with every layer checkpointed ({message}); {LESS}."
             )
-        self._note(f"step {self.state.global_step + 1}: out of memory; {change}; the step is repeated with the same result")
+        step = f"step {self.state.global_step + 1}"
+        self._note(f"{step}: out of memory; {change}; the step is repeated with the same result")
 
     def _note(self, text: str) -> None:
         self.oom_notes.append(text)
@@ -339,8 +341,8 @@ class OrpoTrainer(Trainer):
     # Evaluation.
 
     def _score(self, pairs: Sequence[EncodedPair]):
-        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode; where memory runs out,
-        smaller ones."""
+        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode; smaller ones
+        where memory runs out."""
         layout, training = self.scorer.layout, self.model.training
         self.model_wrapped.eval()
         waiting = split_by_tokens(list(pairs), self.tokens_per_batch, layout)[::-1]
@@ -398,7 +400,7 @@ class OrpoTrainer(Trainer):
         return optimizer
 
     def _step(self, optimizer, step, *args, **kwargs):
-        """An optimizer's step. The first one allocates the state; where memory runs out in it, it is tried again from an empty cache."""
+        """An optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
         if optimizer.state:
             return step(optimizer, *args, **kwargs)
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
@@ -476,8 +478,8 @@ def _as_step(pairs: list[EncodedPair]) -> dict:
 
 
 def _load_paged(optimizer, state_dict: dict) -> None:
-    """Load the state of one of bitsandbytes' paged optimizers into pages again; its own loading would leave it on the GPU for good."""
-    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)  # what is small follows at the first step
+    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
+    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)  # the small rest follows at the first step
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             if name in state:

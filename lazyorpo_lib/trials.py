@@ -174,8 +174,8 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
         return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand these imports
-    # initialise it (peft's of bitsandbytes asks for the card's capability), which no forked process survives.
+    # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand these
+    # imports initialise it (peft's of bitsandbytes asks for the card's capability), which no forked process survives.
     forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(["transformers.trainer", "peft", "datasets", f"{__package__}.run"])

@@ -90,7 +90,7 @@ def test_out_of_memory_halves_the_batch_of_answers_and_changes_none(tuned, monke
     assert evaluate.answers(*tuned, PROMPTS, on_batch=done.append, **options) == expected
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and done == [1, 1, 1, 1]
     most = 0
-    with pytest.raises(UserError, match="answering a single prompt .*lower answer_tokens"):
+    with pytest.raises(UserError, match="answering a single prompt .*lower max_prompt_tokens"):
         evaluate.answers(*tuned, PROMPTS, **options)
 
 

@@ -841,6 +841,6 @@ def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_s
 
 
 def test_liger_that_is_not_there_is_one_sentence():
-    with pytest.raises(UserError, match="liger-kernel is not installed: pip install liger-kernel, or set liger_kernel=false"):
+    with pytest.raises(UserError, match="it is not installed: pip install liger-kernel, or set liger_kernel=false"):
         check_liger(Settings(liger_kernel=True))
     check_liger(Settings())
