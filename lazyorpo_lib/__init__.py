@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -11,3 +12,17 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 # A step uses some 50 of them again and again. Read when torch is imported, which happens after this.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
+
+# Rows differ in length, and so would the blocks that CUDA's allocator keeps; segments that grow leave far less memory idle.
+# Windows and its Linux do not have them. What somebody has set stays.
+_ALLOCATOR = "expandable_segments:True"
+_names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the new name, and the old one
+_has_segments = sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
+if _has_segments and not any(name in os.environ for name in _names):
+    os.environ |= dict.fromkeys(_names, _ALLOCATOR)
+    _torch = sys.modules.get("torch")  # it may have read its environment by now
+    if _torch is not None and _torch.version.cuda and not _torch.cuda.is_initialized():
+        _set = getattr(_torch._C, "_accelerator_setAllocatorSettings", None)  # private, and young
+        _set = _set or getattr(_torch.cuda.memory, "_set_allocator_settings", None)
+        if _set is not None:
+            _set(_ALLOCATOR)

@@ -4,6 +4,7 @@ Callbacks of transformers' Trainer; they compute no loss and write no files but 
 """
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -13,55 +14,36 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .folder import remove
+from .memory import memory_gib
 
 BAD_STEPS_ALLOWED = 3
 
 
-def memory_gib(device) -> float:
-    """Peak memory since `forget_peak_memory`: of the GPU as its allocator reserved it, else of the process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_reserved() / 2**30
-    with contextlib.suppress(OSError, IndexError):  # Linux alone keeps a peak that can be reset
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    process = psutil.Process().memory_info()
-    return max(getattr(process, "peak_wset", 0), process.rss) / 2**30
-
-
-def forget_peak_memory() -> None:
-    """A second run in one process starts its peak anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 class StepWindow:
-    """Sums since the last logged row. They stay on the device until one is written: no step waits for them."""
+    """Sums since the last logged row, over all processes; the work is this process's."""
 
     def __init__(self):
-        self.totals, self.work, self.start = None, Counter(), time.monotonic()
+        self.totals, self.work, self.start = [], Counter(), time.monotonic()
 
-    def add(self, totals: Tensor) -> None:
-        self.totals = totals if self.totals is None else self.totals + totals
+    def add(self, totals: list[float]) -> None:
+        self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)] if self.totals else totals
 
-    def take(self) -> tuple[Tensor, Counter, float]:
+    def take(self) -> tuple[list[float], Counter, float]:
         """The sums, the tokens and forward passes of the model behind them (DPO's reference included), the seconds."""
         now = time.monotonic()
         out = self.totals, self.work, max(now - self.start, 1e-9)
-        self.totals, self.work, self.start = None, Counter(), now
+        self.totals, self.work, self.start = [], Counter(), now
         return out
 
 
 class StepGuard(TrainerCallback):
-    """Before each optimizer step: are the gradients finite? The one look at the device a step."""
+    """Before each optimizer step: are the loss and the gradient, which the trainer has read, finite?"""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -71,32 +53,54 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.trainer._window = StepWindow()
-        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        if torch.isfinite(norm).item():
+        finite = math.isfinite(trainer.step_loss)
+        if finite and math.isfinite(trainer.grad_norm):
             trainer._bad_in_a_row = 0
             return
         scaler = trainer.accelerator.scaler
-        if scaler is not None and scaler.get_scale() > 1:
+        if finite and scaler is not None and scaler.get_scale() > 1:
             return  # fp16: the scaler skips the step and tries a smaller scale; that is its ordinary work
         step, rows = state.global_step + 1, gather_object(trainer._rows_of_step)
         state.log_history.append({"step": step, "bad_rows": rows})  # it goes into the checkpoints
-        warnings.warn(f"step {step}: the gradient is not finite; skipped. Dataset rows: {rows}", stacklevel=2)
-        if scaler is None:
-            model.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
+        what = "gradient" if finite else "loss"
+        warnings.warn(f"step {step}: the {what} is not finite; skipped. Dataset rows: {rows}", stacklevel=2)
+        model.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
         trainer._bad_in_a_row += 1
         if trainer._bad_in_a_row >= BAD_STEPS_ALLOWED:
             trainer.stop_reason = (
-                f"{BAD_STEPS_ALLOWED} steps in a row had gradients that are not finite (last: step {step}, dataset rows {rows}); "
-                "try a lower learning_rate or precision=float32"
+                f"{BAD_STEPS_ALLOWED} steps in a row had a loss or gradient that is not finite (last: step {step}, "
+                f"dataset rows {rows}); try a lower learning_rate or precision=float32"
             )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.stop_reason:
             control.should_training_stop = control.should_save = True
+
+
+class SaveByTheClock(TrainerCallback):
+    """Asks for a checkpoint at the end of a step when `minutes` have passed since the last one was written, or since
+    the beginning: a run that is shorter writes none. 0: never. Of several processes the first one's clock counts."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.minutes or state.global_step >= state.max_steps:  # at the end the model itself is saved
+            return
+        due = time.monotonic() - self.last >= 60 * self.minutes
+        if args.world_size > 1:
+            told = torch.tensor([due], dtype=torch.int32, device=args.device)
+            torch.distributed.broadcast(told, src=0)
+            due = bool(told.item())
+        control.should_save |= due
 
 
 class Stopped(Exception):

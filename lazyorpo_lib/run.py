@@ -7,7 +7,6 @@ computed and where it is written; the parts do the computing.
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -24,12 +23,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import On, Progress, Stop, Stopped, forget_peak_memory, memory_gib, progress_bar
+from .callbacks import On, Progress, Stop, Stopped, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .folder import remove, take
 from .history import read_json
 from .instructions import INSTRUCTIONS, followed
 from .live import LivePlot, show_progress
+from .memory import allocated_gib, forget_peak_memory, memory_gib
 from .settings import FIELDS, Settings, UserError
 
 # What a run writes into its folder, checkpoints apart.
@@ -39,9 +39,9 @@ FILES = (
 )  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
-    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_steps", "keep_checkpoints",
-    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "instructions", "tokens_per_batch",
-    "checkpointed_layers",
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
+    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
+    "answer_tokens", "instructions", "tokens_per_batch", "checkpointed_layers",
 }  # fmt: skip
 FIRST_STEPS = 10  # real steps that tell how long the rest will take
 _locks: dict[Path, object] = {}  # folders this process is at work in
@@ -76,6 +76,7 @@ class Run:
         self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
         self.machine = model.this_machine()
         model.check_apple(settings, self.machine)
+        model.check_liger(settings)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
             _keep_base_apart(settings.base_model, self.folder)
@@ -207,21 +208,24 @@ class Run:
         if self.finished:
             self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
             return
-        gc.collect()  # of an earlier run in this kernel: a Trainer holds its model in cycles
+        model.forget_earlier_run()
         forget_peak_memory()
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
         if self.fsdp:
             device = "cpu"  # FSDP takes each process's part from there; the whole may be too large for one GPU
         os.environ["WANDB_DIR"] = str(self.folder)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
+        (self.plan, self.settings) = broadcast_object_list([*self._plan()])  # of several processes all take the first one's
+        s = self.settings
         arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
-        (self.plan,) = broadcast_object_list([self._plan()])  # of several processes all take the first one's
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process has written it by now
             raise UserError(
                 f"{self.folder} is not on every machine the folder that the first process writes: give an output_dir that all of them see."
             )
         self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
+        if s.optimizer != self.record["settings"]["optimizer"]:
+            chosen["optimizer"] = s.optimizer
         self._write("settings.json", self.record | {"chosen": chosen})
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -241,15 +245,15 @@ class Run:
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
         self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
 
-    def _plan(self) -> planner.Plan:
-        plan = planner.make_plan(
-            model.load_config(self.settings.base_model), self.settings, self.machine,
-            planner.measured_lengths(self.train_pairs), dtype=self.dtype, cards=int(os.environ["WORLD_SIZE"]) if self.fsdp else 1,
+    def _plan(self) -> tuple[planner.Plan, Settings]:
+        plan, settings = _planned(
+            self.settings, self.machine, planner.measured_lengths(self.train_pairs), begun=bool(checkpoints.complete(self.folder)),
+            dtype=self.dtype, cards=int(os.environ["WORLD_SIZE"]) if self.fsdp else 1,
         )  # fmt: skip
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
-        return plan
+        return plan, settings
 
     def cards(self) -> str:
         """What these pairs would take on each card that the planner knows, by each method, as text."""
@@ -291,6 +295,7 @@ class Run:
             known = read_json(self.folder / "held_out.json")
             self._write("held_out.json", {name: part for name, part in known.items() if name != "after"})  # of an earlier stop
         self.training_seconds = self.peak_before = self.training_peak = 0.0
+        self.training_allocated = None
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
                 if not found and not self.trainer.sharded:
@@ -300,6 +305,7 @@ class Run:
                 self.trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
                 self.training_seconds = time.monotonic() - self.training_began
                 self.training_peak = memory_gib(self.trainer.args.device)
+                self.training_allocated = allocated_gib(self.trainer.args.device)
                 if not self.stop.hurried or self.trainer.state.global_step >= self.trainer.state.max_steps:
                     self._look("after")
             finally:
@@ -386,10 +392,12 @@ class Run:
             self.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
 
     def _answer(self, prompts, on_batch=lambda done: None) -> list[str]:
-        return evaluate.answers(
-            self.trainer.model, self.tokenizer, prompts, max_tokens=self.settings.answer_tokens, end_ids=self._end_ids(),
-            on_batch=on_batch,
-        )  # fmt: skip
+        # Weights in float32 would give a cache in float32.
+        with self.trainer.accelerator.autocast() if self.method == "full" else contextlib.nullcontext():
+            return evaluate.answers(
+                self.trainer.model, self.tokenizer, prompts, max_tokens=self.settings.answer_tokens, end_ids=self._end_ids(),
+                on_batch=on_batch,
+            )  # fmt: skip
 
     def _mirror(self, step: int = 0) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training itself stays on the local disk."""
@@ -416,7 +424,7 @@ class Run:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
                 model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model, weights=weights)
-        minutes, peak = (time.time() - self.started) / 60, max(self.peak_before, memory_gib(self.trainer.args.device))
+        minutes = (time.time() - self.started) / 60
         as_planned = (self.training_seconds + self.evaluated_seconds) / 60  # a plan knows neither answers nor loading
         summary = {
             "finished": not stopped,
@@ -430,7 +438,7 @@ class Run:
             "minutes": round(minutes, 3),
             "training_minutes": round(self.training_seconds / 60, 3),
             **self._work(),
-            "peak_memory_gib": round(peak, 3),
+            **self._peaks(),
             "bad_steps": self.trainer.bad_steps,
             "out_of_memory": self.trainer.oom_notes,
             "drawing_share": round(self.plot.cost_seconds / max(self.training_seconds, 1e-9), 4),
@@ -457,6 +465,11 @@ class Run:
             if self.finished:
                 checkpoints.remove(self.folder)
             self._mirror()
+
+    def _peaks(self) -> dict[str, float | None]:
+        """Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without that."""
+        peak = max(self.peak_before, memory_gib(self.trainer.args.device))
+        return {"peak_memory_gib": round(peak, 3), "peak_allocated_gib": self.training_allocated}
 
     def _work(self) -> dict[str, int]:
         """What training put through the model, from the history, which a stop and going on leave whole."""
@@ -505,7 +518,20 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
 def estimate(settings: Settings, device: str = "") -> planner.Plan:
     """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand."""
     target = planner.find_card(device) if device else model.this_machine()
-    return planner.make_plan(model.load_config(settings.base_model), settings, target, _lengths(settings))
+    return _planned(settings, target, _lengths(settings))[0]
+
+
+def _planned(settings: Settings, target, lengths: planner.Lengths, *, begun: bool = False, **options) -> tuple[planner.Plan, Settings]:
+    """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same
+    numbers sooner. A run that has begun keeps to its kind of state."""
+    config = model.load_config(settings.base_model)
+    plan = planner.make_plan(config, settings, target, lengths, **options)
+    if settings.optimizer == "paged_adamw_32bit" and not begun:
+        resident = dataclasses.replace(settings, optimizer="adamw")
+        other = planner.make_plan(config, resident, target, lengths, **options)
+        if other.method.fits and other.chosen == plan.chosen:
+            return other, resident
+    return plan, settings
 
 
 def estimates(settings: Settings) -> list[planner.Plan]:

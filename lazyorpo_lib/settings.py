@@ -105,7 +105,10 @@ class Settings:
         0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000
     )
     log_every_steps: int = _setting(1, "steps between rows of the history", low=1, high=1_000_000)
-    save_every_steps: int = _setting(100, "steps between checkpoints; 0: only when stopped", low=0, high=100_000_000)
+    save_every_minutes: float = _setting(
+        10.0, "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock", low=0, high=1_000_000
+    )
+    save_every_steps: int = _setting(0, "steps between checkpoints; 0: not by steps", low=0, high=100_000_000)
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", low=1, high=1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", low=0, high=2**32 - 1)
     output_dir: str = _setting("auto", "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset")
@@ -137,7 +140,7 @@ COLAB_MINUTES = 15  # of colab-t4 on a T4, near enough, by the planner's arithme
 PRESETS = {
     "demo": dict(
         method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128,
-        warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44, save_every_steps=0,
+        warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44,
     ),
     "tiny": dict(
         base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4, max_steps=6,

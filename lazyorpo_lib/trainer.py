@@ -9,11 +9,14 @@ import contextlib
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,13 +27,15 @@ from . import checkpoints, history
 from . import folder as folders
 from .attention import PairScorer
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
-from .callbacks import StepGuard, StepWindow, memory_gib
+from .callbacks import SaveByTheClock, StepGuard, StepWindow
 from .head import ScoringForward
 from .loss import dpo_loss, odds_ratio_loss
-from .model import adapters_off, causal_lm
+from .memory import attempt, memory_gib
+from .model import adapters_off, apply_liger, causal_lm
 from .settings import Settings, UserError
 
 SUMS = ("nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected", "accuracy", "dpo", "pairs")
+LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # what to do where one pair is too much
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
 
 
@@ -93,7 +98,7 @@ def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, o
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=settings.report_to,
-        use_liger_kernel=settings.liger_kernel,
+        ddp_find_unused_parameters=False,  # all trained weights are used; the search would walk every graph
         ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
     )
     _ = args.device
@@ -143,13 +148,14 @@ class OrpoTrainer(Trainer):
         self.stop_reason, self._bad_in_a_row, self._rows_of_step = "", 0, []
         self._reference: dict[int, Tensor] = {}
         self._window = StepWindow()
-        super().__init__(
-            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[StepGuard(self), *callbacks],
-        )  # fmt: skip
+        own = StepGuard(self), SaveByTheClock(settings.save_every_minutes)
+        super().__init__(model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[*own, *callbacks])
         self.sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
         if self.sharded:
             self._check_sharding()
-        # After the Trainer has put the model in its place (and Liger's layers into it), before it wraps it for training.
+        if settings.liger_kernel:  # before the scorer takes the model's forward, and proves what it computes with
+            apply_liger(model)
+        # After the Trainer has put the model in its place, before it wraps it for training.
         with self.accelerator.autocast():
             self.scorer = PairScorer(ScoringForward(causal_lm(model)))
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
@@ -210,13 +216,9 @@ class OrpoTrainer(Trainer):
             self._remember_reference(pairs)
         model.train()
         while True:
-            try:
-                return self._forward_backward(model, pairs)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not _is_out_of_memory(error) or self.args.world_size > 1:
-                    raise
-                message = str(error).splitlines()[0][:160]
-            # Outside the except block, so that the traceback no longer holds the failed step's tensors.
+            loss, message = attempt(partial(self._forward_backward, model, pairs))
+            if not message:
+                return loss
             model.zero_grad(set_to_none=True)
             self._use_less_memory(self._computing, message)
 
@@ -228,6 +230,7 @@ class OrpoTrainer(Trainer):
         nll_tokens = self._over_ranks(nll_tokens)
         step_loss = torch.zeros((), device=self.args.device)
         sums = torch.zeros(len(SUMS) + 2, device=self.args.device)  # and the squared gradient norms of the two terms
+        work = Counter()
         for k, (micro, weight) in enumerate(micro_batches):
             self._computing = micro
             batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
@@ -248,24 +251,36 @@ class OrpoTrainer(Trainer):
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(loss * weight * world)
             step_loss += loss.detach() * weight
-            norms = self._term_norms(out["logps"].detach(), batch, nll_tokens, total_pairs)
-            sums += torch.cat([table.detach().sum(0), norms]) * weight
-            self._window.work.update(tokens=batch.input_ids.numel(), forward_passes=1)
-        self._window.add(sums)
+            table = table.detach()
+            sums += torch.cat([table.sum(0), self._term_norms(table, batch.lengths, nll_tokens, total_pairs)]) * weight
+            work.update(tokens=batch.input_ids.numel(), forward_passes=1)
+        self._window.work.update(work)  # only here: a step that ran out of memory does not count
+        self._unread = torch.cat([step_loss[None], sums])
         return step_loss * world  # the Trainer averages what it logs over ranks
 
-    def _term_norms(self, logps: Tensor, batch: Batch, nll_tokens: int, pairs: int) -> Tensor:
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        """The one look at the device in a step: the gradient's norm, the loss, and the sums that are logged."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
+        # DeepSpeed's is a number, or None at first.
+        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.args.device)
+        found = self._unread if self.args.world_size == 1 else self.accelerator.reduce(self._unread)
+        self.grad_norm, self.step_loss, *sums = torch.cat([norm.view(1), found]).tolist()
+        self._window.add(sums)
+        return self.grad_norm
+
+    def _term_norms(self, table: Tensor, lengths: Tensor, nll_tokens: int, pairs: int) -> Tensor:
         """Squared norms of the gradients of the nll and of the weighted odds term with respect to the token log-probabilities,
-        where the two terms meet: (2,), zeros where only one is trained. It costs no forward or backward of the model."""
+        where the two terms meet: (2,), zeros where only one is trained."""
         if self.settings.objective != "orpo":
-            return torch.zeros(2, device=logps.device)
-        with torch.enable_grad():
-            table = pair_table(logps.requires_grad_(), batch)
-            nll = table[:, SUMS.index("nll")].sum() / nll_tokens
-            odds = self.settings.or_weight * table[:, SUMS.index("or_loss")].sum() / pairs
-            (of_nll,) = torch.autograd.grad(nll, logps, retain_graph=True)
-            (of_odds,) = torch.autograd.grad(odds, logps)
-        return torch.stack([of_nll.square().sum(), of_odds.square().sum()])
+            return torch.zeros(2, device=table.device)
+        column = dict(zip(SUMS, table.T, strict=True))
+        of_nll = column["nll_tokens"].sum() / nll_tokens**2
+        logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
+        # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which loss.py's clamp makes 0 where P is all but 1.
+        outer = torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"]) * self.settings.or_weight / pairs
+        slope = torch.where(logp <= -1e-6, -outer / torch.expm1(logp), 0.0)
+        return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])
 
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
@@ -282,8 +297,7 @@ class OrpoTrainer(Trainer):
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
         """After an out-of-memory in `micro`: half its tokens at once; where it is a single pair, more checkpointed layers."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache()
         layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
         if len(micro) > 1:
             tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
@@ -295,12 +309,14 @@ class OrpoTrainer(Trainer):
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:
             raise UserError(
-                f"Out of memory in step {self.state.global_step + 1} on a single pair with every layer checkpointed ({message}); "
-                "lower max_tokens, or choose method=qlora, or a smaller base_model."
+                f"Out of memory in step {self.state.global_step + 1} on a single pair with every layer checkpointed ({message}); {LESS}."
             )
-        note = f"step {self.state.global_step + 1}: out of memory; {change}; the step is repeated with the same result"
-        self.oom_notes.append(note)
-        warnings.warn(note, stacklevel=2)
+        step = f"step {self.state.global_step + 1}"
+        self._note(f"{step}: out of memory; {change}; the step is repeated with the same result")
+
+    def _note(self, text: str) -> None:
+        self.oom_notes.append(text)
+        warnings.warn(text, stacklevel=3)
 
     # DPO's reference: the model before training, its sums computed once for each pair.
 
@@ -325,17 +341,31 @@ class OrpoTrainer(Trainer):
     # Evaluation.
 
     def _score(self, pairs: Sequence[EncodedPair]):
-        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode."""
-        model, training = self.model_wrapped, self.model.training
-        model.eval()
+        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode; smaller ones
+        where memory runs out."""
+        layout, training = self.scorer.layout, self.model.training
+        self.model_wrapped.eval()
+        waiting = split_by_tokens(list(pairs), self.tokens_per_batch, layout)[::-1]
         try:
-            for micro in split_by_tokens(list(pairs), self.tokens_per_batch, self.scorer.layout):
-                batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(self.args.device)
-                with torch.no_grad(), self.accelerator.autocast():
-                    logps = model(**self.scorer.inputs(batch))["logps"]
-                yield batch, logps
+            while waiting:
+                micro = waiting.pop()
+                scored, message = attempt(partial(self._logps, micro))
+                if not message:
+                    yield scored
+                    continue
+                if len(micro) == 1:
+                    raise UserError(f"Out of memory in evaluating a single pair ({message}); {LESS}.")
+                budget = max(1, sum(p.tokens(layout) for p in micro) // 2)
+                waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[::-1]
+                self._note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
         finally:
-            model.train(training)
+            self.model_wrapped.train(training)
+
+    @torch.no_grad()
+    def _logps(self, micro: list[EncodedPair]) -> tuple[Batch, Tensor]:
+        batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(self.args.device)
+        with self.accelerator.autocast():
+            return batch, self.model_wrapped(**self.scorer.inputs(batch))["logps"]
 
     def pair_tables(self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None) -> Tensor:
         """`pair_table` of each pair in the order given, (len(pairs), len(SUMS)) on the CPU. Every rank computes all."""
@@ -359,15 +389,38 @@ class OrpoTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # The optimizer.
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.args.world_size == 1:
+            optimizer.step = partial(self._step, optimizer, type(optimizer).step)
+        if getattr(optimizer, "is_paged", False):
+            optimizer.load_state_dict = partial(_load_paged, optimizer)
+        return optimizer
+
+    def _step(self, optimizer, step, *args, **kwargs):
+        """An optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
+        if optimizer.state:
+            return step(optimizer, *args, **kwargs)
+        message = attempt(partial(step, optimizer, *args, **kwargs))[1]
+        if message:
+            for parameter, state in list(optimizer.state.items()):
+                if state.get("step", 0) > 0:
+                    parameter.grad = None  # it has been updated
+                else:
+                    del optimizer.state[parameter]
+            message = attempt(partial(step, optimizer, *args, **kwargs))[1]
+        if message:
+            raise UserError(f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora.")
+
     # What is written down.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             sums, work, seconds = self._window.take()
             work = {name: self._over_ranks(count) for name, count in work.items()}
-            if self.args.world_size > 1:
-                sums = self.accelerator.reduce(sums)
-            *sums, nll_norm, odds_norm = sums.tolist()
+            *sums, nll_norm, odds_norm = sums
             row = averages(sums, self.settings.objective, self.settings.or_weight)
             if self.settings.objective == "orpo" and nll_norm > 0:
                 row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
@@ -426,6 +479,13 @@ def _as_step(pairs: list[EncodedPair]) -> dict:
     return {"pairs": pairs}
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def _load_paged(optimizer, state_dict: dict) -> None:
+    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
+    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)  # the small rest follows at the first step
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize()  # its zeros are on their way
+                state[name] = buffer.copy_(state[name])

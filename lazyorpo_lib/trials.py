@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from . import card, history
 from .evaluate import compare, measures
@@ -179,9 +180,10 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
         return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     take(folder, "run", "log.txt", "STOP")
-    # A fork server imports torch and transformers once for all runs; Windows has none.
-    kinds = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
+    # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand these
+    # imports initialise it (peft's of bitsandbytes asks for the card's capability), which no forked process survives.
+    forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(["transformers.trainer", "peft", "datasets", f"{__package__}.run"])
     process = context.Process(target=_in_process, args=(settings, merge))
     process.start()

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from lazyorpo_lib import evaluate, model
-from lazyorpo_lib.settings import Settings
+from lazyorpo_lib.settings import Settings, UserError
 
 COLUMNS = ["nll", "nll_tokens", "log_odds_chosen", "log_odds_rejected", "accuracy"]
 
@@ -72,6 +73,43 @@ def test_answers_do_not_depend_on_the_batch_and_come_in_the_order_of_the_prompts
     options = dict(max_tokens=6, end_ids=[2])
     alone = [evaluate.answers(*tuned, [prompt], **options)[0] for prompt in PROMPTS]
     assert evaluate.answers(*tuned, PROMPTS, **options) == alone == evaluate.answers(*tuned, PROMPTS, batch_size=3, **options)
+
+
+def test_out_of_memory_halves_the_batch_of_answers_and_changes_none(tuned, monkeypatch):
+    options, generate, sizes = dict(max_tokens=6, end_ids=[2]), evaluate._generate, []
+    expected = evaluate.answers(*tuned, PROMPTS, **options)
+
+    def limited(model, tokenizer, prompts, given):
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("injected")
+        return generate(model, tokenizer, prompts, given)
+
+    most, done = 1, []
+    monkeypatch.setattr(evaluate, "_generate", limited)
+    assert evaluate.answers(*tuned, PROMPTS, on_batch=done.append, **options) == expected
+    assert sizes == [4, 2, 1, 1, 2, 1, 1] and done == [1, 1, 1, 1]
+    most = 0
+    with pytest.raises(UserError, match="answering a single prompt .*lower max_prompt_tokens"):
+        evaluate.answers(*tuned, PROMPTS, **options)
+
+
+def test_answers_are_batched_by_the_bytes_of_their_cache(tuned, monkeypatch):
+    """The tiny model's is 2 x 2 layers x 2 heads x 12 numbers of 4 bytes a token."""
+    assert evaluate.cache_bytes(tuned[0].config, 4) == 384
+    generate, sizes = evaluate._generate, []
+    monkeypatch.setattr(evaluate, "_generate", lambda m, t, prompts, given: sizes.append(len(prompts)) or generate(m, t, prompts, given))
+    for tokens in (1000, 30, 8):  # that a quarter of the memory holds: prompts of 2, 3, 9 and 17, and 6 more of each answer
+        monkeypatch.setattr(evaluate, "free_bytes", lambda device, tokens=tokens: 4 * 384 * tokens)
+        evaluate.answers(*tuned, PROMPTS, max_tokens=6, end_ids=[2])
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_the_cache_of_a_token_in_well_known_models():
+    llama2 = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32)
+    gemma = GemmaConfig(num_hidden_layers=28, hidden_size=3072, num_attention_heads=16, num_key_value_heads=16, head_dim=256)
+    llama3 = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
+    assert [evaluate.cache_bytes(config, 2) // 1024 for config in (llama2, gemma, llama3, GPT2Config())] == [512, 448, 128, 36]
 
 
 def test_an_answer_ends_at_any_of_the_end_tokens_or_is_marked_as_cut(tuned):

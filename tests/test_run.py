@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib import history, model, planner
-from lazyorpo_lib.callbacks import Stop, forget_peak_memory, memory_gib
+from lazyorpo_lib import history, model, planner, run
+from lazyorpo_lib.callbacks import Stop
 from lazyorpo_lib.folder import MARKER, take
 from lazyorpo_lib.instructions import INSTRUCTIONS
+from lazyorpo_lib.memory import forget_peak_memory, memory_gib
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
@@ -417,3 +419,38 @@ def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
     file.write_text("\n".join(json.dumps({"prompt": f"q{i}", "chosen": "x", "rejected": "x "}) for i in range(5)))
     done = command("--preset", "tiny", "--dataset", file, "--output-dir", tmp_path / "run")
     assert done.returncode == 2 and "5 identical answers" in done.stderr
+
+
+# Paged AdamW is for where AdamW does not fit.
+
+
+@pytest.mark.parametrize(
+    "adamw,begun,taken",
+    [(("full", True), False, "adamw"), (("full", False), False, "paged_adamw_32bit"), (("lora", True), False, "paged_adamw_32bit"),
+     (("full", True), True, "paged_adamw_32bit")],
+)  # fmt: skip
+def test_adamw_takes_the_place_of_its_paged_kind_where_the_same_method_fits_with_it(monkeypatch, adamw, begun, taken):
+    def plan(config, settings, *args, **kwargs):
+        chosen, fits = adamw if settings.optimizer == "adamw" else ("full", True)
+        return types.SimpleNamespace(chosen=chosen, method=types.SimpleNamespace(fits=fits), of=settings)
+
+    monkeypatch.setattr(planner, "make_plan", plan)
+    settings = resolve([("test", {"preset": "phi2-article", "base_model": model.TINY_MODEL})])[0]
+    found, used = run._planned(settings, None, None, begun=begun)
+    assert found.of == used and used.optimizer == taken
+
+
+def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):
+    given = tiny(tmp_path, optimizer="paged_adamw_32bit", answers=0)
+    first = run.Run(*given, show=lambda text: None)
+    first.load_pairs(), first.load_model()
+    kept = history.read_json(tmp_path / "settings.json")
+    assert kept["settings"]["optimizer"] == "paged_adamw_32bit" and kept["chosen"]["optimizer"] == "adamw"
+    assert first.trainer.settings.optimizer == "adamw"
+    (tmp_path / "history.jsonl").write_text("")
+    assert run.Run(*given, show=lambda text: None).settings.optimizer == "adamw"
+
+
+def test_liger_that_is_not_there_is_told_before_anything_is_loaded(tmp_path):
+    done = command("--preset", "tiny", "--output-dir", tmp_path / "run", "--liger-kernel", "true")
+    assert done.returncode == 2 and "pip install liger-kernel" in done.stderr and not (tmp_path / "run").exists()

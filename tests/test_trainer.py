@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import sys
 import types
 import warnings
 from collections import defaultdict
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
 
-from lazyorpo_lib import checkpoints
+from lazyorpo_lib import callbacks, checkpoints
 from lazyorpo_lib import trainer as module
 from lazyorpo_lib.batching import EncodedPair
-from lazyorpo_lib.callbacks import StepGuard, Stop
+from lazyorpo_lib.callbacks import On, Stop
 from lazyorpo_lib.folder import MARKER
-from lazyorpo_lib.model import adapters_off, add_adapters, load_base
+from lazyorpo_lib.model import adapters_off, add_adapters, check_liger, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from tests.architectures import tiny_model
@@ -89,24 +92,84 @@ def test_checkpointed_layers_change_no_gradient(tmp_path):
         assert relative(gradients(trainer, pairs)[1], plain) < 1e-6
 
 
-class HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for: on a GPU each time waits for all that was queued."""
+def pair_table64(logps, batch):
+    """`pair_table`, in float64 throughout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)
+        patch.setattr(torch, "zeros", lambda *shape, device: torch.full(shape, 0.0, dtype=torch.float64, device=device))
+        return module.pair_table(logps, batch)
 
-    count = 0
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for: on a GPU each time waits for all that was queued. So does a copy of
+    a list, or a blocking one of a batch's whole numbers, to the device."""
+
+    def __enter__(self):
+        self.reads, self.copies, self.calls = 0, 0, _Calls(self)
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        self.reads += operation is torch.ops.aten._local_scalar_dense.default
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path):
+class _Calls(TorchFunctionMode):
+    """What a CPU's tensors do without dispatching anything."""
+
+    def __init__(self, counter):
+        self.counter = counter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.counter.reads += function is Tensor.tolist
+        made = function in (torch.tensor, torch.as_tensor) and kwargs.get("device") and not isinstance(args[0], Tensor)
+        moved = (
+            function is Tensor.to and not args[0].is_floating_point() and not kwargs.get("non_blocking")
+        )  # torch moves norms, to where they are
+        moved = moved and any(isinstance(a, str | torch.device) for a in args[1:])
+        self.counter.copies += bool(made or moved)
+        return function(*args, **kwargs)
+
+
+def test_the_counter_of_host_reads_counts_them():
+    with HostReads() as found:
+        one = torch.ones(2)
+        one.tolist(), one.sum().item(), bool(one.sum() > 1)
+        whole = torch.tensor([1], device="cpu")
+        whole.to("cpu"), whole.to("cpu", non_blocking=True), whole.to(torch.float64), torch.tensor([1])
+    assert (found.reads, found.copies) == (3, 2)
+
+
+@pytest.mark.parametrize("log_every,reads", [(1000, 1), (1, 2)])  # the Trainer's own sum of losses is the second
+def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path, log_every, reads):
     counts = []
     for steps in (2, 6):
-        trainer = make(tmp_path, random_pairs(48), max_steps=steps, log_every_steps=1000, tokens_per_batch=60)
-        with HostReads() as reads:
+        trainer = make(tmp_path, random_pairs(48), max_steps=steps, log_every_steps=log_every, tokens_per_batch=60)
+        with HostReads() as found:
             trainer.train()
-        counts.append(reads.count)
-    assert counts[1] - counts[0] == 4
+        counts.append((found.reads, found.copies))
+    assert counts[1][0] - counts[0][0] == 4 * reads
+    assert counts[1][1] == counts[0][1], "no micro-batch waits for a copy"
+
+
+@pytest.mark.parametrize("nll_over", ["answer", "prompt+answer"])
+def test_the_norms_of_the_two_terms_are_those_of_their_gradients(tmp_path, nll_over):
+    pairs = [*random_pairs(6), EncodedPair(6, [5, 6], [7] * 90, [8])]
+    trainer = make(tmp_path, pairs, nll_over=nll_over, or_weight=0.3)
+    batch = module.collate(pairs, nll_over=nll_over)
+    logps = -torch.rand(len(batch.targets), dtype=torch.float64) * 9
+    logps[batch.segment == 3] = -1e-9  # an answer that is all but certain, past which the odds are held
+    logps.requires_grad_()
+    column = dict(zip(SUMS, (table := pair_table64(logps, batch)).T, strict=True))
+    terms = column["nll"].sum() / 50, 0.3 * column["or_loss"].sum() / 9
+    true = torch.stack([torch.autograd.grad(term, logps, retain_graph=True)[0].square().sum() for term in terms])
+    found = trainer._term_norms(table.detach(), batch.lengths.double(), 50, 9)
+    torch.testing.assert_close(found, true, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
@@ -193,6 +256,42 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkey
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
+
+
+@pytest.mark.parametrize("minutes,steps", [(10, []), (2.5, [3, 6]), (0, [])])
+def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(tmp_path, monkeypatch, minutes, steps):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
+    trainer = make(tmp_path, random_pairs(80), max_steps=7, save_every_minutes=minutes, keep_checkpoints=9)
+
+    def minute(step):
+        clock.now += 60
+
+    trainer.callback_handler.callbacks.insert(0, On(step_begin=minute, save=lambda step: minute(step) or minute(step)))
+    trainer.train()  # a minute a step, two to write a checkpoint, which do not count
+    assert [int(c.name.split("-")[1]) for c in checkpoints.complete(tmp_path)] == steps
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, monkeypatch, optimizer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def in_pages(self, parameter, dtype=torch.float32):  # what only CUDA has
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", in_pages)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor: None)
+    options = dict(max_steps=4, save_every_steps=2, optimizer=optimizer, method="full", learning_rate=1e-3)
+    whole = make(tmp_path / "a", random_pairs(40), **options)
+    whole.train()
+    resumed = make(tmp_path / "b", random_pairs(40), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    states = list(resumed.optimizer.optimizer.state.values())
+    assert states and all(getattr(state[name], "is_paged", False) for state in states for name in ("state1", "state2"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +386,100 @@ def test_out_of_memory_on_one_long_pair_checkpoints_layers_and_leaves_the_budget
     assert trainer.tokens_per_batch == 60 and trainer.state.global_step == 2 and len(trainer.oom_notes) == 1
 
 
+def test_a_step_repeated_after_out_of_memory_counts_its_work_once(tmp_path):
+    tokens = []
+    for fails in (False, True):
+        rows, pairs = [], random_pairs(8)
+        trainer = make(tmp_path, pairs, rows=rows, max_steps=1, tokens_per_batch=max(p.tokens() for p in pairs), warmup_steps=0)
+        inner, calls = trainer.scorer.forward.original, []
+
+        def forward(*args, inner=inner, calls=calls, fails=fails, **kwargs):
+            calls.append(1)
+            if fails and len(calls) == 3:
+                raise torch.OutOfMemoryError("injected")
+            return inner(*args, **kwargs)
+
+        trainer.scorer.forward.original = forward
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        assert len(trainer.oom_notes) == fails
+        tokens.append(rows[0]["tokens"])
+    assert tokens[0] == tokens[1] == sum(p.tokens() for p in pairs)
+
+
+def test_out_of_memory_in_evaluation_shrinks_its_batches_and_changes_no_figure(tmp_path):
+    pairs = random_pairs(12)
+    trainer = make(tmp_path, pairs[:4], eval_pairs=pairs)
+    whole, inner = trainer.pair_tables(pairs), trainer.scorer.forward.original
+
+    def forward(*args, **kwargs):
+        if kwargs["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("injected")
+        return inner(*args, **kwargs)
+
+    trainer.scorer.forward.original, most = forward, max(p.tokens() for p in pairs)
+    with pytest.warns(UserWarning, match="evaluation: out of memory"):
+        torch.testing.assert_close(trainer.pair_tables(pairs), whole, rtol=1e-5, atol=1e-5)
+    assert trainer.tokens_per_batch == 10**6 and trainer.model.training, "training's own budget stays"
+    most = 5
+    with warnings.catch_warnings(), pytest.raises(UserError, match="evaluating a single pair .*lower max_tokens"):
+        warnings.simplefilter("ignore")
+        trainer.pair_tables(pairs)
+
+
+def test_out_of_memory_of_dpos_reference_shrinks_its_batches(tmp_path):
+    pairs, sums = random_pairs(8), []
+    for limit in (10**9, 80):
+        trainer = make(tmp_path, pairs, objective="dpo")
+        inner = trainer.scorer.forward.original
+
+        def forward(*args, inner=inner, limit=limit, **kwargs):
+            if kwargs["input_ids"].numel() > limit:
+                raise torch.OutOfMemoryError("injected")
+            return inner(*args, **kwargs)
+
+        trainer.scorer.forward.original = forward
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.remember_reference(pairs)
+        sums.append(torch.stack([trainer._reference[p.index] for p in pairs]))
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(tmp_path, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    results, zeros_like = [], torch.zeros_like
+    options = dict(method="full", max_steps=3, optimizer=optimizer, weight_decay=0.1)
+    for failing in ((), (9,), (4, 12)):  # which tensor of the state
+        trainer, made = make(tmp_path, random_pairs(24), model=tiny_model("qwen2"), **options), []
+        step = trainer._step
+
+        def counted(*args, failing=failing, made=made, step=step):
+            def zeros(*given, **kwargs):
+                made.append(1)
+                if len(made) in failing:
+                    raise torch.OutOfMemoryError("injected")
+                return zeros_like(*given, **kwargs)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "zeros_like", zeros)
+                return step(*args)
+
+        trainer._step = counted
+        if len(failing) < 2:
+            trainer.train()
+            results.append(weights(trainer))
+        else:
+            with pytest.raises(UserError, match="optimizer's state .*optimizer=adamw_8bit"):
+                trainer.train()
+        assert len(made) > 9
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
 def test_out_of_memory_with_nothing_left_to_give_says_what_to_change(tmp_path):
     trainer = make(tmp_path, random_pairs(8))
 
@@ -345,19 +538,106 @@ def test_odd_answers_have_finite_losses_and_gradients(tmp_path):
     assert table[SUMS.index("or_loss")].item() == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("scale,counted", [(2.0**16, 0), (1.0, 1)])
-def test_float16s_overflow_is_the_scalers_until_its_scale_is_down(tmp_path, monkeypatch, scale, counted):
-    pairs = random_pairs(8)
-    trainer = make(tmp_path, pairs)
-    gradients(trainer, pairs)
-    next(p for p in trainer.model.parameters() if p.grad is not None).grad.fill_(torch.inf)
-    monkeypatch.setattr(trainer.accelerator, "scaler", types.SimpleNamespace(get_scale=lambda: scale))
+# float16: loss scaling, with torch's scaler for the CPU, which does what CUDA's does.
+
+
+def in_float16(folder, pairs, **options):
+    """A trainer that computes in float16 and scales its loss, as on a T4."""
+    arguments = module.training_arguments
+
+    def half(settings, **given):
+        return arguments(settings, **given | dict(dtype=torch.float16))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.test_trainer.training_arguments", half)
+        trainer = make(folder, pairs, **options)
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return trainer
+
+
+def weights_after_each_step(trainer):
+    kept = [weights(trainer)]
+    trainer.add_callback(On(step_end=lambda step: kept.append(weights(trainer))))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        guard, given = StepGuard(trainer), (trainer.args, trainer.state, trainer.control)
-        guard.on_train_begin(*given, model=trainer.model)
-        guard.on_pre_optimizer_step(*given, model=trainer.model)
-    assert len(trainer.bad_steps) == counted == trainer._bad_in_a_row
+        trainer.train()
+    return kept
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_float16_with_a_scaled_loss_trains_as_float32_does(tmp_path, method):
+    rows, options = {16: [], 32: []}, dict(max_steps=12, method=method, learning_rate=3e-3, lr_schedule="constant", tokens_per_batch=150)
+    make(tmp_path / "32", random_pairs(16), rows=rows[32], **options).train()
+    trainer = in_float16(tmp_path / "16", random_pairs(16), rows=rows[16], **options)
+    trainer.train()
+    assert not trainer.bad_steps and trainer.accelerator.scaler.get_scale() == 2.0**16
+    for half, single in zip(rows[16], rows[32], strict=True):
+        assert half["loss"] == pytest.approx(single["loss"], rel=0.02) and half["grad_norm"] == pytest.approx(single["grad_norm"], rel=0.1)
+
+
+def overflowing(trainer, steps):
+    """Let the gradient of one weight leave float16's range in these steps, the loss finite."""
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * torch.inf if trainer.state.global_step + 1 in steps else grad)
+
+
+def test_an_overflow_of_float16_skips_its_step_alone_and_halves_the_scale(tmp_path):
+    trainer = in_float16(tmp_path, random_pairs(40), max_steps=5)
+    overflowing(trainer, {3})
+    kept, scaler = weights_after_each_step(trainer), trainer.accelerator.scaler
+    assert [same(a, b) for a, b in zip(kept, kept[1:], strict=False)] == [False, False, True, False, False]
+    assert scaler.get_scale() == 2.0**15 and not trainer.bad_steps and not trainer.stop_reason
+    assert all(w.isfinite().all() for w in kept[-1].values())
+
+
+def test_an_overflow_costs_the_schedule_of_the_learning_rate_no_more_than_its_own_step(tmp_path):
+    rates = {}
+    for steps in (set(), {3}):
+        trainer = in_float16(tmp_path / str(len(steps)), random_pairs(40), max_steps=6, warmup_steps=3, rows=(rows := []))
+        overflowing(trainer, steps)
+        trainer.train()
+        rates[len(steps)] = [row["learning_rate"] for row in rows]
+    assert rates[1] in (rates[0], rates[0][:3] + rates[0][2:5])  # whether it was skipped a fused optimizer does not say
+
+
+def test_the_scale_falls_for_16_steps_before_overflows_stop_the_run(tmp_path):
+    trainer = in_float16(tmp_path, random_pairs(200), max_steps=25)
+    overflowing(trainer, range(26))
+    kept = weights_after_each_step(trainer)
+    assert [bad["step"] for bad in trainer.bad_steps] == [17, 18, 19] and trainer.accelerator.scaler.get_scale() <= 1
+    assert trainer.state.global_step == 19 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
+
+
+def test_a_loss_that_is_not_finite_is_a_bad_step_at_once_whatever_the_scale(tmp_path, monkeypatch):
+    trainer = in_float16(tmp_path, random_pairs(64), max_steps=8)
+    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: True))
+    kept = weights_after_each_step(trainer)
+    assert trainer.state.global_step == 3 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-3"]
+
+
+def test_a_row_that_is_not_a_number_is_named_in_float16_too(tmp_path, monkeypatch):
+    trainer = in_float16(tmp_path, random_pairs(16), max_steps=4)
+    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: index == 3))
+    kept = weights_after_each_step(trainer)
+    steps = [bad["step"] for bad in trainer.bad_steps]
+    assert len(steps) == 2 and all(3 in bad["rows"] for bad in trainer.bad_steps)
+    assert [same(a, b) for a, b in zip(kept, kept[1:], strict=False)] == [step in steps for step in (1, 2, 3, 4)]
+
+
+def test_the_scale_goes_on_where_a_stopped_run_left_it(tmp_path):
+    options = dict(max_steps=4, save_every_steps=2)
+    first = in_float16(tmp_path / "a", random_pairs(40), **options)
+    overflowing(first, {1})
+    first.train()
+    again = in_float16(tmp_path / "b", random_pairs(40), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert again.accelerator.scaler.get_scale() == first.accelerator.scaler.get_scale() == 2.0**15
+    assert same(weights(first), weights(again))
 
 
 def test_three_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, monkeypatch):
@@ -518,3 +798,50 @@ def test_dpo_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path):
     true_loss, true = trl_dpo_loss_and_gradients(moved, tiny_model("llama"), pairs, 0.3, tmp_path)
     assert abs(loss - 0.693) > 0.01 and loss == pytest.approx(true_loss, rel=1e-5)
     assert grads.keys() == true.keys() and relative(grads, true) < 1e-5
+
+
+# Liger, by a stand-in for its 0.8.5 that replaces the same forwards.
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Counts the MLPs computed by "Liger"."""
+    calls = []
+
+    def fused(module, x):
+        calls.append(1)
+        return module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+
+    def whole(self, *args, **kwargs):  # with its own loss, which knows no pairs
+        return type(self).forward(self, *args, **kwargs)
+
+    def apply(model, fused_linear_cross_entropy=True, cross_entropy=False):
+        if fused_linear_cross_entropy or cross_entropy:
+            model.forward = types.MethodType(whole, model)
+        for layer in model.model.layers:
+            layer.mlp.forward = types.MethodType(fused, layer.mlp)
+
+    package = types.ModuleType("liger_kernel.transformers")
+    package._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    for place in ("lazyorpo_lib.model", "transformers.integrations.liger", "transformers.training_args"):
+        monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda *args: True, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_same(tmp_path, liger, method):
+    results = []
+    for wanted in (False, True):
+        trainer = make(tmp_path, random_pairs(16), rows=(rows := []), method=method, liger_kernel=wanted)
+        assert trainer.scorer.rung == "shared" and bool(liger) == wanted, "the test of the layout ran through them"
+        trainer.train()
+        results.append([row["loss"] for row in rows])
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and len(results[1]) == 4
+
+
+def test_liger_that_is_not_there_is_one_sentence():
+    with pytest.raises(UserError, match="it is not installed: pip install liger-kernel, or set liger_kernel=false"):
+        check_liger(Settings(liger_kernel=True))
+    check_liger(Settings())

@@ -1,10 +1,12 @@
 """trials.py: recipes differ in what they should alone, finished runs are not run again, the probe follows its rule."""
 
 import json
+import multiprocessing
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from lazyorpo_lib import trials
 from lazyorpo_lib.settings import UserError, resolve
@@ -104,7 +106,11 @@ def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_fr
     assert (home / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, monkeypatch):
+FORKS = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+@pytest.mark.parametrize("cuda,kind", [(True, "spawn"), (False, FORKS)])
+def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, monkeypatch, cuda, kind):
     class Process:
         started = 0
 
@@ -120,7 +126,10 @@ def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, 
             (self.folder / "log.txt").write_text("Stopped at step 1.\n")
 
     context = types.SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr(trials.multiprocessing, "get_context", lambda kind: context)
+    kinds = []
+    monkeypatch.setattr(trials.multiprocessing, "get_context", lambda kind: kinds.append(kind) or context)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     with pytest.raises(UserError, match="sft-1 is not finished.*Stopped at step 1.*goes on from there"):
         trials.compare_recipes(tiny(tmp_path), seeds=1, show=lambda text: None)
     assert Process.started == 1, "nothing more is begun"
+    assert kinds == [kind], "CUDA survives no fork, and what the fork server imports initialises it"
