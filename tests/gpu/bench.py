@@ -26,6 +26,7 @@ from tests.benchmarks.worker import SHAPES as BENCHMARKED
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda:0" if CUDA else "cpu"
+HALF = torch.float16 if CUDA and torch.cuda.get_device_capability()[0] < 8 else torch.bfloat16
 GIB = 2**30
 SHAPES = BENCHMARKED | {
     "smollm2-135m": dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -164,21 +165,25 @@ def difference(some, truth) -> float:
     return ((some - truth).norm() / truth.norm()).item()
 
 
-class Clock(TrainerCallback):
-    """Seconds a step, from the end of step `first` to the end of the last."""
+def largest(values) -> float:
+    """Of some numbers; NaN where one is."""
+    return torch.tensor([float(x) for x in values], dtype=torch.float64).max().item()
 
-    def __init__(self, first: int):
-        self.first, self.times = first, []
+
+class Clock(TrainerCallback):
+    """Seconds a step, from the end of step `first` to the end of step `last`."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last, self.times = first, last, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (self.first, state.max_steps):
+        if state.global_step in (self.first, self.last):
             synchronize()
             self.times.append(time.perf_counter())
-            self.steps = state.global_step - self.first
 
     @property
     def seconds(self) -> float:
-        return (self.times[-1] - self.times[0]) / self.steps
+        return (self.times[1] - self.times[0]) / (self.last - self.first)
 
 
 # The card.

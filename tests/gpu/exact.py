@@ -1,5 +1,6 @@
 """Parts 1 to 9 and 15 of tests.gpu: is it right, and does it hold."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -27,11 +28,15 @@ from lazyorpo_lib.settings import Settings, UserError, resolve
 from lazyorpo_lib.trainer import OrpoTrainer, checkpoint_layers, training_arguments
 
 from .bench import (  # isort: skip
-    CUDA, DEVICE, GIB, TINY, as_t4, build, cap, check, clean, config, difference, lengths, lora, milliseconds, pairs_of, same,
-    this_card, trained, trainer_of,
+    CUDA, DEVICE, GIB, HALF, TINY, as_t4, build, cap, check, clean, config, difference, largest, lengths, lora, milliseconds,
+    pairs_of, same, this_card, trained, trainer_of,
 )  # fmt: skip
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+if not CUDA:
+    del HALVES["float16"]  # transformers' Trainer has it on a card alone
+elif HALF == torch.float16:
+    del HALVES["bfloat16"]  # only emulated
 
 
 # 1: the plan
@@ -102,41 +107,46 @@ def _inputs(heads: int, few: int, size: int, n: int, dtype):
 
 
 def _attention_error(shape, triples, window, dtype, seen) -> float:
-    """The largest of output's and gradients' relative differences from float64."""
+    """The largest of output's and gradients' relative differences from float64; `seen` gets the operations it took."""
     batch = _row(triples).to(DEVICE)
     *inputs, grad = _inputs(*shape, batch.input_ids.shape[1], dtype)
+
+    def ours(q, k, v):
+        return attention.attention(None, q, k, v, None, sliding_window=window)[0]
+
     attention.start_batch(batch)
-    with _Operations() as operations:
-        some = _with_gradients(lambda q, k, v: attention.attention(None, q, k, v, None, sliding_window=window)[0], inputs, grad)
+    some = _with_gradients(ours, inputs, grad)
+    with _Operations() as operations:  # the second time, when no kernel is tried against another any more
+        ours(*inputs)
     attention.start_batch(None)
     seen |= operations.names
     allowed = _allowed(batch, window)
     truth = _with_gradients(lambda q, k, v: _dense(q, k, v, allowed), [x.double() for x in inputs], grad)
-    errors = [difference(some[name], truth[name]) for name in truth]
-    return max(errors) if all(e == e for e in errors) else float("nan")
+    return largest(difference(some[name], truth[name]) for name in truth)
 
 
 def kernel(small: bool):
     """The kit's attention on shared rows against plain attention in float64; then how fast it is."""
     shapes = [(4, 4, 16), (4, 2, 16)] if small else [(32, 32, 80), (32, 8, 128), (12, 2, 128), (8, 1, 256)]
     rows = [[(5, 1, 1)], [(600, 700, 300)], [(40, 1, 90), (1, 200, 1), *lengths(7, longest=400)]]
-    rows = rows[:1] + [[(9, 7, 30)], [(8, 1, 9), (1, 20, 1)] + lengths(7, longest=400, shrink=8)] if small else rows
-    with torch.device(DEVICE):
-        for way in ("natively", "as a T4") if CUDA else ("natively",):
-            for dtype, most in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 2e-6)):
-                seen, worst = set(), 0.0
-                with as_t4() if way == "as a T4" else torch.enable_grad():
-                    for shape, row, window in itertools.product(shapes, rows, (None, 10 if small else 100)):
-                        error = _attention_error(shape, row, window, dtype, seen)
-                        worst = error if not error <= worst else worst
-                kind = str(dtype).removeprefix("torch.")
-                yield check(f"{kind} {way}, relative difference", worst, high=most)
-                paths = ", ".join(sorted(name for name in seen if "backward" not in name)) or "plain operations"
-                rowwise = CUDA and dtype != torch.float32 and (torch.cuda.get_device_capability()[0] >= 8 or way == "as a T4")
-                taken = not any("scaled_dot_product" in name for name in seen) and bool(seen)
-                yield check(f"{kind} {way}, path", paths, ok=taken if rowwise else None,
-                            expected="no call for each answer" if rowwise else "")  # fmt: skip
-    if CUDA and torch.cuda.get_device_capability()[0] >= 8:
+    if small:
+        rows = [rows[0], [(9, 7, 30)], [(8, 1, 9), (1, 20, 1), *lengths(7, longest=400, shrink=8)]]
+    cases = list(itertools.product(shapes, rows, (None, 10 if small else 100)))
+    half = {torch.bfloat16: 1e-2, torch.float16: 2e-3} if HALF == torch.bfloat16 else {torch.float16: 2e-3}
+    ways = [("natively", half | {torch.float32: 2e-6})]
+    ways += [("as a T4", {torch.float16: 2e-3, torch.float32: 2e-6})] * (CUDA and HALF == torch.bfloat16)
+    for way, limits in ways:
+        for dtype, most in limits.items():
+            seen, name = set(), f"{str(dtype).removeprefix('torch.')} {way}"
+            with as_t4() if way == "as a T4" else contextlib.nullcontext():
+                errors = [_attention_error(*case, dtype, seen) for case in cases]
+            yield check(f"{name}, relative difference", largest(errors), high=most)
+            paths = ", ".join(sorted(seen)) or "plain operations"
+            flash = way == "natively" and HALF == torch.bfloat16
+            wanted = {"_flash_attention_forward" if flash else "_efficient_attention_forward"}
+            held = CUDA and dtype != torch.float32
+            yield check(f"{name}, path", paths, ok=seen == wanted if held else None, expected=str(*wanted) if held else "")
+    if CUDA and HALF == torch.bfloat16:
         yield from _speed()
 
 
@@ -144,7 +154,7 @@ def _speed():
     """Eight pairs of 900 tokens, forward and backward: the row's kernel, a call for every answer, a dense mask."""
     triples = [(300, 300, 300)] * 8
     batch = _row(triples).to(DEVICE)
-    *inputs, grad = _inputs(32, 8, 128, batch.input_ids.shape[1], torch.bfloat16)
+    *inputs, grad = _inputs(32, 8, 128, batch.input_ids.shape[1], HALF)
     mask, options = _allowed(batch, None), dict(enable_gqa=True)
 
     def pair_by_pair(q, k, v):
@@ -175,17 +185,17 @@ def _speed():
 # 3: the step
 
 
-ARCHITECTURES = {
-    "llama": {}, "qwen2": {}, "phi": {}, "gemma": {}, "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
-    "gemma3_text": dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2),
-}  # fmt: skip
+ARCHITECTURES = ("llama", "qwen2", "phi", "gemma", "gemma3_text", "mixtral")
 
 
 def _small_model(kind: str, layers: int = 4):
     from transformers import AutoConfig
 
-    shape = TINY | dict(hidden_size=256, head_dim=64, intermediate_size=384, num_hidden_layers=layers, pad_token_id=0)
-    model = build(AutoConfig.for_model(kind, **(shape | ARCHITECTURES[kind])), torch.float32, "cpu")
+    shape = TINY | dict(hidden_size=256, head_dim=64, intermediate_size=384, num_hidden_layers=layers,
+                        pad_token_id=0, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+    if kind == "gemma3_text":
+        shape |= dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"] * (layers // 2))
+    model = build(AutoConfig.for_model(kind, **shape), torch.float32, "cpu")
     with torch.no_grad():  # larger than the usual start, so that a wrong mask shows
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -204,13 +214,19 @@ def _copied(model, method: str, dtype):
     return model
 
 
-def _step(trainer, pairs, device) -> tuple[torch.Tensor, dict]:
+def _scale(trainer) -> float:
+    """Sets float16's scale to where no model of this size overflows by itself."""
+    if trainer.accelerator.scaler is None:
+        return 1.0
+    trainer.accelerator.scaler.scale(torch.zeros(1, device=DEVICE))  # it has none before its first use
+    trainer.accelerator.scaler.update(1024.0)
+    return 1024.0
+
+
+def _step(trainer, pairs) -> tuple[torch.Tensor, dict]:
     """Loss and gradients of one step, on the host; float16's scale taken off again."""
     trainer.model.zero_grad()
-    scaler, scale = trainer.accelerator.scaler, 1.0
-    if scaler is not None:  # far from where so small a model overflows
-        scaler.scale(torch.zeros(1, device=device))
-        scaler.update(scale := 1024.0)
+    scale = _scale(trainer)
     loss = trainer.training_step(trainer.model, {"pairs": pairs}).detach().cpu()
     return loss, {n: p.grad.float().cpu() / scale for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -218,8 +234,7 @@ def _step(trainer, pairs, device) -> tuple[torch.Tensor, dict]:
 def _worst(some: dict, truth: dict) -> float:
     """Of any tensor's gradient; the small ones are held against a hundredth of the whole."""
     floor = 1e-2 * torch.cat([x.flatten() for x in truth.values()]).norm()
-    worst = [((some[n] - x).norm() / max(x.norm(), floor)).item() for n, x in truth.items()]
-    return max(worst) if all(e == e for e in worst) else float("nan")
+    return largest((some[n] - x).norm() / max(x.norm(), floor) for n, x in truth.items())
 
 
 def equal(small: bool):
@@ -228,18 +243,18 @@ def equal(small: bool):
 
     logging.set_verbosity_error()
     kinds = ("llama", "gemma3_text") if small else ARCHITECTURES
+    ways = list(itertools.product(("lora", "full"), ("answer", "prompt+answer")))[:: 3 if small else 1]
     pairs = pairs_of(lengths(8, longest=400, shrink=4), TINY["vocab_size"])
     most = sum(p.tokens() for p in pairs)
     for kind in kinds:
-        base, worst, rungs = _small_model(kind), {}, set()
-        for method in ("lora", "full"):
-            for nll_over in ("answer", "prompt+answer"):
-                for text, error in _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
-                    worst[text] = error if not error <= worst.get(text, 0.0) else worst[text]
-        for text, error in worst.items():
-            limits = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "split to split": 1e-5, "1 - cosine": 1e-3}
-            yield check(f"{kind}, {text}", error, high=next(x for name, x in limits.items() if name in text))
-        yield same(f"{kind}, layouts", rungs, {"shared"})
+        base, errors, rungs = _small_model(kind, 2 if small else 4), {}, set()
+        for method, nll_over in ways:
+            for text, error in _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
+                errors.setdefault(text, []).append(error)
+        for text, several in errors.items():
+            limits = {"1 - cosine": 1e-3, "split to split": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+            yield check(f"{kind}, {text}", largest(several), high=next(x for name, x in limits.items() if name in text))
+        yield same(f"{kind}, layouts", ", ".join(sorted(rungs)), "shared")
 
 
 def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
@@ -248,11 +263,12 @@ def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
         settings = dict(method=method, nll_over=nll_over, pairs_per_step=8)
         truth = _cpu_step(base, method, pairs, folder, settings)
         # Two of four experts are other ones after rounding, which no bound on the rounding tells from an error.
-        halves = {} if kind == "mixtral" else {"bfloat16": torch.bfloat16} if not CUDA else HALVES
+        halves = {} if kind == "mixtral" else HALVES
         for name, dtype in ({"float32": torch.float32} | halves).items():
             trainer = trainer_of(_copied(base, method, dtype), pairs, folder, dtype=dtype, **settings)
-            rungs.add(trainer.scorer.rung)
-            loss, grads = _step(trainer, pairs, DEVICE)
+            if CUDA or name == "float32":  # on a CPU short pairs are computed better in bfloat16 than the truth they are held against
+                rungs.add(" ".join([trainer.scorer.rung, *(f"({name}: {why})" for why in trainer.scorer.refused.values())]))
+            loss, grads = _step(trainer, pairs)
             yield f"loss, {name}", difference(loss, truth[0])
             yield f"gradients, {name}", difference(grads, truth[1])
             if name == "bfloat16":
@@ -263,7 +279,7 @@ def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
                 for tokens, layers in itertools.product((most, most // 3), (0, 99)):
                     trainer.tokens_per_batch = tokens
                     checkpoint_layers(trainer.model, layers)
-                    yield "split to split", difference(_step(trainer, pairs, DEVICE)[1], grads)
+                    yield "split to split", difference(_step(trainer, pairs)[1], grads)
 
 
 def _cpu_step(base, method, pairs, folder, settings):
@@ -272,7 +288,7 @@ def _cpu_step(base, method, pairs, folder, settings):
     arguments = training_arguments(given, dtype=torch.float32, device="cpu", output_dir=Path(folder))
     with patch.object(attention, "LADDER", attention.LADDER[-1:]):
         trainer = OrpoTrainer(_copied(base, method, torch.float32), arguments, given, pairs, tokens_per_batch=10**6)
-    return _step(trainer, pairs, "cpu")
+    return _step(trainer, pairs)
 
 
 # 4: float16
@@ -321,7 +337,7 @@ def fp16(small: bool):
             model = _copied(base, "lora", dtype)
             trainer_of(model, pairs, folder, dtype=dtype, rows=rows, max_steps=steps, learning_rate=2e-4).train()
             losses.append(torch.tensor([row["loss"] for row in rows]))
-        apart = ((losses[1] - losses[0]).abs() / losses[0]).max().item()
+        apart = largest((losses[1] - losses[0]).abs() / losses[0])
         yield check(f"loss of {steps} steps in {str(half).removeprefix('torch.')} against float32", apart, high=0.02)
         yield from _strikes(base, pairs, folder, half)
         with torch.no_grad():
@@ -338,6 +354,7 @@ def _strikes(base, pairs, folder, half):
     with torch.no_grad():
         model.get_input_embeddings().weight[-1] = torch.nan  # of the token that this pair alone has
     trainer = trainer_of(model, pairs, folder, dtype=half, epochs=1.0)
+    _scale(trainer)
     if CUDA:
         trainer.accelerator.backward = _Struck(trainer, 4)
     changed, scales = _watched(trainer)
@@ -375,11 +392,12 @@ def qlora(small: bool):
         clean()
         settings = Settings(base_model=f"{folder}/base", method="qlora")
         yield from _loading(settings, shape, Path(folder, "base"))
-        for name, most in (("bfloat16", 1e-2), ("float16", 3e-3)) if CUDA else (("bfloat16", 1e-2),):
-            model = models.load_for_training(settings, method="qlora", dtype=HALVES[name], device=DEVICE)
-            yield check(f"fused layers against PEFT's, {name}", _fused_against_peft(model, HALVES[name]), high=most)
+        for name, dtype in HALVES.items():
+            model = models.load_for_training(settings, method="qlora", dtype=dtype, device=DEVICE)
+            most = {"bfloat16": 1e-2, "float16": 3e-3}[name]
+            yield check(f"fused layers against PEFT's, {name}", _fused_against_peft(model, dtype), high=most)
         rows, pairs = [], pairs_of(lengths(4, longest=512, shrink=8 if small else 1), shape.vocab_size)
-        trainer = trainer_of(model, pairs, folder, dtype=HALVES[name], rows=rows, method="qlora", max_steps=20)
+        trainer = trainer_of(model, pairs, folder, dtype=dtype, rows=rows, method="qlora", max_steps=20)
         trainer.train()
         yield check("loss after 20 steps, of the first", rows[-1]["loss"] / rows[0]["loss"], high=0.99)
         yield check("merged against with its adapter", _merged(model, settings, Path(folder, "model")), high=1e-2)
@@ -399,7 +417,7 @@ def _loading(settings, shape, folder):
 
     watching = threading.Thread(target=watch)
     watching.start()
-    model = models.load_for_training(settings, method="qlora", dtype=torch.bfloat16, device=DEVICE)
+    model = models.load_for_training(settings, method="qlora", dtype=HALF, device=DEVICE)
     done.set()
     watching.join()
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -433,7 +451,7 @@ def _fused_against_peft(model, dtype) -> float:
         results.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
     fuse(model)
-    return max(difference(*(r[0] for r in results)), difference(*(r[1] for r in results)))
+    return largest(difference(*(r[k] for r in results)) for k in (0, 1))
 
 
 def _merged(model, settings, folder) -> float:
@@ -460,14 +478,15 @@ def _run(base, pairs, folder, dtype, resume=None, **settings):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    trainer = trainer_of(model, pairs, folder, dtype=dtype, layers=1, max_steps=12, save_every_steps=5, **settings)
+    trainer = trainer_of(model, pairs, folder, dtype=dtype, layers=1, max_steps=12, save_every_steps=5,
+                         keep_checkpoints=3, **settings)  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return trained(model), trainer
 
 
 def resume(small: bool):
     """A run that goes on from step 5 against one that was never interrupted."""
-    dtype = torch.bfloat16 if CUDA else torch.float32
+    dtype = HALF if CUDA else torch.float32
     shape = config("smollm2-135m", small, num_hidden_layers=2 if small else 6, vocab_size=TINY["vocab_size"])
     base, pairs = build(shape, torch.float32), pairs_of(lengths(48, longest=400, shrink=8 if small else 1), TINY["vocab_size"])
     optimizers = ("adamw", "adamw_8bit", "paged_adamw_32bit") if CUDA and _has("bitsandbytes") else ("adamw",)
@@ -477,12 +496,12 @@ def resume(small: bool):
             warnings.simplefilter("ignore")
             whole, _ = _run(base, pairs, f"{folder}/a", dtype, optimizer=optimizer)
             again, trainer = _run(base, pairs, f"{folder}/b", dtype, Path(folder, "a", "checkpoint-5"), optimizer=optimizer)
-            apart = max((whole[n] - again[n]).abs().max().item() for n in whole)
+            apart = largest((whole[n] - again[n]).abs().max() for n in whole)
             if exact:
                 yield same(f"{optimizer}, deterministic: largest difference of a weight", apart, 0.0)
             else:
                 other, _ = _run(base, pairs, f"{folder}/c", dtype, optimizer=optimizer)
-                noise = max((whole[n] - other[n]).abs().max().item() for n in whole)
+                noise = largest((whole[n] - other[n]).abs().max() for n in whole)
                 yield check(f"{optimizer}: largest difference of a weight", apart, high=3 * noise)
             if optimizer.startswith("paged"):  # some 2 MB of managed memory: no card is harmed by so little
                 states = [s["state1"] for s in trainer.optimizer.state.values() if s["state1"].numel() >= 1e5]
@@ -506,8 +525,8 @@ def oom(small: bool):
     settings = dict(max_steps=8, pairs_per_step=32, learning_rate=1e-4)
 
     def run(folder, tokens):
-        model = lora(build(shape, torch.bfloat16))
-        trainer = trainer_of(model, pairs, folder, dtype=torch.bfloat16, tokens=tokens, layers=0, **settings)
+        model = lora(build(shape, HALF))
+        trainer = trainer_of(model, pairs, folder, dtype=HALF, tokens=tokens, layers=0, **settings)
         return trainer, model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -580,7 +599,7 @@ def twice(small: bool):
             build(config("smollm2-135m", vocab_size=512), torch.float32).save_pretrained(base)
             models.load_tokenizer(models.TINY_MODEL).save_pretrained(base)
         for k, way in enumerate(way for way in ways for _ in range(2)):
-            given = dict(preset="tiny", base_model=base, output_dir=f"{folder}/{k}", max_steps=3, eval_pairs=4) | way
+            given = dict(preset="tiny", base_model=base, output_dir=f"{folder}/{k}", max_steps=2, eval_pairs=2, answers=0) | way
             run = runs.execute(*resolve([("flag", given)])[:2], show=lambda text: None)
             seen.append(weakref.ref(run.model))
             _failed_cell(run)
@@ -588,7 +607,8 @@ def twice(small: bool):
         peaks = [json.loads(Path(folder, str(k), "summary.json").read_text())["planned_against_measured"]["peak_gib"][1]
                  for k in range(2 * len(ways))]  # fmt: skip
     yield same("models of earlier runs that are alive at the next load", max(n for n, _ in alive), 0)
-    yield check("memory at the next load", max(mib for _, mib in alive), high=10.0, unit="MiB")
+    if CUDA:
+        yield check("memory at the next load", max(mib for _, mib in alive), high=10.0, unit="MiB")
     for way, first, second in zip(ways, peaks[::2], peaks[1::2], strict=True):
         limits = (0.98, 1.02) if CUDA else (None, None)  # the host's memory has a history
         yield check(f"{'+'.join(way.values())}: second peak, of the first", second / max(first, 1e-9), *limits)

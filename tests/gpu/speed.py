@@ -23,8 +23,8 @@ from lazyorpo_lib import run as runs
 from lazyorpo_lib.settings import Settings, resolve
 
 from .bench import (  # isort: skip
-    CUDA, DEVICE, GIB, Clock, Skip, as_t4, build, build_four_bit, cap, check, clean, config, difference, lengths, lora,
-    milliseconds, pairs_of, same, synchronize, this_card, trainer_of,
+    CUDA, DEVICE, GIB, HALF, Clock, Skip, as_t4, build, build_four_bit, cap, check, clean, config, difference, largest, lengths,
+    lora, milliseconds, pairs_of, same, synchronize, this_card, trainer_of,
 )  # fmt: skip
 
 PRODUCT = {"T4": 0.33, "L4": 0.45}  # of the data sheet's peak, where power caps a card below 0.7
@@ -36,9 +36,8 @@ ARTICLE = 1688  # steps of the article's run: one epoch of argilla/dpo-mix-7k, 4
 
 def env(small: bool):
     """The card against its data sheet; what later figures are to be divided by."""
-    card, n, capability = this_card(), 256 if small else 8192, models.this_machine().capability
-    half = torch.float16 if CUDA and capability[0] < 8 else torch.bfloat16
-    a, b = (torch.randn(n, n, dtype=half, device=DEVICE) for _ in range(2))
+    card, n = this_card(), 256 if small else 8192
+    a, b = (torch.randn(n, n, device=DEVICE).to(HALF) for _ in range(2))
     rate = 2 * n**3 / milliseconds(lambda: a @ b, 20) / 1e9
     expected = PRODUCT.get(card.name, 0.7) * card.tflops_16 if card else None
     yield check(f"product of {n} x {n}", rate, expected, unit="TFLOP/s")
@@ -157,19 +156,17 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
     """Steps of real lengths, prompts cut at 128 tokens, 4 pairs: seconds a step, against the plan; then where they go."""
     steps, first = (6, 2) if small else (steps, first)
     shape = config(name, small)
-    dtype = models.pick_precision("auto", models.this_machine())[0] if CUDA else torch.float32
+    dtype = HALF if CUDA else torch.float32
     pairs = pairs_of(lengths(4 * (steps + 4), prompt=128, shrink=8 if small else 1), shape.vocab_size)
     settings = Settings(method=method, pairs_per_step=4, eval_pairs=0, save_every_steps=0, max_steps=ARTICLE, epochs=10**4)
     made = planner.make_plan(shape, settings, models.this_machine(), planner.measured_lengths(pairs), dtype=dtype)
     plan = next(m for m in made.methods if m.method == method)
-    clock, profiled, rows = Clock(first), _Profiled(steps, steps + 4), []
+    clock, profiled, rows = Clock(first, steps), _Profiled(steps, steps + 4), []
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(
             _built(shape, method, dtype), pairs, folder, dtype=dtype, tokens=plan.tokens_per_batch, rows=rows,
             layers=plan.checkpointed_layers, callbacks=[clock, profiled], method=method, max_steps=steps + 4, learning_rate=5e-6,
         )  # fmt: skip
-        clock_end = _EndAt(clock, steps)
-        trainer.add_callback(clock_end)
         trainer.train()
     yield check("loss of the last step", rows[-1]["loss"], 0.0, 1e3)
     minutes = clock.seconds * ARTICLE / 60
@@ -178,18 +175,6 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
     yield check(f"{ARTICLE} steps", minutes, high=6.0 if goal else None, unit="minutes")
     yield check("planned, of measured", plan.minutes / minutes, *(0.7, 1.4) if CUDA else ())
     yield from profiled.checks(0.85 if CUDA else None)
-
-
-class _EndAt(TrainerCallback):
-    """Ends a clock before the steps that are profiled."""
-
-    def __init__(self, clock: Clock, step: int):
-        self.clock, self.step = clock, step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            synchronize()
-            self.clock.times.append(time.perf_counter())
 
 
 # 12: TRL
@@ -208,7 +193,7 @@ def trl(small: bool, name: str, checkpointed: bool):
         rows = [(max(1, p - 20), c, r) for p, c, r in lengths(80, longest=700, shrink=8 if small else 1)]
         texts = [dict(zip(("prompt", "chosen", "rejected"), (_letters(k, n) for n in row), strict=True)) for k, row in enumerate(rows)]
         Path(home, "pairs.json").write_text(json.dumps(texts))
-        steps = ["--steps", "1" if small else "12", "--precision", "bfloat16" if CUDA else "float32"]
+        steps = ["--steps", "1" if small else "12", "--precision", str(HALF).removeprefix("torch.") if CUDA else "float32"]
         command = [sys.executable, "-m", "tests.benchmarks", "--model", model, "--dataset", f"{home}/pairs.json", "--out", f"{home}/out",
                    "--tokens-per-batch", "8192", *["--checkpointing"] * checkpointed, *steps]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"HF_HOME": home}, capture_output=True, text=True)
@@ -224,7 +209,7 @@ def _letters(k: int, n: int) -> str:
 
 def _against_trl(results: dict, held: bool):
     theirs, same_loss, ours = (results[name] for name in ("TRL", "LazyORPO, prompt+answer", "LazyORPO, answer"))
-    apart = max(abs(a / b - 1) for a, b in zip(same_loss["losses"], theirs["losses"], strict=True))
+    apart = largest(abs(a / b - 1) for a, b in zip(same_loss["losses"], theirs["losses"], strict=True))
     yield check("prompt+answer, loss apart from TRL's", apart, high=0.01)
     yield check("TRL", theirs["pairs_per_second"], unit="pairs/s")
     for what, r in (("prompt+answer", same_loss), ("answer", ours)):
@@ -259,12 +244,10 @@ class _Waits(TrainerCallback):
 def syncs(small: bool):
     """Steps of four micro-batches without a logged row: what waits for the card, and how often it is given work."""
     shape = config("qwen2.5-1.5b", small)
-    dtype = models.pick_precision("auto", models.this_machine())[0]
-    triples = [(300, 300, 300)] * 40
     with tempfile.TemporaryDirectory() as folder:
         waits, profiled = _Waits(2, 6), _Profiled(6, 10)
         trainer = trainer_of(
-            lora(build(shape, dtype)), pairs_of(triples, shape.vocab_size), folder, dtype=dtype, tokens=900,
+            lora(build(shape, HALF)), pairs_of([(300, 300, 300)] * 40, shape.vocab_size), folder, dtype=HALF, tokens=900,
             callbacks=[waits, profiled], max_steps=10, log_every_steps=1000,
         )  # fmt: skip
         trainer.train()
@@ -282,12 +265,11 @@ def liger(small: bool):
     for name in ("llama-3-8b", "qwen2.5-1.5b"):
         shape, seconds, losses, rungs = config(name, small, num_hidden_layers=8), [], [], []
         pairs = pairs_of(lengths(80, longest=1024), shape.vocab_size)
-        dtype = models.pick_precision("auto", models.this_machine())[0]
         for on in (False, True):  # never the other way round: Liger's functions stay in transformers' modules
-            clock, rows = Clock(3), []
+            clock, rows = Clock(3, 10), []
             with tempfile.TemporaryDirectory() as folder:
                 trainer = trainer_of(
-                    lora(build(shape, dtype)), pairs, folder, dtype=dtype, tokens=8192, rows=rows, callbacks=[clock], max_steps=10,
+                    lora(build(shape, HALF)), pairs, folder, dtype=HALF, tokens=8192, rows=rows, callbacks=[clock], max_steps=10,
                     pairs_per_step=8, liger_kernel=on, learning_rate=1e-4,
                 )  # fmt: skip
                 trainer.train()
