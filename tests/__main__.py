@@ -1,7 +1,7 @@
 """python -m tests: everything CI checks, in order: style, known vulnerabilities, tests, and every notebook under nbval.
 
-The notebooks run on the `tiny` preset, the main one once more with Colab's versions, and once as the real demo. The first
-thing that fails ends it.
+The notebooks run on the `tiny` preset, once more with Colab's versions, and the main one once as the real demo. The oldest
+versions that requirements.txt allows plan and train too. The first thing that fails ends it.
 """
 
 import os
@@ -9,11 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
 NBVAL = [*PYTEST, "-q", "-x", "--nbval-current-env", "--nbval-cell-timeout=900"]
 LAX = [*NBVAL, "--nbval-lax"]
+PLAN = ["-m", "lazyorpo_lib", "--plan", "--preset", "tiny", "--device", "all"]
+NOTEBOOKS = ("LazyORPO", "LazyORPO_standalone")
 
 
 def run(*command: str, **environment: str) -> None:
@@ -25,26 +28,70 @@ def run(*command: str, **environment: str) -> None:
         sys.exit(done.returncode)
 
 
-def with_colabs_versions(folder: str) -> None:
-    """The main notebook, its form and its stop in an environment of Colab's own versions, of which the kit changes none.
+def pip(python: str, *arguments: str) -> list[str]:
+    """Run pip in another environment; the lines that it prints. What it says is shown only where it fails."""
+    done = subprocess.run([python, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"pip {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+    return done.stdout.splitlines()
 
-    The environment is a whole one: with packages lent from this one, a missing or replaced package would not be noticed.
+
+def environment(folder: str, *wanted: str) -> str:
+    """A new environment in `folder` with what pip is asked for; its python.
+
+    It is a whole one: with packages lent from this one, a missing or replaced package would not be noticed.
     """
-    python = os.path.join(folder, "colab", "bin", "python")
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = os.path.join(folder, "bin", "python")
+    pip(python, "install", "-q", *wanted)
+    print(f"\n({folder}: {time.monotonic() - began:.0f} s, beside the rest)", flush=True)
+    return python
 
-    def installed() -> set[str]:
-        return set(subprocess.check_output([*pip, "freeze"], text=True).splitlines())
 
-    run(sys.executable, "-m", "venv", os.path.join(folder, "colab"))
-    run(*pip, "install", "-q", f"torch=={version('torch').split('+')[0]}", "-r", "tests/colab-constraints.txt")
-    before = installed()
-    run(*pip, "install", "-q", "-r", "requirements.txt")
-    print("added:", *sorted(installed() - before))
-    if changed := before - installed():
+def floors() -> list[str]:
+    """The oldest versions that requirements.txt allows, as pip wants them."""
+    lines = (line.split("#")[0].strip() for line in Path("requirements.txt").read_text(encoding="utf-8").splitlines())
+    return [line.replace(">=", "==") for line in lines if line]
+
+
+def with_colabs_versions(python: str, folder: str) -> None:
+    """The main notebooks, a plan, the form and the stop with Colab's own versions, of which the kit changes none."""
+    before = set(pip(python, "freeze"))
+    pip(python, "install", "-q", "-r", "requirements.txt")
+    after = set(pip(python, "freeze"))
+    print("added:", *sorted(after - before))
+    if changed := before - after:
         sys.exit(f"requirements.txt changes what Colab ships: {', '.join(sorted(changed))}")
-    run(python, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "on-colab"))
+    run(python, *PLAN)
+    for name in NOTEBOOKS:
+        out = os.path.join(folder, f"{name}-on-colab")
+        run(python, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
     run(python, *PYTEST, "tests/test_panel.py", "tests/test_notebooks.py", "-k", "test_panel or interrupt")
+
+
+def on_the_floor(python: str, folder: str) -> None:
+    """A plan, a run and the tests of what a step computes with the oldest versions that are allowed."""
+    run(python, *PLAN)
+    run(python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", os.path.join(folder, "on-the-floor"))
+    run(python, *PYTEST, "-m", "not slow", *(f"tests/test_{name}.py" for name in ("trainer", "attention", "head", "versions")))
+
+
+def notebooks(folder: str) -> None:
+    """Every notebook here, and what runs with other versions: gigabytes of torch, installed one after the other meanwhile."""
+    here, aside = sys.executable, ThreadPoolExecutor(1)
+    colab = aside.submit(environment, os.path.join(folder, "colab"), "-r", "tests/colab-constraints.txt")
+    floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())
+    try:
+        for name in NOTEBOOKS:
+            run(here, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=os.path.join(folder, name))
+        quick = dict(LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0")
+        run(here, *LAX, "notebooks/orpo_vs_sft_dpo.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus"), **quick)
+        with_colabs_versions(colab.result(), folder)
+        on_the_floor(floor.result(), folder)
+        run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
+    finally:
+        aside.shutdown(cancel_futures=True)
 
 
 def main() -> None:
@@ -56,15 +103,7 @@ def main() -> None:
     run(here, "-m", "tests.audit")
     run(here, *NBVAL, "--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks/orpo_by_hand.ipynb")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("LazyORPO", "LazyORPO_standalone"):
-            out = os.path.join(folder, name)
-            run(here, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
-        quick = dict(
-            LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus")
-        )
-        run(here, *LAX, "notebooks/orpo_vs_sft_dpo.ipynb", **quick)
-        with_colabs_versions(folder)
-        run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
+        notebooks(folder)
     # Two tests at a time of one thread each: small models gain nothing from two threads.
     run(here, *PYTEST, "-n", "2", "--dist", "loadgroup", "--durations=10", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
