@@ -194,12 +194,8 @@ def _results(run) -> str:
             "In parentheses: 95 % bootstrap intervals over the held-out pairs; the change is taken pair by pair. "
             "Accuracy: share of pairs whose chosen answer has the higher odds; log-odds: nats; nll: nats per token.",
         ]
-    for name, words in (
-        ("habit", "Answers with the demo's habit"),
-        ("instructions", "Instructions followed, of those that code can check"),
-    ):
-        if f"{name}_after" in summary:
-            lines.append(f"{words}: {summary[f'{name}_before']:.0%} before, {summary[f'{name}_after']:.0%} after.")
+    if "habit_after" in summary:
+        lines.append(f"Answers with the demo's habit: {summary['habit_before']:.0%} before, {summary['habit_after']:.0%} after.")
     train = [row for row in rows if not history.is_evaluation(row)]
     if curves := {name: seen for name in history.CURVES if (seen := history.values(train, name))}:
         ends = ", ".join(f"{name} {seen[0]:.3f} → {seen[-1]:.3f}" for name, seen in curves.items())

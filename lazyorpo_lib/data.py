@@ -19,14 +19,13 @@ empty_answer, identical_answers (white space apart), duplicate (the same pair wa
 answers are also ranked the other way round: every row of them goes). The caller adds its own.
 """
 
-import bisect
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -271,14 +270,12 @@ def _transcript(text):
 
 @dataclass
 class Report:
-    """What became of the rows: kept + dropped = read at all times. Lengths are characters, exact below 10,000 and to
-    four digits above, so that memory stays flat."""
+    """What became of the rows: kept + dropped = read at all times."""
 
     on_drop: Callable[[dict], None] | None = None
     read: int = 0
     dropped: Counter = field(default_factory=Counter)
     shapes: Counter = field(default_factory=Counter)
-    lengths: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     longer: int = 0
 
     @property
@@ -292,9 +289,6 @@ class Report:
 
     def add(self, pair: Pair, sign: int = 1) -> None:
         """Put a pair into the figures of what is kept; -1 takes it out again."""
-        prompt = sum(len(turn["content"]) for turn in pair.prompt)
-        for side, length in (("prompt", prompt), ("chosen", len(pair.chosen)), ("rejected", len(pair.rejected))):
-            self.lengths[side][round(length, min(4 - len(str(length)), 0))] += sign
         self.shapes[pair.shape] += sign
         self.longer += sign * (len(pair.chosen) > len(pair.rejected))
 
@@ -313,22 +307,12 @@ class Report:
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
             "chosen_longer": self.chosen_longer,
-            "characters": {side: _figures(self.lengths[side]) for side in ("prompt", "chosen", "rejected")},
             "shapes": {shape: rows for shape, rows in self.shapes.items() if rows},
         }
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common())
         return f"kept {self.kept:,} of {self.read:,} pairs" + (f"; dropped {dropped}" if dropped else "")
-
-
-def _figures(lengths):
-    values, pairs = sorted(+lengths) or [0], lengths.total()
-    upto = list(itertools.accumulate(lengths[value] for value in values))
-    figures = {"mean": sum(value * lengths[value] for value in values) / max(pairs, 1)}
-    for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
-        figures[name] = values[bisect.bisect_left(upto, share * pairs)]
-    return figures
 
 
 def json_safe(value, depth: int = 50):

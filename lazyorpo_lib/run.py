@@ -27,7 +27,6 @@ from .callbacks import On, Progress, Stop, Stopped, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .folder import remove, take
 from .history import read_json
-from .instructions import INSTRUCTIONS, followed
 from .live import LivePlot, show_progress
 from .memory import allocated_gib, forget_peak_memory, memory_gib
 from .settings import FIELDS, Settings, UserError
@@ -41,7 +40,7 @@ FILES = (
 NOT_THE_RESULT = {
     "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
     "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
-    "answer_tokens", "instructions", "tokens_per_batch", "checkpointed_layers",
+    "answer_tokens", "tokens_per_batch", "checkpointed_layers",
 }  # fmt: skip
 FIRST_STEPS = 10  # real steps that tell how long the rest will take
 _locks: dict[Path, object] = {}  # folders this process is at work in
@@ -362,8 +361,7 @@ class Run:
             with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
                 table = self.trainer.pair_tables(pairs, partial(advance, bar))
             self.evaluated_seconds += time.monotonic() - began
-            asked = [[{"role": "user", "content": text}] for text in INSTRUCTIONS] if some and self.settings.instructions else []
-            prompts = [p.prompt for p in pairs[:some]] + [self.encoder.prompt_ids(messages) for messages in asked]
+            prompts = [p.prompt for p in pairs[:some]]
             with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
                 texts = self._answer(prompts, partial(advance, bar))
         self.looked_seconds = time.monotonic() - began
@@ -376,7 +374,7 @@ class Run:
             "columns": trainer.SUMS,
             "prompts": [self.texts[i].prompt[-1]["content"] for i in range(some)],
             "chosen_shorter": [len(p.chosen) < len(p.rejected) for p in pairs],
-            when: {"pairs": table.tolist(), "answers": texts[:some], "instructions": texts[some:]},
+            when: {"pairs": table.tolist(), "answers": texts},
         })  # fmt: skip
 
     def _watch(self, step: int) -> None:
@@ -488,11 +486,9 @@ class Run:
             "verdict": evaluate.verdict(figures),
             "held_out": figures,
         }
-        for when in ("before", "after"):
-            if self.settings.dataset == "demo":
+        if self.settings.dataset == "demo":
+            for when in ("before", "after"):
                 results[f"habit_{when}"] = evaluate.habit_share(kept[when]["answers"])
-            if texts := kept[when].get("instructions"):
-                results[f"instructions_{when}"] = sum(followed(texts)) / len(texts)
         return results
 
     def answers(self) -> list[dict[str, str]]:

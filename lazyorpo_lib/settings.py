@@ -100,7 +100,6 @@ class Settings:
     )
     answers: int = _setting(3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000)
     answer_tokens: int = _setting(128, "longest generated answer, tokens", low=1, high=8192)
-    instructions: bool = _setting(True, "also answer 16 instructions whose answers a few lines of code can check; part of `answers`")
     watch_every_steps: int = _setting(
         0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000
     )

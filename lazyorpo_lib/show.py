@@ -105,9 +105,8 @@ def held_out(run) -> Shown:
         (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))
         for name, f in results["held_out"].items()
     ]
-    for name, words in (("habit", "answers with the demo's habit"), ("instructions", "checkable instructions followed")):
-        if f"{name}_before" in results:
-            rows.append((words, "", *(f"{results[f'{name}_{when}']:.0%}" for when in ("before", "after")), ""))
+    if "habit_before" in results:
+        rows.append(("answers with the demo's habit", "", f"{results['habit_before']:.0%}", f"{results['habit_after']:.0%}", ""))
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")

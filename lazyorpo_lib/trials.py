@@ -30,7 +30,7 @@ COST = {
     "training_minutes": "training minutes", "tokens": "tokens", "forward_passes": "forward passes",
     "training_peak_gib": "training's peak, GiB",
 }  # fmt: skip
-SHARES = {"habit_after": "answers with the habit", "instructions_after": "instructions followed"}
+SHARES = {"habit_after": "answers with the habit"}
 
 
 def compare_recipes(settings: Settings, *, seeds: int = 3, dpo_learning_rate: float = 0.0, show: Callable[[str], None] = print) -> Path:

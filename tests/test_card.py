@@ -150,14 +150,14 @@ def test_an_empty_folder_gives_a_card_that_claims_nothing(tmp_path):
 
 def test_results_settings_plan_and_drops_are_told(tmp_path):
     both = {"peak_gib": [1.5, 1.25], "minutes": [2.0, 2.5]}
-    summary = {"planned_against_measured": both, "versions": {"torch": "2.9.0"}, "instructions_before": 0.25, "instructions_after": 0.5}
+    summary = {"planned_against_measured": both, "versions": {"torch": "2.9.0"}, "habit_before": 0.25, "habit_after": 0.5}
     run = write_run(tmp_path, settings={"learning_rate": 1e-4}, summary=summary)
     text = card.write_card(run)
     assert "| accuracy | 40 | 0.550 (0.400 to 0.700) | 0.800 (0.675 to 0.900) | 0.250 (0.100 to 0.400) | yes |" in text
     assert "| equal answers | 10 |" in text and "61% of the kept pairs" in text
     assert "| learning_rate | 0.0001 | 0.0005 |" in text and "| method | lora | auto | flag |" in text
     assert "| peak memory, GiB | 1.50 | 1.25 |" in text and "| minutes of training | 2.00 | 2.50 |" in text
-    assert "in 3.0 minutes" in text and "code can check: 25% before, 50% after" in text
+    assert "in 3.0 minutes" in text and "demo's habit: 25% before, 50% after" in text
     assert "torch 2.9.0" in text and "2403.07691" in text
 
 

@@ -15,7 +15,6 @@ import pytest
 from lazyorpo_lib import history, model, planner, run
 from lazyorpo_lib.callbacks import Stop
 from lazyorpo_lib.folder import MARKER, take
-from lazyorpo_lib.instructions import INSTRUCTIONS
 from lazyorpo_lib.memory import forget_peak_memory, memory_gib
 from lazyorpo_lib.run import Run, execute, fingerprint
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
@@ -77,11 +76,10 @@ def test_reports_add_up(finished):
     assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
 
 
-def test_base_and_tuned_model_answer_the_checkable_instructions_and_the_work_is_counted(finished):
+def test_base_and_tuned_model_answer_and_the_work_is_counted(finished):
     kept = json.loads((finished.folder / "held_out.json").read_text())
-    assert all(len(kept[when]["instructions"]) == len(INSTRUCTIONS) and len(kept[when]["answers"]) == 2 for when in ("before", "after"))
+    assert all(len(kept[when]["answers"]) == 2 for when in ("before", "after"))
     summary = json.loads((finished.folder / "summary.json").read_text())
-    assert {"instructions_before", "instructions_after"} < summary.keys()
     rows = history.read(finished.folder / "history.jsonl")
     assert summary["forward_passes"] == sum(row.get("forward_passes", 0) for row in rows) == 6
     assert summary["tokens"] == sum(row.get("tokens", 0) for row in rows) > 6 * 4 * 10
