@@ -202,11 +202,11 @@ def _small_model(kind: str, layers: int = 4):
     return model
 
 
-def _copied(model, method: str, dtype):
+def _copied(model, method: str, dtype, **settings):
     """A copy; frozen weights in `dtype`, trained ones in float32. The Trainer moves it to its device."""
     model = copy.deepcopy(model)
     if method == "lora":
-        model = lora(model)
+        model = lora(model, **settings)
     for weight in model.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
@@ -473,10 +473,7 @@ def _merged(model, settings, folder) -> float:
 
 def _run(base, pairs, folder, dtype, resume=None, **settings):
     """Twelve steps with dropout and checkpointed layers, saved at the fifth and tenth; the weights and the trainer."""
-    model = _copied(base, "lora", dtype)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
+    model = _copied(base, "lora", dtype, lora_dropout=0.1)
     trainer = trainer_of(model, pairs, folder, dtype=dtype, layers=1, max_steps=12, save_every_steps=5,
                          keep_checkpoints=3, **settings)  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
