@@ -58,7 +58,7 @@ PARTS = (
     Part(6, "resume", "exact.resume", 60, 20, environment=(("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)),
     Part(7, "oom", "exact.oom", 50),
     Part(8, "twice", "exact.twice", 60, 40),
-    Part(9, "probe", "exact.probe", 60, 60),
+    Part(9, "probe", "exact.probe", 60, 100),
     Part(10, "peaks/smollm2-135m", "speed.peaks", 20, 30, ("smollm2-135m", "lora")),
     Part(10, "peaks/fragments", "speed.peaks", 20, None, ("smollm2-135m", "lora", "", False),
          environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False"),

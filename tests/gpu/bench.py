@@ -5,6 +5,7 @@ the norm of the truth.
 """
 
 import contextlib
+import copy
 import gc
 import json
 import random
@@ -17,8 +18,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from lazyorpo_lib import attention, planner
 from lazyorpo_lib import model as models
-from lazyorpo_lib import planner
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.settings import Settings
 from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
@@ -84,7 +85,7 @@ def build(config, dtype, device: str = DEVICE, seed: int = 0):
     """Random weights of a shape, made on the device."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # a scorer writes its layout there
 
 
 def build_four_bit(config, dtype):
@@ -99,15 +100,15 @@ def build_four_bit(config, dtype):
         for name, layer in module.named_children():
             if type(layer) is torch.nn.Linear and layer is not head:
                 made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, True, "nf4", device="meta")
-                weight = torch.randn(layer.weight.shape, dtype=dtype, device=DEVICE) * 0.02
+                weight = torch.empty(layer.weight.shape, dtype=dtype, device=DEVICE).normal_(0, 0.02)
                 made.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(DEVICE)
                 setattr(module, name, made)
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
             if weight is not None and weight.is_meta:
-                value = torch.randn(weight.shape, dtype=dtype, device=DEVICE) * 0.02 if weight.dim() > 1 else None
-                value = torch.ones(weight.shape, dtype=dtype, device=DEVICE) if value is None else value
-                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+                made = torch.empty(weight.shape, dtype=dtype, device=DEVICE)
+                made = made.normal_(0, 0.02) if weight.dim() > 1 else made.fill_(1.0)
+                setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
     model.tie_weights()
     model.is_loaded_in_4bit = True
     return model
@@ -233,9 +234,13 @@ def as_t4():
     if not CUDA:
         yield
         return
-    with patch.object(torch.cuda, "get_device_capability", lambda device=None: (7, 5)):
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
+    kernels = {name: kernel for name, kernel in attention.KERNELS.items() if name != "flash"}
+    with (
+        patch.object(torch.cuda, "get_device_capability", lambda device=None: (7, 5)),
+        patch.multiple(attention, KERNELS=kernels, _verdicts={}),
+        sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
+        yield
 
 
 def this_card() -> planner.Card | None:

@@ -141,7 +141,8 @@ class _Profiled(TrainerCallback):
             seconds = time.perf_counter() - self.began
             self.profiler.__exit__(None, None, None)
             events = self.profiler.key_averages()
-            kernels = {e.key: e.self_device_time_total / 1e6 for e in events if e.device_type == DeviceType.CUDA}
+            kernels = {e.key: e.self_device_time_total / 1e6 for e in events
+                       if e.device_type == DeviceType.CUDA and not e.is_user_annotation}  # fmt: skip
             self.busy, self.seconds = sum(kernels.values()) / seconds, seconds
             self.launches = sum(e.count for e in events if "LaunchKernel" in e.key)
             self.kernels = sorted(kernels.items(), key=lambda item: -item[1])[:12]
