@@ -1,10 +1,12 @@
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib.settings import DEFAULTS, FIELDS, PRESETS, Settings, UserError, coerce, from_environment, resolve
+from lazyorpo_lib.settings import COLAB_MINUTES, DEFAULTS, FIELDS, PRESETS, Settings, UserError, coerce, from_environment, resolve
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,10 @@ def test_a_misspelt_environment_variable_is_not_silent():
 def test_light_modules_do_not_import_heavy_ones(module, heavy):
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/LazyORPO.ipynb"])
+def test_what_colab_is_told_is_what_the_preset_does(page):
+    text = " ".join((Path(__file__).parents[1] / page).read_text(encoding="utf-8").split())
+    told = re.findall(r"up to ([\d,]+) (?:real )?pairs\W+(?:in )?about (\d+) minutes", text)
+    assert told == [(f"{PRESETS['colab-t4']['max_pairs']:,}", str(COLAB_MINUTES))]
