@@ -280,6 +280,7 @@ class PairScorer:
         self.refused: dict[str, str] = {}
         training = self.model.training
         self.model.eval()
+        start_batch(None)  # of an earlier model: its row may still be in force
         with torch.no_grad():
             probe = _Probe(self)
             for self.rung, self.layout, implementation in LADDER:
@@ -340,9 +341,10 @@ class _Probe:
         half = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
         if not self.truth.isfinite().all():
+            mend = {torch.float16: "set precision=float32, take a GPU that has bfloat16,", torch.bfloat16: "set precision=float32"}
             raise UserError(
-                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities are not finite. "
-                "Set precision=float32, take a GPU that has bfloat16, or choose another base_model."
+                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities are not finite; "
+                f"{mend.get(dtype, 'load its weights anew')} or choose another base_model."
             )
         # In 16 bit even the right answer depends on how rows are batched; that noise is measured, and allowed for.
         self.tolerance = 1e-4

@@ -22,7 +22,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
+from . import __version__, attention, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
 from .callbacks import On, Progress, Stop, Stopped, progress_bar
 from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .folder import remove, take
@@ -243,6 +243,8 @@ class Run:
         scorer = self.trainer.scorer
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
         self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
+        if kernels := attention.kernels_taken():
+            self.show(f"Attention by: {'; '.join(kernels)}.")
 
     def _plan(self) -> tuple[planner.Plan, Settings]:
         plan, settings = _planned(

@@ -366,7 +366,7 @@ def test_the_calls_fit_the_operations_of_the_torch_at_hand(few, window):
 def test_a_model_that_gives_no_numbers_is_told_before_it_is_trained():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[:] = torch.nan
-    with pytest.raises(UserError, match="float32 overflows.*precision=float32"):
+    with pytest.raises(UserError, match="float32 overflows.*not finite; load its weights anew or choose another"):
         PairScorer(ScoringForward(model))
 
 
