@@ -232,7 +232,8 @@ run.train()
             time.sleep(0.1)
         show_progress(folder)  # as a second kernel would, while training goes on
         manager.interrupt_kernel()
-        replies = [client.get_shell_msg(timeout=60) for _ in asked]
+        said = iter(lambda: client.get_shell_msg(timeout=60), None)  # a kernel slow to start may answer its first question twice
+        replies = [next(r for r in said if r["parent_header"]["msg_id"] in asked) for _ in asked]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
