@@ -60,6 +60,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     Returns:
         (1, N, heads, head_dim) and None for the weights.
     """
+    if kwargs.get("softcap"):
+        raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
     if _row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings of float32 weights leave query and key in float32
@@ -223,6 +225,11 @@ def _with_gradients(run, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
         leaves = [x.to(upstream.dtype, copy=True).requires_grad_() for x in inputs]
         out = run(*leaves)
         return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def takes_sdpa(model) -> bool:
+    """Whether SDPA is right for a model. Before 5.21 transformers says so of Gemma 2 too, and computes it without its soft cap."""
+    return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 # Dense masks, for models whose attention must run in transformers' own eager code (soft-capping, sinks, chunks).

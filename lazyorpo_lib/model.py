@@ -30,6 +30,7 @@ from transformers.utils import is_liger_kernel_available
 from . import folder as folders
 from . import hub, setup
 from .adapters import fuse
+from .attention import takes_sdpa
 from .memory import GIB, free_bytes
 from .settings import DEFAULTS, Settings, UserError
 
@@ -316,6 +317,8 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     if not model.generation_config.do_sample:  # some models ship sampling values that saving then refuses
         for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
             setattr(model.generation_config, name, None)
+    if not takes_sdpa(model):
+        model.set_attn_implementation("eager")
     model.config.use_cache = False
     return model
 

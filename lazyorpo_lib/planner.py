@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import psutil
 import torch
 
+from .attention import takes_sdpa
 from .batching import EncodedPair
 from .history import duration
 from .model import Machine, check_apple, pick_precision
@@ -219,7 +220,7 @@ def _shape(config, rank: int) -> _Shape:
         factored=sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters.values()),
         layers=text.num_hidden_layers,
         attention_width=heads * head_dim,
-        dense=not model._supports_sdpa,
+        dense=not takes_sdpa(model),
     )
 
 

@@ -344,7 +344,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     cuda, autocast = machine.device == "cuda", dtype != torch.float32
     model = _small_model(config, settings, method, dtype, sharded)
     lm = causal_lm(model)
-    dense = not lm._supports_sdpa  # soft-capping and sinks run in eager code with dense masks
+    dense = not attention.takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
     mode, results = FakeTensorMode(), []
     with mode, contextlib.ExitStack() as stack:
         _fake(model)

@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lazyorpo_lib.attention import takes_sdpa
+
 BASE = dict(
     vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -59,6 +61,8 @@ def tiny_model(name: str, seed: int = 0, **changes):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **(BASE | options))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if not takes_sdpa(model):
+        model.set_attn_implementation("eager")  # as load_base
     with torch.no_grad():  # larger than the usual start, so that a leak shows
         for parameter in model.parameters():
             if parameter.dim() > 1:
