@@ -425,3 +425,19 @@ def test_where_memory_does_not_reach_past_a_window_the_probe_is_shorter():
 def test_weights_that_leave_no_memory_are_told_in_a_sentence():
     with pytest.raises(UserError, match="no memory on cpu.*smaller base_model"):
         PairScorer(windowed(limit=0)[0])
+
+
+def test_a_soft_cap_is_never_lost_where_transformers_says_that_sdpa_would_do(monkeypatch):
+    model = tiny_model("gemma2")
+    monkeypatch.setattr(type(model).__mro__[1], "_supports_sdpa", True)  # as before 5.21
+    model = tiny_model("gemma2")
+    scorer = PairScorer(ScoringForward(model))
+    assert scorer.rung == "shared, dense masks" and "soft-capped" in scorer.refused["shared"]
+    pairs = random_pairs(2, seed=1)
+    with torch.no_grad():
+        capped = scorer.logps(collate(pairs))
+        model.config.attn_logit_softcapping = None
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = scorer.logps(collate(pairs))
+    assert (capped - uncapped).abs().max() > 1e-3
