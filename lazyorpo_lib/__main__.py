@@ -1,7 +1,7 @@
 """python -m lazyorpo_lib: a run, or its plan, from a terminal. Every setting of `settings.py` is a flag.
 
 Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or stopped by gradients
-that were not finite, with a checkpoint saved.
+that were not finite: with a checkpoint, once a step is done.
 """
 
 import argparse

@@ -468,7 +468,8 @@ class _Planner:
         evaluation = evaluations * settings.eval_pairs * (forward + scores + head / 2) / pair * (step - paging) / per_step
         total = (steps * step + evaluation) / 60
         lines = (
-            f"a pair: {lengths.mean:.0f} tokens, {pair / 1e12:.3g} TFLOP (layers {forward * passes / 1e12:.3g} in {passes:.2f} passes, "
+            f"{lengths.pairs:,} pairs ({lengths.source}); a pair: {lengths.mean:.0f} tokens, "
+            f"{pair / 1e12:.3g} TFLOP (layers {forward * passes / 1e12:.3g} in {passes:.2f} passes, "
             f"attention {scores * (3.5 + again) / 1e12:.3g}, head {head / 1e12:.3g})",
             f"a step: {per_step} pairs in {batches} micro-batches, {step:.3g} s (computing {computing:.3g} at "
             f"{self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving bytes {moving:.3g} at {self.bandwidth / 1e9:.3g} GB/s; "

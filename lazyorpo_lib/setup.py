@@ -139,9 +139,9 @@ def mirror(source: Path, target: Path, *, keep: int = 2) -> bool:
         False, with a line that says why, if the disk failed; what had been there is still there.
     """
     try:
-        for item in sorted(source.iterdir()):
+        for item in sorted(source / name for name in (marked(source) or {"files": {}})["files"]):
             done = item.name.startswith("checkpoint-") and (target / item.name).exists()  # a checkpoint never changes
-            if not done and not item.name.startswith(".") and item.suffix not in (".tmp", ".partial"):
+            if item.exists() and not done and not item.name.startswith(".") and item.suffix != ".tmp":
                 take(target, "run", item.name)
                 copy_complete(item, target / item.name)
         for old in checkpoints.numbered(target)[:-keep]:

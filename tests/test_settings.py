@@ -97,5 +97,5 @@ def test_light_modules_do_not_import_heavy_ones(module, heavy):
 @pytest.mark.parametrize("page", ["README.md", "notebooks/LazyORPO.ipynb"])
 def test_what_colab_is_told_is_what_the_preset_does(page):
     text = " ".join((Path(__file__).parents[1] / page).read_text(encoding="utf-8").split())
-    told = re.findall(r"up to ([\d,]+) (?:real )?pairs\W+(?:in )?about (\d+) minutes", text)
+    told = re.findall(r"up to ([\d,]+) rows of (?:real )?pairs, in about (\d+) minutes", text)
     assert told == [(f"{PRESETS['colab-t4']['max_pairs']:,}", str(COLAB_MINUTES))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import setup
-from lazyorpo_lib.folder import MARKER
+from lazyorpo_lib.folder import MARKER, take
 from lazyorpo_lib.settings import UserError
 
 COLAB = Path(__file__).parents[2] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
@@ -169,8 +169,10 @@ def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "run"
-    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model", "checkpoint-7.partial"):
+    folder = take(
+        tmp_path / "run", "run", "checkpoint-5", "checkpoint-10", "checkpoint-100", "model", "history.jsonl", ".lock", "live.png.tmp"
+    )
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model", "their notes"):
         (folder / name).mkdir(parents=True)
         (folder / name / "weights").write_text(name)
     for name in ("history.jsonl", ".lock", "live.png.tmp"):

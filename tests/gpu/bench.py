@@ -9,7 +9,6 @@ import copy
 import gc
 import json
 import random
-import re
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -244,7 +243,6 @@ def as_t4():
 
 
 def this_card() -> planner.Card | None:
-    """The machine's card in CARDS."""
+    """The machine's card in CARDS, as the planner finds it."""
     here = models.this_machine()
-    named = [c for c in planner.CARDS.values() if re.search(rf"\b{re.escape(c.name.split('-')[0])}\b", here.name)]
-    return min(named, key=lambda c: abs(c.memory_gib - here.memory_gib), default=None) if CUDA else None
+    return planner._listed(here.name, here.memory_gib) if CUDA else None

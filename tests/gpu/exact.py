@@ -156,20 +156,9 @@ def _speed():
     *inputs, grad = _inputs(32, 8, 128, batch.input_ids.shape[1], HALF)
     mask, options = _allowed(batch, None), dict(enable_gqa=True)
 
-    def pair_by_pair(q, k, v):
-        from torch.nn.attention.bias import causal_lower_right
-
-        outs = []
-        for start in range(0, 8 * 900, 900):
-            a, b, c = ([x[:, :, start : start + n] for x in (q, k, v)] for n in (600, 300, 900))
-            outs.append(F.scaled_dot_product_attention(*a, is_causal=True, **options))
-            kv = [torch.cat([first, x[:, :, 600:]], dim=2) for first, x in zip(b[1:], c[1:], strict=True)]
-            outs.append(F.scaled_dot_product_attention(c[0][:, :, 600:], *kv, attn_mask=causal_lower_right(300, 600), **options))
-        return torch.cat(outs, dim=2).transpose(1, 2)
-
     ways = {
         "the row's kernel": lambda q, k, v: attention.attention(None, q, k, v, None)[0],
-        "a call for every answer": pair_by_pair,
+        "a call for every answer": lambda q, k, v: attention._by_pairs(q, k, v, 0.0, None, None),
         "dense mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2),
     }
     attention.start_batch(batch)
