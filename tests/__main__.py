@@ -99,7 +99,7 @@ def main() -> None:
     here = sys.executable
     run(here, "-m", "ruff", "check", ".")
     run(here, "-m", "ruff", "format", "--check", ".")
-    run(here, "-m", "lazyorpo_lib.standalone", "--check")
+    run(here, "notebooks/make_standalone.py", "--check")
     run(here, "-m", "tests.audit")
     run(here, *NBVAL, "--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks/orpo_by_hand.ipynb")
     with tempfile.TemporaryDirectory() as folder:

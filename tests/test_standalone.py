@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from lazyorpo_lib import standalone
-from lazyorpo_lib.standalone import HOME, STANDALONE, bundled, cell_text, digest, notebook
+from notebooks import make_standalone as standalone
+from notebooks.make_standalone import HOME, STANDALONE, bundled, cell_text, digest, notebook
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def checkout(tmp_path):
 
 
 def test_the_committed_notebook_is_up_to_date():
-    assert standalone.main(["--check"]) == 0, "run python -m lazyorpo_lib.standalone"
+    assert standalone.main(["--check"]) == 0, "run python notebooks/make_standalone.py"
 
 
 def test_the_same_files_give_the_same_bytes(checkout):

@@ -1,7 +1,7 @@
 """Writes notebooks/LazyORPO_standalone.ipynb: the main notebook, with the library in one folded cell of plain text.
 
-    python -m lazyorpo_lib.standalone           write it
-    python -m lazyorpo_lib.standalone --check   exit status 1 if it is not what would be written
+    python notebooks/make_standalone.py           write it
+    python notebooks/make_standalone.py --check   exit status 1 if it is not what would be written
 
 The same files give the same bytes. It runs no cell.
 """
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     text = notebook()
     if arguments == ["--check"]:
         fresh = STANDALONE.is_file() and STANDALONE.read_text(encoding="utf-8") == text
-        print("up to date" if fresh else f"{STANDALONE.name} is stale: run python -m lazyorpo_lib.standalone")
+        print("up to date" if fresh else f"{STANDALONE.name} is stale: run python notebooks/make_standalone.py")
         return 0 if fresh else 1
     STANDALONE.write_text(text, encoding="utf-8")
     return 0
