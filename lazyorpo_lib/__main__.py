@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from . import model, planner, run
 
-    settings, sources, why = resolve(layers, gpu_gib=model.this_machine().gpu_gib)
+    target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else model.this_machine()
+    settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
     if given["device"] == "all":
         plans = run.estimates(settings)
         print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))

@@ -182,6 +182,8 @@ def _proven_kernel(query: Tensor, key: Tensor, value: Tensor, scaling, window):
         for name, kernel in KERNELS.items():
             try:
                 why = _disagreement(kernel, query, key, value, scaling, window and min(window, 13))
+            except torch.OutOfMemoryError:
+                return None  # it says nothing of the kernel
             except Exception as error:  # whatever a private operation raises, in whichever torch, it means: do without
                 why = _brief(error)
             if not why:
@@ -221,10 +223,11 @@ def _disagreement(kernel, query, key, value, scaling, window) -> str:
 
 def _with_gradients(run, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
     """run(*inputs) and the inputs' gradients, in the dtype of `upstream`."""
-    with torch.enable_grad():
+    # The first row may be computed in a checkpointed layer, whose own hooks must not see what is saved here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         leaves = [x.to(upstream.dtype, copy=True).requires_grad_() for x in inputs]
         out = run(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, upstream)]
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 def takes_sdpa(model) -> bool:

@@ -16,7 +16,7 @@ def numbered(folder: Path) -> list[Path]:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return [c for c in numbered(folder) if folders.is_whole(c)]
+    return [c for c in numbered(folder) if folders.is_whole(c, "checkpoint")]
 
 
 def sharding_of(checkpoint: Path) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .history import write_atomically
+from .history import read_json, write_atomically
 from .settings import UserError
 
 MARKER = ".lazyorpo.json"
@@ -19,7 +19,8 @@ DRAFT = "draft"  # what a folder is until it is complete: nobody else writes the
 
 
 def marked(folder: Path) -> dict | None:
-    """The marker of a folder, {"what": kind of folder, "files": {path in it: bytes or null}}; None where it has none that can be read."""
+    """Read a folder's marker, {"what": kind of folder, "files": {path in it: bytes or null}}; None where it has none that can be
+    read. A folder's name ends with a slash."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found, dict) and isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
@@ -38,6 +39,11 @@ def check(folder: Path, what: str) -> dict:
         other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.") from None
+    if other and _is_run(folder):
+        raise UserError(
+            f"{str(folder)!r} holds a run of an earlier version, or one that was copied without its hidden file {MARKER}: nothing in it "
+            "was touched; copy the folder whole, or choose another one."
+        )
     if other:
         raise UserError(
             f"{str(folder)!r} holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''}, which this kit did not write: "
@@ -48,11 +54,22 @@ def check(folder: Path, what: str) -> dict:
     return found or {"what": what, "files": {}}
 
 
+def _is_run(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return {"fingerprint", "sources"} <= read_json(folder / "settings.json").keys()
+    return False
+
+
+def _name(path: Path) -> str:
+    return path.name + "/" * path.is_dir()
+
+
 def take(folder, what: str, *names: str) -> Path:
     """Make a folder the kit's, and `names` in it, where nobody else's files are in the way; known before anything is written.
 
     Args:
         what: kind of the folder; one that was taken as another kind is refused.
+        names: of files; those of folders end with a slash.
 
     Returns:
         the folder, made, absolute, without links.
@@ -64,7 +81,7 @@ def take(folder, what: str, *names: str) -> Path:
     try:
         found = check(folder, what)
         for path in (folder / name for name in names):
-            if path.is_symlink() or (path.exists() and path.name not in found["files"]):
+            if path.is_symlink() or (path.exists() and _name(path) not in found["files"] and not marked(path)):
                 raise UserError(f"{str(path)!r} was not written by this kit, and it would be: move it away, or choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, found | {"files": dict.fromkeys(names) | found["files"]})
@@ -87,13 +104,14 @@ def seal(folder: Path, what: str) -> None:
     _mark(folder, {"what": what, "files": sizes})
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a sealed folder still has all that it had."""
-    found = marked(folder)
+def is_whole(folder: Path, what: str) -> bool:
+    """Tell whether a folder that was sealed as `what` still has all that it had."""
+    found = marked(folder) or {"what": "", "files": {}}
     try:
-        return bool(found) and all((folder / name).stat().st_size == size for name, size in found["files"].items())
+        sizes = [(folder / name).stat().st_size == size for name, size in found["files"].items()]
     except OSError:
         return False
+    return found["what"] == what and bool(sizes) and all(sizes)
 
 
 @contextlib.contextmanager
@@ -108,27 +126,36 @@ def replacing(target: Path, what: str):
     if target.is_symlink():
         raise UserError(f"{str(target)!r} is a link, and links are not followed: give the folder itself.")
     draft = target.with_name(f".{target.name}.partial")
-    before = check(target, what)
-    if os.path.lexists(draft):
+    check(target, what)
+    if (marked(draft) or {}).get("what") == what:  # sealed, and then killed
+        remove(draft)
+    elif os.path.lexists(draft):
         check(draft, DRAFT)
         remove(draft)
     take(draft, DRAFT)
     try:
         yield draft
-        seal(draft, what)
-        new = marked(draft)["files"]
-        if others := [name for name in new if os.path.lexists(target / name) and name not in before["files"]]:
-            raise UserError(f"{str(target / others[0])!r} was not written by this kit, and it would be: move it away first.")
-        remove(target)
-        if not target.exists():
-            draft.rename(target)
-        else:
-            for name in [*new, MARKER]:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(draft / name, target / name)
+        put(draft, target, what)
     finally:
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def put(draft: Path, target: Path, what: str) -> None:
+    """Seal a finished folder and put it in the place of an older `what`, beside what others have put there."""
+    before = check(target, what)
+    seal(draft, what)
+    new = marked(draft)
+    if others := [name for name in new["files"] if os.path.lexists(target / name) and name not in before["files"]]:
+        raise UserError(f"{str(target / others[0])!r} was not written by this kit, and it would be: move it away first.")
+    remove(target)
+    if not target.exists():
+        draft.rename(target)
+        return
+    _mark(target, new)  # first, so that what a kill leaves of it is known
+    for name in new["files"]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / name, target / name)
 
 
 def remove(path: Path) -> None:
@@ -136,16 +163,17 @@ def remove(path: Path) -> None:
 
     What is listed neither in a marker of its own nor in that of the folder around it is left alone.
     """
-    inside, around = marked(path), marked(path.parent) or {"what": "", "files": {}}
-    listed = path.name in around["files"] or around["what"] == DRAFT
+    inside, around, name = marked(path), marked(path.parent) or {"what": "", "files": {}}, f"{path.name}/"
     if path.is_symlink() or not path.is_dir():
-        if listed:
+        if {path.name, name} & around["files"].keys() or around["what"] == DRAFT:
             path.unlink(missing_ok=True)
-    elif inside is None or inside["what"] == DRAFT:
-        if inside or listed:  # made as a whole by the kit, and torn before it was sealed
-            shutil.rmtree(path, ignore_errors=True)
-    else:
+        return
+    if inside and inside["what"] != DRAFT:
         _remove_listed(path, inside)
+    elif inside or name in around["files"]:  # made as a whole by the kit, and torn before it was sealed
+        shutil.rmtree(path, ignore_errors=True)
+    if name in around["files"]:  # what appears there next is not the kit's, unless it is taken again
+        _mark(path.parent, around | {"files": {k: v for k, v in around["files"].items() if k != name}})
 
 
 def _remove_listed(folder: Path, found: dict) -> None:

@@ -82,11 +82,16 @@ def truncate_after(path, step: int) -> None:
         write_atomically(path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step))
 
 
+def not_through_links(name, flags: int) -> int:
+    """Open a file as `open` does, but never what a link leads to."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_atomically(path, data: bytes) -> None:
     """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
     path = Path(path)
     draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)) as file:
+    with open(draft, "wb", opener=not_through_links) as file:
         file.write(data)
     os.replace(draft, path)
 

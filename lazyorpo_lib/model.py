@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from urllib.parse import urlparse
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
@@ -67,21 +69,31 @@ def this_machine() -> Machine:
     import psutil
 
     floor = next(wanted.specifier for wanted in setup.requirements() if wanted.name == "torch")
-    if not floor.contains(torch.__version__, prereleases=True):
+    if not floor.contains(Version(torch.__version__).base_version):
         raise UserError(f"torch is {torch.__version__}, but {floor} is needed: pip install 'torch{floor}', then start anew.")
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        free = (free_bytes("cuda:0") + torch.cuda.memory_allocated(0)) / GIB
+        index = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has a GPU of its own
+        card, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
+        built_for = [tuple(map(int, re.findall(r"_(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()]
+        if built_for and capability < min(built_for):
+            raise UserError(
+                f"{card.name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was built for "
+                f"{min(built_for)[0]}.{min(built_for)[1]} and later: install an older build of torch, or hide this GPU with "
+                "CUDA_VISIBLE_DEVICES=-1."
+            )
+        free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
         if free < 1:
             raise UserError(
                 f"Other processes hold all but {free:.1f} of the {card.total_memory / GIB:.1f} GiB of {card.name}: end them "
                 "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
             )
-        return Machine("cuda", card.name, card.total_memory / GIB, torch.cuda.get_device_capability(0), free)
-    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and setup._has_gpu():
+        return Machine("cuda", card.name, card.total_memory / GIB, capability, free)
+    visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # any other value hides all
+    if torch.version.cuda and visible and setup._has_gpu():
         raise UserError(
-            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, "
-            "or does not answer: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, does not "
+            "answer, or CUDA_VISIBLE_DEVICES names another: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to "
+            "use the CPU."
         )
     ram = psutil.virtual_memory().total / 2**30
     if torch.backends.mps.is_available():
@@ -97,10 +109,12 @@ def check_apple(settings: Settings, machine: Machine) -> None:
             raise UserError(f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}.")
 
 
-def check_liger(settings: Settings) -> None:
-    """Raise UserError where the settings ask for Liger's layers and the package is not there."""
+def check_liger(settings: Settings, machine: Machine) -> None:
+    """Raise UserError where the settings ask for Liger's layers, and there is no package or no GPU for them."""
     if settings.liger_kernel and not is_liger_kernel_available():
         raise UserError("liger_kernel is true, but it is not installed: pip install liger-kernel, or set liger_kernel=false.")
+    if settings.liger_kernel and (machine.device != "cuda" or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
+        raise UserError("liger_kernel is true, but Liger's layers need a whole model on a CUDA GPU, without FSDP: set liger_kernel=false.")
 
 
 def apply_liger(model) -> None:

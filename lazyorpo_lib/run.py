@@ -34,7 +34,7 @@ from .settings import FIELDS, Settings, UserError
 # What a run writes into its folder, checkpoints apart.
 FILES = (
     ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp", "history.jsonl", "watched.jsonl",
-    "held_out.json", "live.png", "summary.json", "README.md", "model", ".saving", "tensorboard", "wandb",
+    "held_out.json", "live.png", "summary.json", "README.md", "model/", ".saving/", "tensorboard/", "wandb/",
 )  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
@@ -75,11 +75,11 @@ class Run:
         self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
         self.machine = model.this_machine()
         model.check_apple(settings, self.machine)
-        model.check_liger(settings)
+        model.check_liger(settings, self.machine)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
             _keep_base_apart(settings.base_model, self.folder)
-            take(self.folder, "run", *FILES, *(c.name for c in checkpoints.numbered(self.folder)))
+            take(self.folder, "run", *FILES, *(f"{c.name}/" for c in checkpoints.numbered(self.folder)))
             _claim(self.folder)
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.fingerprint = fingerprint(settings)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from . import checkpoints
-from .folder import MARKER, marked, remove, replacing, take
+from .folder import MARKER, is_whole, marked, remove, replacing, take
+from .history import not_through_links
 from .settings import UserError
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
@@ -139,11 +140,12 @@ def mirror(source: Path, target: Path, *, keep: int = 2) -> bool:
         False, with a line that says why, if the disk failed; what had been there is still there.
     """
     try:
-        for item in sorted(source / name for name in (marked(source) or {"files": {}})["files"]):
-            done = item.name.startswith("checkpoint-") and (target / item.name).exists()  # a checkpoint never changes
-            if item.exists() and not done and not item.name.startswith(".") and item.suffix != ".tmp":
-                take(target, "run", item.name)
-                copy_complete(item, target / item.name)
+        for name in sorted((marked(source) or {"files": {}})["files"]):
+            item, is_checkpoint = source / name, name.startswith("checkpoint-")
+            done = is_checkpoint and ((target / name).exists() or not is_whole(item, "checkpoint"))  # one never changes
+            if item.exists() and not done and not name.startswith(".") and item.suffix != ".tmp":
+                take(target, "run", name)
+                copy_complete(item, target / name)
         for old in checkpoints.numbered(target)[:-keep]:
             remove(old)
     except (OSError, UserError) as error:
@@ -157,8 +159,10 @@ def copy_complete(source: Path, target: Path) -> None:
     """Copy a file or folder so that `target` is there whole or not at all."""
     if source.is_dir():
         with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
+            top = str(source)  # whose marker the copy gets anew
+            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ())
     else:
         draft = target.with_name(target.name + ".tmp")
-        shutil.copy2(source, draft)
+        with open(source, "rb") as old, open(draft, "wb", opener=not_through_links) as new:
+            shutil.copyfileobj(old, new)
         draft.replace(target)

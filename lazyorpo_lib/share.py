@@ -63,7 +63,6 @@ def export_gguf(run_folder) -> str:
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
-    folders.take(folder, "run", f"{merged.name}.gguf")
     command = [sys.executable, script, str(merged), "--outtype", "q8_0", "--outfile", f"{merged}.gguf"]
     if not Path(script).is_file():
         return f"""\
@@ -71,6 +70,10 @@ llama.cpp's converter is not here; these commands fetch it and write {merged}.gg
 git clone --depth 1 https://github.com/ggml-org/llama.cpp
 {sys.executable} -m pip install gguf sentencepiece
 {shlex.join(command)}"""
+    if folders.marked(folder):
+        folders.take(folder, "run", f"{merged.name}.gguf")
+    elif os.path.lexists(f"{merged}.gguf"):
+        raise UserError(f"{merged}.gguf is there already, and not by this kit: move it away first.")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{script} failed ({' '.join(done.stderr.split()[-30:])}): see what it needs, or take a newer llama.cpp.")

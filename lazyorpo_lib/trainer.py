@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MethodType
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -98,7 +99,6 @@ def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, o
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=settings.report_to,
-        ddp_find_unused_parameters=False,  # all trained weights are used; the search would walk every graph
         ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
     )
     _ = args.device
@@ -394,19 +394,20 @@ class OrpoTrainer(Trainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         if self.args.world_size == 1:
-            optimizer.step = partial(self._step, optimizer, type(optimizer).step)
+            optimizer.step = MethodType(partial(self._step, type(optimizer).step), optimizer)  # schedulers ask for __func__
         if getattr(optimizer, "is_paged", False):
             optimizer.load_state_dict = partial(_load_paged, optimizer)
         return optimizer
 
-    def _step(self, optimizer, step, *args, **kwargs):
+    def _step(self, step, optimizer, *args, **kwargs):
         """An optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
         if optimizer.state:
             return step(optimizer, *args, **kwargs)
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
         if message:
+            *_, last = optimizer.state or (None,)  # at work when it happened; some count the step before they take it
             for parameter, state in list(optimizer.state.items()):
-                if state.get("step", 0) > 0:
+                if state.get("step", 0) > 0 and parameter is not last:
                     parameter.grad = None  # it has been updated
                 else:
                     del optimizer.state[parameter]
@@ -459,13 +460,12 @@ class OrpoTrainer(Trainer):
         try:
             with history.disk_told(home):
                 if self.args.should_save:
-                    folders.take(home, "run", scratch.name, name)
+                    folders.take(home, "run", f"{scratch.name}/", f"{name}/")
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    folders.seal(scratch / name, "checkpoint")
                     folders.remove(home / name)
-                    (scratch / name).rename(home / name)
+                    folders.put(scratch / name, home / name, "checkpoint")
         finally:
             self.args.output_dir = str(home)
             if self.args.should_save:

@@ -166,7 +166,8 @@ def recommend(runs: Sequence[dict]) -> dict:
 
 def _home(settings: Settings, name: str) -> Path:
     """The folder `name` in the run's that the settings name, ready for several runs and what comes of them."""
-    return take(take(folder_of(settings), "run", name) / name, "set of runs", *(f"{name}.{ending}" for ending in ("json", "md", "png")))
+    home = take(folder_of(settings), "run", f"{name}/") / name
+    return take(home, "set of runs", *(f"{name}.{ending}" for ending in ("json", "md", "png")))
 
 
 def _run(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:

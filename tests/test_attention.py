@@ -441,3 +441,33 @@ def test_a_soft_cap_is_never_lost_where_transformers_says_that_sdpa_would_do(mon
             layer.self_attn.attn_logit_softcapping = None
         uncapped = scorer.logps(collate(pairs))
     assert (capped - uncapped).abs().max() > 1e-3
+
+
+def test_a_kernel_that_is_first_tried_in_a_checkpointed_layer_is_judged_as_outside_of_one(kernels):
+    batch, inputs, upstream = row_of(ROWS["nine pairs"])
+    start_batch(batch)
+    results = []
+    for checkpointed in (False, True):
+        attention._verdicts.clear()
+
+        def layer(*x):
+            return attention.attention(None, *x, None)[0] * 2
+
+        out = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False) if checkpointed else layer(*inputs)
+        assert attention.kernels_taken() == ["reference"]
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_out_of_memory_while_a_kernel_is_tried_says_nothing_of_the_kernel(kernels):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    kernels["reference"] = full
+    batch, inputs, _ = row_of(ROWS["one pair"])
+    start_batch(batch)
+    attention.attention(None, *inputs, None)
+    kernels["reference"] = reference
+    attention.attention(None, *inputs, None)
+    assert attention.kernels_taken() == ["reference"]

@@ -1,13 +1,15 @@
 """folder.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached by."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 import lazyorpo_lib
-from lazyorpo_lib import model, setup, share, trials
+from lazyorpo_lib import checkpoints, model, setup, share, trials
+from lazyorpo_lib import folder as folder_module
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.folder import MARKER, is_whole, remove, replacing, seal, take
 from lazyorpo_lib.run import Run, folder_of
@@ -96,7 +98,7 @@ def test_a_merge_replaces_an_older_merged_model_and_nothing_else(where, finished
     if where == "merged":
         write(folder, "notes.txt")
         share.merge(finished, folder)
-        assert (folder / "notes.txt").read_text() == "theirs: notes.txt" and is_whole(folder)
+        assert (folder / "notes.txt").read_text() == "theirs: notes.txt" and is_whole(folder, "merged model")
     else:
         before = state(folder)
         with pytest.raises(UserError, match=f"holds a {'run' if where == '.' else 'model'}, not a merged model"):
@@ -208,7 +210,7 @@ def test_a_marker_that_names_files_outside_its_folder_deletes_none(name, tmp_pat
 
 def test_a_link_that_was_listed_goes_alone(tmp_path):
     write(tmp_path, "precious/file")
-    take(tmp_path / "run", "run", "model")
+    take(tmp_path / "run", "run", "model/")
     (tmp_path / "run" / "model").symlink_to(tmp_path / "precious")
     remove(tmp_path / "run" / "model")
     assert not (tmp_path / "run" / "model").is_symlink() and (tmp_path / "precious" / "file").exists()
@@ -271,3 +273,69 @@ def test_only_one_module_deletes():
 def test_a_new_run_takes_an_empty_folder_and_its_own_again(tmp_path):
     for _ in range(2):
         assert Run(settings(tmp_path / "run"), {}, show=str).folder == folder_of(settings(tmp_path / "run"))
+
+
+# Names that were the kit's once.
+
+
+def test_a_checkpoint_that_another_trainer_wrote_under_an_old_name_of_ours_stays(tmp_path):
+    run = take(tmp_path / "run", "run", "checkpoint-50/")
+    sealed(run / "checkpoint-50")
+    checkpoints.remove(run)
+    write(run, "checkpoint-50/theirs")
+    checkpoints.remove(run)
+    assert (run / "checkpoint-50" / "theirs").exists()
+    with pytest.raises(UserError, match="was not written by this kit"):
+        Run(settings(run), {}, show=str)
+
+
+def test_a_torn_checkpoint_of_ours_goes_and_a_users_folder_under_the_name_of_a_file_of_ours_stays(tmp_path):
+    run = take(tmp_path / "run", "run", "checkpoint-50/", "STOP")
+    write(run, "checkpoint-50/torn", "STOP/theirs")
+    checkpoints.remove(run), remove(run / "STOP")
+    assert not (run / "checkpoint-50").exists() and (run / "STOP" / "theirs").exists()
+
+
+def test_an_emptied_checkpoint_is_not_complete(tmp_path):
+    write(sealed(tmp_path / "checkpoint-1"), "notes.txt")
+    remove(tmp_path / "checkpoint-1")
+    assert not is_whole(tmp_path / "checkpoint-1", "checkpoint")
+
+
+@pytest.mark.parametrize("moment", ["rename", "replace"])
+def test_a_kill_while_a_folder_is_replaced_does_not_stop_the_next_time(moment, tmp_path, monkeypatch):
+    def killed(*args):
+        raise SystemExit
+
+    for notes in ((), ("m/notes",)):
+        with replacing(tmp_path / "m", "model") as draft:
+            write(draft, "a", "b")
+        write(tmp_path, *notes)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.shutil, "rmtree", lambda *args, **options: None)
+        place = {"rename": (folder_module, "remove", killed), "replace": (folder_module.os, "replace", once(os.replace))}
+        patch.setattr(*place[moment])
+        with pytest.raises(SystemExit), replacing(tmp_path / "m", "model") as draft:
+            write(draft, "a", "b")
+    with replacing(tmp_path / "m", "model") as draft:
+        write(draft, "b", "c")
+    assert is_whole(tmp_path / "m", "model") and set(state(tmp_path)) == {"m", "m/b", "m/c", "m/notes", f"m/{MARKER}"}
+
+
+def once(call):
+    """Like `call` for markers and the first other file, then a kill."""
+    seen = []
+
+    def wrapped(old, new):
+        seen.append(Path(new).name)
+        if len([name for name in seen if name != MARKER]) > 1:
+            raise SystemExit
+        return call(old, new)
+
+    return wrapped
+
+
+def test_a_run_without_its_marker_is_told_from_a_strangers_folder(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"version": "0.1.0", "fingerprint": "x", "sources": {}, "settings": {}}))
+    with pytest.raises(UserError, match="a run of an earlier version, or one that was copied without its hidden file"):
+        Run(settings(tmp_path), {}, show=str)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lazyorpo_lib import memory, model, setup
+from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.settings import UserError
 from tests.conftest import random_pairs
 from tests.test_trainer import make
@@ -23,6 +24,7 @@ def gpu(monkeypatch):
     numbers = dict(
         is_available=True, mem_get_info=(30 * GIB, 40 * GIB), memory_reserved=9 * GIB, max_memory_reserved=10 * GIB,
         memory_allocated=6 * GIB, max_memory_allocated=8 * GIB, get_device_capability=(8, 6),
+        get_arch_list=["sm_75", "sm_100", "compute_120"],
         get_device_properties=types.SimpleNamespace(name="A40", total_memory=40 * GIB),
     )  # fmt: skip
     for name in numbers:
@@ -61,7 +63,27 @@ def test_a_gpu_that_others_fill_is_one_sentence_that_says_how_to_go_on(gpu):
         model.this_machine()
 
 
-@pytest.mark.parametrize("hidden,told", [(None, True), ("0", True), ("-1", False), ("", False)])
+def test_a_gpu_that_this_torch_was_not_built_for_is_one_sentence(gpu):
+    gpu["get_device_capability"] = 7, 0
+    with pytest.raises(UserError, match=r"A40 has compute capability 7\.0, and torch .* was built for 7\.5 and later: install an older"):
+        model.this_machine()
+
+
+def test_each_of_several_processes_looks_at_its_own_gpu(gpu, monkeypatch):
+    asked = set()
+    for name in ("mem_get_info", "memory_reserved", "memory_allocated", "get_device_properties", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: (asked.add(str(device)), gpu[name])[1])
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    model.this_machine()
+    assert asked == {"3", "cuda:3"}
+
+
+def test_a_plan_for_a_named_card_does_not_ask_what_is_wrong_with_the_one_at_hand(gpu, capsys):
+    gpu["mem_get_info"], gpu["memory_reserved"], gpu["memory_allocated"] = (0, 40 * GIB), 0, 0
+    assert main(["--plan", "--preset", "tiny", "--device", "T4"]) == 0 and "this T4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hidden,told", [(None, True), ("0", True), ("GPU-5f", True), ("-1", False), ("", False), ("NoDevFiles", False)])
 def test_a_driver_that_torch_cannot_use_is_one_sentence_unless_the_gpu_is_hidden(monkeypatch, hidden, told):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

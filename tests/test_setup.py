@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib import setup
-from lazyorpo_lib.folder import MARKER, take
+from lazyorpo_lib import checkpoints, setup
+from lazyorpo_lib.folder import MARKER, seal, take
 from lazyorpo_lib.settings import UserError
 
 COLAB = Path(__file__).parents[2] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
@@ -169,12 +169,13 @@ def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = take(
-        tmp_path / "run", "run", "checkpoint-5", "checkpoint-10", "checkpoint-100", "model", "history.jsonl", ".lock", "live.png.tmp"
-    )
-    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model", "their notes"):
+    own = ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model")
+    folder = take(tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp")
+    for name in (*own, "their notes"):
         (folder / name).mkdir(parents=True)
         (folder / name / "weights").write_text(name)
+        if name in own:
+            seal(folder / name, name.split("-")[0])
     for name in ("history.jsonl", ".lock", "live.png.tmp"):
         (folder / name).write_text(name)
     return folder
@@ -195,6 +196,21 @@ def test_mirror_the_other_way_brings_a_run_back(run, tmp_path):
     setup.mirror(run, tmp_path / "drive")
     setup.mirror(tmp_path / "drive", tmp_path / "new")
     assert names(tmp_path / "new") == names(tmp_path / "drive")
+
+
+def test_a_torn_checkpoint_on_the_drive_stays_torn(run, tmp_path):
+    setup.mirror(run, tmp_path / "drive")
+    (tmp_path / "drive" / "checkpoint-100" / "weights").write_text("cut")
+    setup.mirror(tmp_path / "drive", tmp_path / "new")
+    assert [c.name for c in checkpoints.complete(tmp_path / "new")] == ["checkpoint-10"]
+
+
+def test_a_link_where_a_copy_is_drafted_is_not_followed(run, tmp_path):
+    (tmp_path / "precious").write_text("theirs")
+    take(tmp_path / "drive", "run")
+    (tmp_path / "drive" / "history.jsonl.tmp").symlink_to(tmp_path / "precious")
+    assert not setup.mirror(run, tmp_path / "drive")
+    assert (tmp_path / "precious").read_text() == "theirs"
 
 
 def test_mirror_takes_in_what_changed(run, tmp_path):

@@ -21,7 +21,7 @@ from lazyorpo_lib import trainer as module
 from lazyorpo_lib.batching import EncodedPair
 from lazyorpo_lib.callbacks import On, Stop
 from lazyorpo_lib.folder import MARKER
-from lazyorpo_lib.model import adapters_off, add_adapters, check_liger, load_base
+from lazyorpo_lib.model import Machine, adapters_off, add_adapters, check_liger, load_base
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from tests.architectures import tiny_model
@@ -843,5 +843,15 @@ def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_s
 
 def test_liger_that_is_not_there_is_one_sentence():
     with pytest.raises(UserError, match="it is not installed: pip install liger-kernel, or set liger_kernel=false"):
-        check_liger(Settings(liger_kernel=True))
-    check_liger(Settings())
+        check_liger(Settings(liger_kernel=True), Machine("cuda", "T4", 14.7))
+    check_liger(Settings(), Machine("cpu", "CPU", 8.0))
+
+
+def test_ligers_layers_are_refused_where_there_is_no_gpu_for_them(monkeypatch):
+    monkeypatch.setattr("lazyorpo_lib.model.is_liger_kernel_available", lambda: True)
+    check_liger(Settings(liger_kernel=True), Machine("cuda", "T4", 14.7))
+    with pytest.raises(UserError, match="need a whole model on a CUDA GPU"):
+        check_liger(Settings(liger_kernel=True), Machine("cpu", "CPU", 8.0))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="without FSDP"):
+        check_liger(Settings(liger_kernel=True), Machine("cuda", "T4", 14.7))
