@@ -66,8 +66,7 @@ class Batch:
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
         moving = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         flat = torch.cat([t.flatten().long() for t in moving.values()])
-        pinned = torch.device(device).type == "cuda"
-        flat = (flat.pin_memory() if pinned else flat).to(device, non_blocking=pinned)
+        flat = (flat.pin_memory() if torch.device(device).type == "cuda" else flat).to(device, non_blocking=True)
         for (name, t), moved in zip(moving.items(), flat.split([t.numel() for t in moving.values()]), strict=True):
             setattr(self, name, moved.view(t.shape).to(t.dtype))
         return self

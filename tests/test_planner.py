@@ -233,7 +233,9 @@ def test_a_small_model_on_a_fast_card_waits_for_its_launches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("card", "large", "middle"), [("T4", 0.30, 0.25), ("A100-80", 0.59, 0.46), ("H100", 0.41, 0.30)])
+# Ceilings by arithmetic: products at the card's share, all other bytes at its bandwidth. A token of the 8B moves 2.15 MB a layer and 1.0
+# in the head, of the 1.5B 0.89 and 1.1 (12 bytes a logit).
+@pytest.mark.parametrize(("card", "large", "middle"), [("T4", 0.30, 0.26), ("A100-80", 0.59, 0.48), ("H100", 0.42, 0.32)])
 def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_allow(card, large, middle):
     for config, ceiling in ((LlamaConfig(**LLAMA_3_8B), large), (Qwen2Config(**QWEN_2_5), middle)):
         settings = Settings(method="lora", pairs_per_step=4, checkpointed_layers=0, tokens_per_batch=3600)

@@ -400,7 +400,7 @@ def test_help_lists_every_setting_with_default_and_meaning():
         (["--preset", "tiny", "--output-dir", "/proc/none"], "cannot be written"),
         (["--preset", "tiny", "--precision", "int8"], "one of auto, bfloat16"),
         (["--preset", "tiny", "--max-tokens", "10"], "max_prompt_tokens is 256 and max_tokens is 10"),
-        (["--preset", "tiny", "--plan", "--device", "A41"], "device is 'A41', but must be one of T4, L4"),
+        (["--preset", "tiny", "--plan", "--device", "A41"], "device is 'A41', but must be one of T4, P100"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
