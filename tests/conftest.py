@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
@@ -16,6 +17,17 @@ for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
 def pairs():
     """24 encoded pairs of random lengths over a vocabulary of 128; every answer ends with token 2."""
     return random_pairs(24)
+
+
+def bitsandbytes_on_the_cpu():
+    """bitsandbytes; a skip where it is not there, or so old that its optimizers want a GPU."""
+    module, weight = pytest.importorskip("bitsandbytes"), torch.nn.Parameter(torch.ones(8))
+    weight.grad = torch.ones(8)
+    try:
+        module.optim.AdamW8bit([weight]).step()
+    except (AttributeError, RuntimeError, ValueError) as error:
+        pytest.skip(f"this bitsandbytes has no optimizers for the CPU ({error})")
+    return module
 
 
 PLANTED = "hf_PLANTEDsecret0123456789"

@@ -12,7 +12,7 @@ import torch
 from lazyorpo_lib import memory, model, setup
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.settings import UserError
-from tests.conftest import random_pairs
+from tests.conftest import bitsandbytes_on_the_cpu, random_pairs
 from tests.test_trainer import make
 
 GIB = 2**30
@@ -172,7 +172,7 @@ def test_cudas_allocator_is_told_to_grow_its_segments_unless_somebody_chose_othe
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_nothing_of_an_earlier_run_is_alive_when_the_next_one_begins(tmp_path, monkeypatch, optimizer, failed):
     if optimizer == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
+        bitsandbytes_on_the_cpu()
     monkeypatch.setattr(sys, "last_value", None, raising=False)
     kept = []
 

@@ -25,7 +25,7 @@ from lazyorpo_lib.model import Machine, adapters_off, add_adapters, check_liger,
 from lazyorpo_lib.settings import Settings, UserError
 from lazyorpo_lib.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from tests.architectures import tiny_model
-from tests.conftest import booby_trap, random_pairs
+from tests.conftest import bitsandbytes_on_the_cpu, booby_trap, random_pairs
 
 SETTINGS = dict(
     method="lora", pairs_per_step=8, learning_rate=1e-2, save_every_steps=0, eval_pairs=0, lora_rank=4, lora_alpha=8, max_steps=4
@@ -274,7 +274,7 @@ def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, monkeypatch, optimizer):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = bitsandbytes_on_the_cpu()
 
     def in_pages(self, parameter, dtype=torch.float32):  # what only CUDA has
         buffer = torch.zeros_like(parameter, dtype=dtype)
@@ -450,7 +450,7 @@ def test_out_of_memory_of_dpos_reference_shrinks_its_batches(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(tmp_path, optimizer):
     if optimizer == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
+        bitsandbytes_on_the_cpu()
     results, zeros_like = [], torch.zeros_like
     options = dict(method="full", max_steps=3, optimizer=optimizer, weight_decay=0.1)
     for failing in ((), (9,), (4, 12)):  # which tensor of the state
