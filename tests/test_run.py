@@ -307,6 +307,7 @@ def test_a_second_run_in_one_process_has_a_peak_of_its_own():
 def test_a_kill_while_the_run_is_wrapped_up_leaves_a_finished_run_whole(finished, tmp_path):
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     (folder / "README.md").unlink()
+    take(folder, "run", "checkpoint-6/")  # as it was before it was taken away
     (folder / "checkpoint-6").mkdir()
     execute(*tiny(folder), show=lambda text: None)
     assert (folder / "README.md").read_text() == (finished.folder / "README.md").read_text()
