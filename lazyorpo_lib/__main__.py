@@ -9,8 +9,8 @@ import json
 import os
 import sys
 
+from .results.share import USAGE, command
 from .settings import FIELDS, UserError, coerce, from_environment, resolve
-from .share import USAGE, command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from . import model, planner, run
+    from . import model, run
+    from .plan import planner
 
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else model.this_machine()
     settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), *plan.method.arithmetic]))
         return 0
     if given["probe"]:
-        from .trials import probe
+        from .trials.trials import probe
 
         home = probe(settings)
         print(f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}")

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .history import read_json, write_atomically
+from .results.history import read_json, write_atomically
 from .settings import UserError
 
 MARKER = ".lazyorpo.json"

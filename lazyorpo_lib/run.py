@@ -22,13 +22,18 @@ import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, attention, card, checkpoints, data, evaluate, history, model, planner, setup, share, trainer
-from .callbacks import On, Progress, Stop, Stopped, progress_bar
-from .encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from . import __version__, model
+from .fast import attention
 from .folder import remove, take
-from .history import read_json
-from .live import LivePlot, show_progress
-from .memory import allocated_gib, forget_peak_memory, memory_gib
+from .machine import allocated_gib, forget_peak_memory, memory_gib
+from .notebook import setup
+from .orpo import checkpoints, data, trainer
+from .orpo.encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from .plan import planner
+from .results import card, evaluate, history, share
+from .results.history import read_json
+from .results.live import LivePlot, show_progress
+from .session import On, Progress, Stop, Stopped, progress_bar
 from .settings import FIELDS, Settings, UserError
 
 # What a run writes into its folder, checkpoints apart.

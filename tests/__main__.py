@@ -67,14 +67,14 @@ def with_colabs_versions(python: str, folder: str) -> None:
     for name in NOTEBOOKS:
         out = os.path.join(folder, f"{name}-on-colab")
         run(python, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
-    run(python, *PYTEST, "tests/test_panel.py", "tests/test_notebooks.py", "-k", "test_panel or interrupt")
+    run(python, *PYTEST, "tests/notebook/test_panel.py", "tests/notebook/test_notebooks.py", "-k", "test_panel or interrupt")
 
 
 def on_the_floor(python: str, folder: str) -> None:
     """A plan, a run and the tests of what a step computes with the oldest versions that are allowed."""
     run(python, *PLAN)
     run(python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", os.path.join(folder, "on-the-floor"))
-    run(python, *PYTEST, "-m", "not slow", *(f"tests/test_{name}.py" for name in ("trainer", "attention", "head", "versions")))
+    run(python, *PYTEST, "-m", "not slow", "tests/orpo/test_trainer.py", "tests/fast", "tests/test_versions.py")
 
 
 def notebooks(folder: str) -> None:

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lazyorpo_lib.attention import takes_sdpa
+from lazyorpo_lib.fast.attention import takes_sdpa
 
 BASE = dict(
     vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

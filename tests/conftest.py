@@ -48,7 +48,7 @@ def booby_trap(proof) -> bytes:
 
 
 def random_pairs(count: int, seed: int = 0, vocabulary: int = 128, longest: int = 24):
-    from lazyorpo_lib.batching import EncodedPair
+    from lazyorpo_lib.orpo.batching import EncodedPair
 
     rng = random.Random(seed)
 

@@ -127,7 +127,8 @@ def serve(folder="."):
 
 def _download(what: str, name: str) -> str:
     """What is said to the user when this is fetched; empty if it could be."""
-    from lazyorpo_lib import data, model
+    from lazyorpo_lib import model
+    from lazyorpo_lib.orpo import data
     from lazyorpo_lib.settings import UserError
 
     try:

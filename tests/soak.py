@@ -83,8 +83,8 @@ class Child:
 
 def note_pairs(file: Path) -> None:
     """Write down the dataset rows of every step that begins."""
-    from lazyorpo_lib.history import append
-    from lazyorpo_lib.trainer import OrpoTrainer
+    from lazyorpo_lib.orpo.trainer import OrpoTrainer
+    from lazyorpo_lib.results.history import append
 
     inner = OrpoTrainer.training_step
 
@@ -123,7 +123,7 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
 
 def tear(folder: Path, chance: random.Random) -> None:
     """Cut a file of the newest checkpoint short."""
-    from lazyorpo_lib.checkpoints import complete
+    from lazyorpo_lib.orpo.checkpoints import complete
 
     for checkpoint in complete(folder)[-1:]:
         file = chance.choice([f for f in sorted(checkpoint.iterdir()) if f.stat().st_size])
@@ -131,7 +131,7 @@ def tear(folder: Path, chance: random.Random) -> None:
 
 
 def steps_of(folder: Path) -> list[int]:
-    from lazyorpo_lib import history
+    from lazyorpo_lib.results import history
 
     return [row["step"] for row in history.read(folder / "history.jsonl") if "loss" in row]
 
@@ -140,7 +140,7 @@ def left_behind(folder: Path) -> dict:
     """What must be the same, however often a run was struck."""
     from safetensors.torch import load_file
 
-    from lazyorpo_lib import history
+    from lazyorpo_lib.results import history
 
     rows = history.read(folder / "history.jsonl")
     rows = [row for row in rows if not history.is_evaluation(row) or row["step"] in (0, STEPS)]  # a stop adds an evaluation

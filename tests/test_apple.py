@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from lazyorpo_lib import model, run
 from lazyorpo_lib.model import Machine, pick_precision
-from lazyorpo_lib.planner import Lengths, make_plan
+from lazyorpo_lib.plan.planner import Lengths, make_plan
 from lazyorpo_lib.settings import Settings, UserError
 
 APPLE = Machine("mps", "Apple GPU", 16.0)

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 import lazyorpo_lib
-from lazyorpo_lib import checkpoints, model, setup, share, trials
 from lazyorpo_lib import folder as folder_module
+from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.folder import MARKER, is_whole, remove, replacing, seal, take
+from lazyorpo_lib.notebook import setup
+from lazyorpo_lib.orpo import checkpoints
+from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run, folder_of
 from lazyorpo_lib.settings import UserError, coerce, resolve
-from tests.test_card import write_run
+from lazyorpo_lib.trials import trials
+from tests.results.test_card import write_run
 
 
 def write(folder: Path, *names: str) -> Path:

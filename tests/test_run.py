@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib import history, model, planner, run
-from lazyorpo_lib.callbacks import Stop
+from lazyorpo_lib import model, run
 from lazyorpo_lib.folder import MARKER, take
-from lazyorpo_lib.memory import forget_peak_memory, memory_gib
+from lazyorpo_lib.machine import forget_peak_memory, memory_gib
+from lazyorpo_lib.plan import planner
+from lazyorpo_lib.results import history
 from lazyorpo_lib.run import Run, execute, fingerprint
+from lazyorpo_lib.session import Stop
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"

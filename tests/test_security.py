@@ -12,10 +12,9 @@ import torch
 
 from lazyorpo_lib import model
 from lazyorpo_lib.settings import UserError
-
-from . import audit
-from .conftest import PLANTED, booby_trap, files_holding
-from .hub import serve
+from tests import audit
+from tests.conftest import PLANTED, booby_trap, files_holding
+from tests.hub import serve
 
 
 def base(folder):

@@ -10,9 +10,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 
-from lazyorpo_lib import callbacks, run, settings, trainer
-from tests import test_trainer
+from lazyorpo_lib import run, settings
+from lazyorpo_lib import session as callbacks
+from lazyorpo_lib.orpo import trainer
 from tests.conftest import random_pairs
+from tests.orpo import test_trainer
 
 STEPS = dict(max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2)
 TINY = {"preset": "tiny", "precision": "float32", "tokens_per_batch": 150, "save_every_steps": 4}

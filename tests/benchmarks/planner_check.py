@@ -37,10 +37,10 @@ def case(shape: str, method: str) -> dict:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lazyorpo_lib import model as models
-    from lazyorpo_lib.batching import EncodedPair
-    from lazyorpo_lib.planner import make_plan, measured_lengths
+    from lazyorpo_lib.orpo.batching import EncodedPair
+    from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
+    from lazyorpo_lib.plan.planner import make_plan, measured_lengths
     from lazyorpo_lib.settings import Settings
-    from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
 
     kind, options, count, p, c, r, checkpointed = SHAPES[shape]
     config = AutoConfig.for_model(kind, **options)

@@ -17,11 +17,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from lazyorpo_lib import attention, data, model
-from lazyorpo_lib.batching import EncodedPair, StepSampler
-from lazyorpo_lib.encoding import Encoder, prepare_tokenizer
+from lazyorpo_lib import model
+from lazyorpo_lib.fast import attention
+from lazyorpo_lib.orpo import data
+from lazyorpo_lib.orpo.batching import EncodedPair, StepSampler
+from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
+from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
 from lazyorpo_lib.settings import Settings
-from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
 
 # Published shapes, filled with random weights: speed and memory do not depend on their values.
 SHAPES = {

@@ -17,11 +17,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from lazyorpo_lib import attention, planner
 from lazyorpo_lib import model as models
-from lazyorpo_lib.batching import EncodedPair
+from lazyorpo_lib.fast import attention
+from lazyorpo_lib.orpo.batching import EncodedPair
+from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
+from lazyorpo_lib.plan import planner
 from lazyorpo_lib.settings import Settings
-from lazyorpo_lib.trainer import OrpoTrainer, training_arguments
 from tests.benchmarks.worker import SHAPES as BENCHMARKED
 
 CUDA = torch.cuda.is_available()

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lazyorpo_lib import attention, evaluate, planner
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
-from lazyorpo_lib.adapters import fuse
-from lazyorpo_lib.batching import EncodedPair, collate
+from lazyorpo_lib.fast import attention
+from lazyorpo_lib.fast.lora import fuse
+from lazyorpo_lib.orpo.batching import EncodedPair, collate
+from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers, training_arguments
+from lazyorpo_lib.plan import planner
+from lazyorpo_lib.results import evaluate
 from lazyorpo_lib.settings import Settings, UserError, resolve
-from lazyorpo_lib.trainer import OrpoTrainer, checkpoint_layers, training_arguments
 
 from .bench import (  # isort: skip
     CUDA, DEVICE, GIB, HALF, TINY, as_t4, build, cap, check, clean, config, difference, largest, lengths, lora, milliseconds,

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from lazyorpo_lib import model as models
-from lazyorpo_lib import planner
 from lazyorpo_lib import run as runs
+from lazyorpo_lib.plan import planner
 from lazyorpo_lib.settings import Settings, resolve
 
 from .bench import (  # isort: skip

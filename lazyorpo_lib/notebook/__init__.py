@@ -1,0 +1,1 @@
+"""First cell, panel, what cells show."""

@@ -1,0 +1,191 @@
+"""The panel: a form over the settings of the parameter cell. The last thing touched wins; each value names its source.
+
+The only module that imports ipywidgets; where that is absent or broken the panel is a table. It starts no training, and
+knows no type and no limit: `settings.coerce` does.
+"""
+
+from collections.abc import Callable
+from html import escape
+
+from ..settings import DEFAULTS, FIELDS, Settings, UserError, coerce, from_environment, resolve
+
+try:
+    import ipywidgets
+except Exception:  # absent, or broken by a version that does not go with the rest: the panel is a table then
+    ipywidgets = None
+
+FIRST = ("base_model", "dataset", "epochs", "learning_rate", "preset")
+GROUPS = {
+    "Training": (
+        "method", "or_weight", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha", "lora_dropout",
+        "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay", "max_grad_norm", "seed",
+    ),
+    "Memory": (
+        "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision", "liger_kernel",
+    ),
+    "Data": ("overlong", "columns", "max_pairs", "eval_pairs"),
+}  # fmt: skip
+GROUPS["Run"] = tuple(name for name in FIELDS if name not in FIRST and not any(name in g for g in GROUPS.values()))
+SUGGESTIONS = {
+    "base_model": (
+        DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
+    ),
+    "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
+}  # fmt: skip
+_MEMORY = "_lazyorpo_panel"  # in the notebook's globals: lives as long as the kernel, however often the cell is run
+
+
+class Panel:
+    """The settings of a notebook: its globals, `LAZYORPO_*` and the edits made in the form.
+
+    From strongest to weakest: an edit in the panel made after the cell's value last changed; a value in the cell that
+    is not the default (form, hand, papermill); the environment; preset and default.
+
+    Args:
+        namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps them.
+        gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
+        estimate: what a run with these settings will take, as text; asked again when a value has changed.
+    """
+
+    def __init__(self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None):
+        self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
+        self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
+        self._estimated: tuple[Settings | None, str] = (None, "")
+        self._moving = False  # while the panel itself moves its widgets
+        self.box = None if ipywidgets is None else self._build()
+
+    def resolve(self) -> tuple[Settings, dict[str, str], str]:
+        """The settings as they stand, where each came from, and a sentence on the preset.
+
+        Raises:
+            UserError: a value is not allowed, or a name is unknown.
+        """
+        return resolve(self._layers(), gpu_gib=self.gpu_gib)
+
+    def show(self) -> None:
+        """Display the form, or print the table where there are no widgets."""
+        if self.box is None:
+            print(self.table())
+        else:
+            from IPython.display import display
+
+            display(self.box)
+
+    def table(self) -> str:
+        """Every setting, its value and its source, as text."""
+        try:
+            settings, sources, why = self.resolve()
+        except UserError as error:
+            return str(error)
+        rows = [f"{name:<20} {str(getattr(settings, name)):<40} {source}" for name, source in sources.items()]
+        return "\n".join([*rows, why, self._estimate_of(settings)]).rstrip()
+
+    def edit(self, name: str, value) -> None:
+        """Take in an edit, as if it were made in the form."""
+        self._look()
+        self.memory["edits"][name] = value
+        self._refresh()
+
+    def reset(self) -> None:
+        """Forget every edit made in the panel."""
+        self.memory["edits"].clear()
+        self._refresh()
+
+    def _layers(self) -> list[tuple[str, dict]]:
+        return [("env", from_environment()), ("cell", self._look()), ("panel", self.memory["edits"])]
+
+    def _look(self) -> dict:
+        """The cell's values that are not defaults. An edit gives way where the cell has changed since the last look."""
+        edits, seen, changed = self.memory["edits"], self.memory["seen"], {}
+        for name in FIELDS.keys() & self.namespace.keys():
+            now, default = _mark(name, self.namespace[name]), _mark(name, DEFAULTS[name])
+            if seen.get(name, default) != now:
+                edits.pop(name, None)
+            seen[name] = now
+            if now != default:
+                changed[name] = self.namespace[name]
+        return changed
+
+    def _estimate_of(self, settings: Settings) -> str:
+        if self.estimate is None:
+            return ""
+        if self._estimated[0] != settings:
+            try:
+                text = self.estimate(settings)
+            except Exception as error:  # an estimate is a courtesy: the run says what is really wrong
+                text = f"No estimate: {error}"
+            self._estimated = settings, text
+        return self._estimated[1]
+
+    # Widgets. Only what ipywidgets 7.7.1 (Colab) and 8 both have.
+
+    def _build(self):
+        w, self._styles = ipywidgets, {}
+        wide, plain = w.Layout(width="430px"), w.Layout()
+        self.inputs = {name: self._input(name, wide) for name in FIELDS}
+        self.notes = {name: self._make(w.HTML, layout=plain) for name in FIELDS}
+        self.status = w.HTML()
+        for name, entry in self.inputs.items():
+            entry.observe(lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value")
+        columns = w.Layout(grid_template_columns="440px minmax(0, 1fr)")
+
+        def rows(names):
+            return w.GridBox([x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns)
+
+        groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None)
+        for i, title in enumerate(GROUPS):
+            groups.set_title(i, title)
+        button = w.Button(description="Reset", tooltip="Forget the edits made here")
+        button.on_click(lambda _: self.reset())
+        self._refresh()
+        return w.VBox([rows(FIRST), groups, self.status, button])
+
+    def _make(self, kind, **options):
+        """A widget that shares its style, as it shares its layout: each of them is saved with the notebook."""
+        made = kind(style=self._styles.get(kind, {"description_width": "150px"}), **options)
+        self._styles[kind] = made.style
+        return made
+
+    def _input(self, name, layout):
+        w, field = ipywidgets, FIELDS[name]
+        value = self.memory["edits"].get(name, self.namespace.get(name, DEFAULTS[name]))
+        options = {"description": name, "layout": layout}
+        if choices := field.metadata["choices"]:
+            value = value if value in choices else DEFAULTS[name]
+            return self._make(w.Dropdown, options=choices, value=value, **options)
+        if field.type is bool:
+            return self._make(w.Checkbox, value=value is True, **options)
+        options |= {"value": str(value), "continuous_update": False}  # told when a value is finished, not at each key
+        if name in SUGGESTIONS:
+            return self._make(w.Combobox, options=SUGGESTIONS[name], ensure_option=False, **options)
+        return self._make(w.Text, **options)
+
+    def _refresh(self) -> None:
+        if ipywidgets is None:
+            return
+        try:
+            settings, sources, why = self.resolve()
+        except UserError as error:
+            self.status.value = f'<b style="color:#D55E00">{escape(str(error))}</b>'
+            return
+        self._moving = True
+        try:
+            for name, source in sources.items():
+                value = getattr(settings, name)
+                self.inputs[name].value = value if isinstance(value, bool) else str(value)
+                weight = "normal" if source == "default" else "bold"
+                help = escape(FIELDS[name].metadata["help"])
+                text = f'<span style="font-weight:{weight}">{escape(source)}</span> · {help}'
+                self.notes[name].value = f'<div style="line-height:1.3;padding:6px 0 4px 6px">{text}</div>'
+        finally:
+            self._moving = False
+        text = escape(f"{why[0].upper()}{why[1:]}.\n{self._estimate_of(settings)}").replace("\n", "<br>")
+        self.status.value = f'<div style="line-height:1.5;padding:6px">{text}</div>'
+
+
+def _mark(name: str, value):
+    """What a cell's value is compared by: 5e-6 and "5e-6" are the same, and a wrong value is itself."""
+    try:
+        return coerce(name, value)
+    except UserError:
+        return "wrong", repr(value)

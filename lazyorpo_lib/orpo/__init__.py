@@ -1,0 +1,1 @@
+"""The method: read this first; it trains alone and knows no wing."""

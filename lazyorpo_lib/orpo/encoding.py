@@ -1,0 +1,255 @@
+"""A pair of texts -> token ids: what the model reads, what is scored, what is cut.
+
+Scored are the tokens of each answer and the token that ends it, nothing else. The chat template is the tokenizer's own;
+a base model without one gets `DEFAULT_TEMPLATE`. It drops no pair itself (it says why one cannot be used), and builds no
+batches.
+"""
+
+import re
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+
+from ..settings import UserError
+from .batching import EncodedPair
+
+# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows, and its own
+# end token after each assistant turn. It is saved with the trained model.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+_MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
+
+
+class Unusable(Exception):
+    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
+
+
+def prepare_tokenizer(tokenizer) -> list[str]:
+    """Give a tokenizer what training and generation need; returns what was added, in words.
+
+    Raises:
+        UserError: nothing in its vocabulary can end an answer.
+    """
+    notes = []
+    if not tokenizer.chat_template:
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
+        notes.append("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved")
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an end-of-sequence token, so no "
+                "answer could ever end; set tokenizer.eos_token, save it, and give that folder as base_model."
+            )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # for generation alone; training has no padding to mistake for an end
+        notes.append(f"no pad token: {tokenizer.eos_token!r} pads while generating")
+    return notes
+
+
+class Encoder:
+    """Encodes pairs with one tokenizer and one set of limits.
+
+    Args:
+        tokenizer: a transformers tokenizer, after `prepare_tokenizer`.
+        max_prompt_tokens, max_tokens: longest prompt, and longest prompt plus answer, in tokens.
+        overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens but never its end.
+    """
+
+    def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
+        self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
+        self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)  # room for one answer token and its end
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)")
+
+    def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
+        """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be used."""
+        pairs = iter(pairs)
+        while some := list(islice(pairs, chunk)):
+            yield from zip(some, self._encode_chunk(some), strict=True)
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The tokens from which the model answers `messages`, cut from the left to the longest prompt."""
+        before, _ = self._around_answer(messages)
+        ids = self._join(messages, before) if self._mentions_special(messages) else self._ids([before])[0]
+        return self._cut_prompt(ids)
+
+    def _encode_chunk(self, pairs) -> list[EncodedPair | str]:
+        results: list[EncodedPair | str] = [""] * len(pairs)
+        plain, texts = [], []
+        for i, pair in enumerate(pairs):
+            try:
+                before, end = self._around_answer(pair.prompt)
+                lead = before[len(before.rstrip(" ")) :]
+                before = before.removesuffix(lead)  # "[/INST] " + "Hi": the space belongs to the token of "Hi"
+                answers = [lead + pair.chosen, lead + pair.rejected]
+                if self._mentions_special(pair.prompt) or any(map(self._special.search, answers)):
+                    ends = self._ids([end])[0]
+                    chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
+                    results[i] = self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
+                else:
+                    plain.append(i)
+                    texts += [before, before + answers[0] + end, before + answers[1] + end]
+            except Unusable as why:
+                results[i] = str(why)
+        ids = iter(self._ids(texts) if texts else [])
+        for i in plain:
+            prompt, chosen, rejected = next(ids), next(ids), next(ids)
+            try:
+                results[i] = self._finish(pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected))
+            except Unusable as why:
+                results[i] = str(why)
+        return results
+
+    def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
+        """Token ids without anything added; `as_text` reads even the names of special tokens as plain text."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+
+    def _mentions_special(self, messages) -> bool:
+        return any(self._special.search(m["content"]) for m in messages)
+
+    def _render(self, messages) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def _around_answer(self, messages) -> tuple[str, str]:
+        """What the template puts before the answer to `messages`, and what ends it."""
+        mark = _MARK.format("answer")
+        text = None
+        for form in (messages, _merged(messages)):
+            try:
+                text = self._render([*form, {"role": "assistant", "content": mark}])
+                break
+            except Exception:  # templates raise what they like at turns they do not know; the merged form is tried next
+                continue
+        if text is None or text.count(mark) != 1:
+            raise Unusable("template_refuses")
+        before, after = text.split(mark)
+        special = self._special.search(after)
+        if special:
+            return before, after[: special.end()]
+        if self.tokenizer.eos_token is None:
+            raise Unusable("no_end_token")
+        return before, self.tokenizer.eos_token
+
+    def _join(self, messages, before: str) -> list[int]:
+        """Token ids of the prompt where its texts name special tokens: the template's own count, the texts' do not."""
+        for form in (messages, _merged(messages)):
+            marks = [_MARK.format(i) for i in range(len(form))]
+            try:
+                around = self._render([m | {"content": mark} for m, mark in zip(form, marks, strict=True)] + [
+                    {"role": "assistant", "content": _MARK.format("answer")}
+                ])  # fmt: skip
+            except Exception:
+                continue
+            around = around.split(_MARK.format("answer"))[0].rstrip(" ")
+            pieces = re.split(r"(lazyorpo\d+mark)", around)
+            for strip in (False, True):
+                texts = [m["content"].strip() if strip else m["content"] for m in form]
+                filled = [texts[marks.index(p)] if p in marks else p for p in pieces]
+                if "".join(filled) == before:
+                    parts = [self._ids([t], as_text=p in marks)[0] for t, p in zip(filled, pieces, strict=True) if t]
+                    return [i for part in parts for i in part]
+        raise Unusable("special_token_text")
+
+    def _after(self, prompt: list[int], whole: list[int]) -> list[int]:
+        """The tokens of prompt + answer that are the answer's, given the tokens of the prompt alone."""
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+
+        # The tokenizer merges across the border. The model will answer from `prompt` as it stands, so the answer
+        # must be tokenized as its continuation; where that changes the text, the pair is refused.
+        def decode(ids):
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+        text, start = decode(whole), decode(prompt)
+        if text.startswith(start):
+            rest = self._ids([text[len(start) :]])[0]
+            if decode(prompt + rest) == text:
+                return rest
+        raise Unusable("tokens_cross_the_border")
+
+    def _cut_prompt(self, prompt: list[int]) -> list[int]:
+        if len(prompt) <= self.max_prompt_tokens:
+            return prompt
+        if prompt[0] == self.tokenizer.bos_token_id:
+            return [prompt[0], *prompt[len(prompt) - self.max_prompt_tokens + 1 :]]
+        return prompt[-self.max_prompt_tokens :]
+
+    def _finish(self, index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
+        if not prompt:
+            raise Unusable("empty_prompt")
+        longest = len(prompt) + max(len(chosen), len(rejected))
+        if len(prompt) > self.max_prompt_tokens or longest > self.max_tokens:
+            if self.overlong == "drop":
+                raise Unusable("overlong")
+            prompt = self._cut_prompt(prompt)
+            room = self.max_tokens - len(prompt)
+            chosen, rejected = (a if len(a) <= room else [*a[: room - 1], a[-1]] for a in (chosen, rejected))
+        if chosen == rejected:
+            raise Unusable("identical_after_encoding")
+        return EncodedPair(index, prompt, chosen, rejected)
+
+
+def _merged(messages) -> list[dict]:
+    """The same talk for templates that know no system turn, or no two turns of one role: they are joined."""
+    merged: list[dict] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if merged and merged[-1]["role"] == role:
+            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            merged.append({"role": role, "content": message["content"]})
+    return merged
+
+
+class PairFile:
+    """Encoded pairs in an unnamed file on disk, so that memory stays flat however many there are."""
+
+    def __init__(self):
+        self._file, self._places, self.lengths = tempfile.TemporaryFile(), array("q"), array("q")
+        self._tokens = None
+
+    def append(self, pair: EncodedPair) -> None:
+        self._places.extend([pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)])
+        self.lengths.append(pair.tokens())
+        self._file.write(np.array([*pair.prompt, *pair.chosen, *pair.rejected], dtype=np.int32).tobytes())
+
+    def lengths_of_sides(self) -> dict[str, np.ndarray]:
+        """Tokens of each pair's prompt, chosen and rejected."""
+        places = np.array(self._places).reshape(-1, 5)
+        return dict(zip(("prompt", "chosen", "rejected"), places[:, 2:].T, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        if self._tokens is None:
+            self._file.flush()
+            self._tokens = np.memmap(self._file, dtype=np.int32, mode="r")
+        index, start, p, c, r = self._places[5 * i : 5 * i + 5]
+        ids = self._tokens[start : start + p + c + r].tolist()
+        return EncodedPair(index, ids[:p], ids[p : p + c], ids[p + c :])
+
+
+class Subset:
+    """Some pairs of a PairFile, by position."""
+
+    def __init__(self, pairs: PairFile, positions: list[int]):
+        self._pairs, self._positions = pairs, positions
+        self.lengths = array("q", (pairs.lengths[i] for i in positions))
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        return self._pairs[self._positions[i]]

@@ -1,0 +1,1 @@
+"""Will it fit, how long: a step on fake tensors, the choice, the cards."""

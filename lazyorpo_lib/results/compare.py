@@ -1,0 +1,91 @@
+"""Runs side by side: the settings that differ, the results, the curves over each other. It reads folders and runs nothing."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..settings import UserError
+from . import card, history, live
+from .evaluate import interval
+from .history import read_json
+from .share import folder_of_run
+
+WHERE = ("output_dir", "resume", "hub_repo", "preset")  # settings that say nothing of how two runs differ
+
+
+def compare(folders, picture=None) -> dict:
+    """Runs side by side.
+
+    Args:
+        folders: two or more folders of runs, finished or not.
+        picture: file of the picture; None: none is written.
+
+    Returns:
+        settings: {name: [value of each run]} where they differ; results: [{figure: text} of each run];
+        markdown: both as tables; png: the curves over each other.
+    """
+    folders = [folder_of_run(folder) for folder in folders]
+    if len(folders) < 2:
+        raise UserError(f"{len(folders)} run was given to compare: give two folders or more.")
+    names = _names(folders)
+    values = [read_json(folder / "settings.json")["settings"] for folder in folders]
+    differ = {
+        name: [v.get(name) for v in values]
+        for name in dict.fromkeys(name for v in values for name in v)
+        if name not in WHERE and any(v.get(name) != values[0].get(name) for v in values)
+    }
+    results = [{"run": name} | _results(folder) for name, folder in zip(names, folders, strict=True)]
+    first, *others = folders
+    for row, folder in zip(results[1:], others, strict=True):
+        row["accuracy minus the first run's"] = _against(first, folder)
+    figures = list(dict.fromkeys(name for row in results for name in row))
+    markdown = "\n\n".join([
+        "Settings that differ",
+        card.table(["setting", *map(card.inline, names)], [
+            [card.inline(text) for text in (name, *of_runs)] for name, of_runs in differ.items()
+        ]),
+        "Results on held-out pairs after training, with 95 % intervals",
+        card.table(figures, [[card.inline(row.get(name, "–")) for name in figures] for row in results]),
+    ])  # fmt: skip
+    png = live.draw_runs({n: history.read(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture)
+    return {"settings": differ, "results": results, "markdown": markdown, "png": png}
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """A short name for each folder: its own, with as many of its parents' as tell it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("The same run was given twice: give two different folders.")
+
+
+def _results(folder: Path) -> dict[str, str]:
+    summary = read_json(folder / "summary.json")
+    if not summary:
+        steps = max((row["step"] for row in history.read(folder / "history.jsonl")), default=0)
+        return {"steps": f"{steps:,}, not finished"}
+    row = {"steps": f"{summary['steps']:,}" + ("" if summary["finished"] else ", not finished")}
+    figures = summary.get("held_out", {})
+    for name in ("accuracy", "log_odds_ratio", "nll"):
+        if name in figures:
+            row[name] = card.spread(figures[name]["after"], figures[name]["after_interval"])
+    return row | {"training minutes": f"{summary['training_minutes']:.1f}", "peak GiB": f"{summary['peak_memory_gib']:.2f}"}
+
+
+def _against(first: Path, other: Path) -> str:
+    """How much more accurate `other` is than `first`, taken pair by pair, where both were tested on the same pairs."""
+    if _held_out_pairs(first) != _held_out_pairs(other):
+        return "other held-out pairs"
+    tested = [read_json(folder / "held_out.json") for folder in (first, other)]
+    if not all("after" in kept for kept in tested):
+        return "–"
+    a, b = (np.array(kept["after"]["pairs"])[:, kept["columns"].index("accuracy")] for kept in tested)
+    return card.spread((b - a).mean(), interval(b - a))
+
+
+def _held_out_pairs(folder: Path) -> tuple:
+    """What decides which pairs a run held out."""
+    values = read_json(folder / "settings.json")["settings"]
+    return read_json(folder / "data_report.json").get("digest"), values["eval_pairs"], values["seed"]

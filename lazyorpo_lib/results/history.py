@@ -1,0 +1,178 @@
+"""What a run wrote down: append to it, read it, cut it back, and say in words what the curves show.
+
+`history.jsonl` holds one flat JSON object a line. Training rows carry `step` and the curves by name (`nll`, `or_loss`,
+`log_odds_chosen`, …); evaluation rows carry `step` and the same names after `eval_`. Numbers that are not finite are
+null. One process writes; any number may read meanwhile. It computes no metric and draws nothing (`live.py` does).
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+from ..settings import UserError
+
+CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
+ENOUGH_POINTS = 10  # logged steps before `reading` judges
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def duration(minutes: float) -> str:
+    """In words, e.g. 40 s, 14 min, 2.5 h."""
+    if minutes < 1:
+        return f"{max(1, round(60 * minutes))} s"
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def append(path, row: dict) -> None:
+    """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
+    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _plain(value):
+    if value is None or isinstance(value, int | str):
+        return value
+    value = float(value)  # NumPy and torch scalars too
+    return value if math.isfinite(value) else None
+
+
+def read(path) -> list[dict]:
+    """Every complete row, oldest first; a torn last line is left out, and no file is no rows.
+
+    Raises:
+        UserError: a complete line is not a JSON object, so something else has changed the file.
+    """
+    return [row for row, _ in _rows_and_lines(path)]
+
+
+def read_json(path) -> dict:
+    """The object in one of a run's files; no file is an empty one."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+
+
+def _rows_and_lines(path):
+    data = Path(path).read_bytes() if os.path.exists(path) else b""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"Line {number} of {path} is {line[:40]!r}, not a JSON object; delete that line.")
+        yield row, line
+
+
+def truncate_after(path, step: int) -> None:
+    """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1 drops every row."""
+    if os.path.exists(path):
+        write_atomically(path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step))
+
+
+def not_through_links(name, flags: int) -> int:
+    """Open a file as `open` does, but never what a link leads to."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def write_atomically(path, data: bytes) -> None:
+    """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
+    path = Path(path)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb", opener=not_through_links) as file:
+        file.write(data)
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def disk_told(folder):
+    """One sentence where the disk of `folder` is full or fails, whichever library met it; other errors pass as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
+        number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if number not in _DISK and not re.search("PytorchStreamWriter|inline_container.* unexpected pos", text):
+            raise
+        raise UserError(
+            f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
+            "room, then run again: it goes on from the last complete checkpoint."
+        ) from None
+
+
+def is_evaluation(row: dict) -> bool:
+    """Whether this row is an evaluation on held-out pairs, not a training step."""
+    return any(name.startswith("eval_") for name in row)
+
+
+def values(rows: list[dict], name: str) -> list[float]:
+    """The finite values of one curve, in order; rows without it are passed over."""
+    found = (row.get(name) for row in rows)
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def trend(curve: list[float], floor: float) -> tuple[int, float]:
+    """Where a noisy curve went: the mean of its last fifth against that of its first.
+
+    The noise comes from the differences of neighbours, in which a slow trend cancels: where each value has the
+    variance s², their mean square is 2s², and the difference of two means of k values has the variance 2s²/k.
+
+    Args:
+        curve: at least two values.
+        floor: smaller changes do not count, however certain; in the curve's unit.
+
+    Returns:
+        1 rising, -1 falling, 0 neither; and the smallest change that would have counted (three times the noise).
+    """
+    fifth = max(1, len(curve) // 5)
+    change = fmean(curve[-fifth:]) - fmean(curve[:fifth])
+    needed = max(floor, 3 * math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(curve)) / fifth))
+    return (change > needed) - (change < -needed), needed
+
+
+def reading(rows: list[dict]) -> str:
+    """One line in words on what the curves show and what to do, e.g. "margin rising, nll flat: healthy".
+
+    The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close, at 0.5
+    chosen rises and rejected falls, at 1.0 both fall while the margin grows. They are signs, not proofs.
+    """
+    train = [row for row in rows if not is_evaluation(row)]
+    if train and train[-1].get("loss", 0) is None:
+        return "the loss is no longer a number: stop, and go on from a checkpoint with a lower learning rate"
+    curves = [values(train, name) for name in ("log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "nll")]
+    seen = min(map(len, curves))
+    if seen < ENOUGH_POINTS:
+        return f"too early to say: {seen} of at least {ENOUGH_POINTS} logged steps"
+    (chosen, _), (rejected, _), (margin, needed) = (trend(curve, floor=0.1) for curve in curves[:3])
+    nll, _ = trend(curves[3], floor=0.02)
+    rates, held_out = values(train, "learning_rate"), values(rows, "eval_nll")
+    rules = (
+        (margin > 0 and chosen < 0 and rejected < 0, "both falling, margin rising: or_weight is too high; try half"),
+        (margin > 0 and nll > 0, "margin rising but nll rising too: or_weight or learning rate is too high; try half"),
+        (margin > 0 and held_out and held_out[-1] > min(held_out) + 0.05,
+         "margin rising but held-out nll past its lowest: it memorises; train less"),
+        (margin > 0, f"margin rising, nll {'falling' if nll < 0 else 'flat'}: healthy"),
+        (nll > 0, "nll rising, margin not: the learning rate is too high; try a third"),
+        (chosen < 0 and rejected < 0, "both falling, margin not rising: the learning rate is too high; try a third"),
+        (margin < 0, "margin falling: raise or_weight, and check that chosen and rejected are not swapped"),
+        (rates[-1:] > rates[-2:-1], "margin flat, learning rate still warming up: wait"),
+        (needed > 0.5, "margin not yet out of its noise: wait for more steps"),
+        (nll < 0, "margin flat, nll falling: it learns the answers, not the preference; or_weight is low"),
+        (True, "margin flat, nll flat: learning rate or or_weight is low"),
+    )  # fmt: skip
+    return next(sentence for holds, sentence in rules if holds)

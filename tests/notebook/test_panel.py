@@ -1,0 +1,228 @@
+"""The panel: what wins over what, where a value came from, and that it works with and without ipywidgets."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lazyorpo_lib.notebook import panel as module
+from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
+from lazyorpo_lib.settings import DEFAULTS, FIELDS, UserError
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in FIELDS:
+        monkeypatch.delenv(f"LAZYORPO_{name.upper()}", raising=False)
+
+
+def now(panel, name):
+    settings, sources, _ = panel.resolve()
+    return getattr(settings, name), sources[name]
+
+
+LAYERS = [  # preset, environment, cell, panel edit -> value and source of learning_rate
+    (None, None, 5e-4, None, (2e-3, "preset demo")),
+    ("phi2-article", None, 5e-4, None, (5e-6, "preset phi2-article")),
+    ("phi2-article", "1e-5", 5e-4, None, (1e-5, "env")),
+    (None, "1e-5", 5e-4, None, (1e-5, "env")),
+    (None, "1e-5", 2e-5, None, (2e-5, "cell")),
+    (None, "1e-5", "2e-5", None, (2e-5, "cell")),  # papermill's YAML gives text
+    (None, None, "5e-4", None, (2e-3, "preset demo")),
+    ("phi2-article", "1e-5", 2e-5, "3e-5", (3e-5, "panel")),
+    (None, None, 5e-4, "5e-4", (5e-4, "panel")),  # an edit counts even where it repeats the default
+]
+
+
+@pytest.mark.parametrize(("preset", "env", "cell", "edit", "expected"), LAYERS)
+def test_the_stronger_layer_wins_and_is_named(monkeypatch, preset, env, cell, edit, expected):
+    if env:
+        monkeypatch.setenv("LAZYORPO_LEARNING_RATE", env)
+    panel = Panel({"learning_rate": cell, "preset": preset or "auto"})
+    if edit:
+        panel.edit("learning_rate", edit)
+    assert now(panel, "learning_rate") == expected
+
+
+def test_where_no_preset_applies_the_default_yields_to_the_environment_alone(monkeypatch):
+    notebook = {"base_model": "owner/model", "learning_rate": 5e-4}
+    assert now(Panel(notebook), "learning_rate") == (5e-4, "default")
+    monkeypatch.setenv("LAZYORPO_LEARNING_RATE", "1e-5")
+    assert now(Panel(notebook), "learning_rate") == (1e-5, "env")
+
+
+def test_an_edit_survives_running_the_cells_again():
+    notebook = {"epochs": 1.0}
+    Panel(notebook).edit("epochs", "3")
+    notebook["epochs"] = 1.0  # the parameter cell is run again
+    assert now(Panel(notebook), "epochs") == (3.0, "panel")
+
+
+def test_a_cell_changed_after_an_edit_wins():
+    notebook = {"epochs": 1.0}
+    panel = Panel(notebook)
+    panel.edit("epochs", "3")
+    notebook["epochs"] = 2.0
+    assert now(panel, "epochs") == (2.0, "cell")
+    panel.edit("epochs", "4")
+    assert now(panel, "epochs") == (4.0, "panel")
+    notebook["epochs"] = 1.0  # back to the default: that is a change too
+    assert now(panel, "epochs") == (1.0, "default")
+
+
+def test_a_variable_added_to_the_cell_after_an_edit_wins():
+    notebook = {}
+    Panel(notebook).edit("seed", 7)
+    notebook["seed"] = 8
+    assert now(Panel(notebook), "seed") == (8, "cell")
+
+
+def test_an_edit_gives_way_only_in_its_own_setting():
+    notebook = {"epochs": 1.0, "seed": 42}
+    panel = Panel(notebook)
+    panel.edit("epochs", 3)
+    notebook["seed"] = 1
+    assert now(panel, "epochs") == (3.0, "panel")
+
+
+def test_a_table_under_the_name_of_a_setting_is_a_wrong_value_and_no_crash():
+    class Table(list):
+        def __eq__(self, other):
+            raise ValueError("the truth of a table is ambiguous")
+
+        __ne__ = __eq__
+
+    panel = Panel({"dataset": Table()})
+    assert panel.table().startswith("dataset is [], but must be text")
+    assert panel.table().startswith("dataset is [], but must be text")
+
+
+def test_reset_forgets_the_edits():
+    panel = Panel({"epochs": 2.0})
+    panel.edit("epochs", 3)
+    panel.reset()
+    assert now(panel, "epochs") == (2.0, "cell")
+
+
+def test_other_variables_of_the_notebook_are_left_alone():
+    assert now(Panel({"answer": 42, "np": object()}), "seed") == (42, "default")
+
+
+def test_every_setting_is_in_the_panel_once():
+    listed = [*FIRST, *(name for names in GROUPS.values() for name in names)]
+    assert sorted(listed) == sorted(FIELDS)
+
+
+def test_suggestions_begin_with_the_default():
+    assert all(values[0] == DEFAULTS[name] for name, values in SUGGESTIONS.items())
+
+
+def test_a_wrong_value_is_a_sentence_until_the_settings_are_asked_for():
+    panel = Panel({"learning_rate": "fast"})
+    assert panel.table().startswith("learning_rate is 'fast', but must be a number")
+    with pytest.raises(UserError, match="learning_rate is 'fast'"):
+        panel.resolve()
+
+
+def test_a_misspelt_environment_variable_is_told(monkeypatch):
+    monkeypatch.setenv("LAZYORPO_EPOCH", "2")
+    panel = Panel({})
+    with pytest.raises(UserError, match="did you mean epochs"):
+        panel.resolve()
+
+
+def test_the_estimate_is_asked_once_for_each_change_and_its_failure_is_text():
+    asked = []
+
+    def estimate(settings):
+        asked.append(settings.epochs)
+        if settings.epochs == 9:
+            raise RuntimeError("no such model")
+        return f"{settings.epochs:g} minutes"
+
+    panel = Panel({}, estimate=estimate)
+    panel.table(), panel.table()
+    panel.edit("epochs", 5)
+    assert panel.table().endswith("5 minutes")
+    assert asked == [1.0, 5.0]
+    panel.edit("epochs", 9)
+    assert panel.table().endswith("No estimate: no such model")
+
+
+def test_without_ipywidgets_the_panel_is_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(module, "ipywidgets", None)
+    panel = Panel({"epochs": 2.0})
+    panel.edit("seed", 3)
+    panel.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FIELDS) + 1
+    assert [line.split() for line in lines if line.startswith(("epochs ", "seed "))] == [["epochs", "2.0", "cell"], ["seed", "3", "panel"]]
+
+
+def test_a_broken_ipywidgets_is_as_good_as_none(tmp_path):
+    (tmp_path / "ipywidgets.py").write_text("raise AttributeError('made for another version')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, '.']; from lazyorpo_lib.panel import Panel; Panel({{}}).show()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("base_model "), done.stderr
+
+
+# With widgets. These run under ipywidgets 7.7.1 and 8 alike.
+
+
+@pytest.fixture
+def form():
+    pytest.importorskip("ipywidgets")
+    return Panel({"epochs": 2.0})
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_form_is_built_without_a_warning(form):
+    assert set(form.inputs) == set(FIELDS)
+    assert form.inputs["epochs"].value == "2.0"
+    assert "cell" in form.notes["epochs"].value
+
+
+def test_typing_into_the_form_is_an_edit(form):
+    form.inputs["learning_rate"].value = "5e-6"
+    assert now(form, "learning_rate") == (5e-6, "panel")
+    assert "panel" in form.notes["learning_rate"].value
+
+
+def test_moving_the_widgets_is_no_edit(form):
+    form.inputs["preset"].value = "phi2-article"
+    assert form.inputs["base_model"].value == "microsoft/phi-2"
+    assert form.memory["edits"] == {"preset": "phi2-article"}
+
+
+def test_a_wrong_entry_stands_in_the_form_as_text_and_is_escaped(form):
+    form.inputs["learning_rate"].value = "<b>fast</b>"
+    assert "&lt;b&gt;fast" in form.status.value and "<b>fast" not in form.status.value
+    form.inputs["learning_rate"].value = "1e-4"
+    assert now(form, "learning_rate") == (1e-4, "panel")
+    assert "must be" not in form.status.value
+
+
+def test_a_wrong_value_in_the_cell_does_not_break_the_form(form):
+    for name, value in {"method": "magic", "liger_kernel": "perhaps", "seed": "x", "dataset": object()}.items():
+        assert "must be" in Panel({name: value}).status.value
+
+
+def test_the_form_is_moved_to_a_changed_cell(form):
+    form.inputs["epochs"].value = "3"
+    form.namespace["epochs"] = 5.0
+    assert Panel(form.namespace).inputs["epochs"].value == "5.0"
+
+
+def test_reset_moves_the_form_back(form):
+    form.inputs["epochs"].value = "3"
+    form.box.children[-1].click()
+    assert form.inputs["epochs"].value == "2.0"
+
+
+def test_a_saved_form_stays_small(form):
+    import ipywidgets
+
+    ipywidgets.Widget.close_all()
+    Panel({})
+    state = str(ipywidgets.Widget.get_manager_state())
+    assert 10_000 < len(state) < 100_000

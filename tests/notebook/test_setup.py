@@ -1,0 +1,273 @@
+"""The first cell: what is installed and what is left alone, where the token comes from, what reaches Google Drive."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from lazyorpo_lib.folder import MARKER, seal, take
+from lazyorpo_lib.notebook import setup
+from lazyorpo_lib.orpo import checkpoints
+from lazyorpo_lib.settings import UserError
+
+COLAB = Path(__file__).parents[3] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
+ABSENT_ON_COLAB = {"bitsandbytes", "nbval", "gguf"}
+SECRET = "hf_" + "secret"
+
+
+def test_importing_it_imports_nothing_heavy():
+    heavy = "torch", "numpy", "packaging", "ipywidgets"
+    code = f"import sys, lazyorpo_lib.setup; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_requirements_are_floors_only():
+    for wanted in setup.requirements():
+        assert [s.operator for s in wanted.specifier] == [">="], wanted
+
+
+@pytest.mark.skipif(not COLAB.is_file(), reason="the package list of Colab's runtime is not here")
+def test_nothing_that_colab_ships_is_changed():
+    frozen = dict(line.split("==") for line in COLAB.read_text().splitlines() if "==" in line)
+    frozen = {name.lower().replace("_", "-"): version for name, version in frozen.items()}
+    for wanted in setup.requirements():
+        shipped = frozen.get(wanted.name.lower().replace("_", "-"))
+        assert (shipped is None) == (wanted.name in ABSENT_ON_COLAB), wanted
+        assert shipped is None or wanted.specifier.contains(shipped), (str(wanted), shipped)
+
+
+@pytest.fixture
+def wishes(tmp_path, monkeypatch):
+    """Writes a requirements file, and keeps the pip commands that would have been run."""
+    path, commands = tmp_path / "requirements.txt", []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, wishes.exit_status, "", wishes.complaint)
+
+    def wishes(text):
+        path.write_text(text)
+
+    wishes.exit_status, wishes.complaint, wishes.commands = 0, "", commands
+    monkeypatch.setattr(setup, "REQUIREMENTS", path)
+    monkeypatch.setattr(setup.subprocess, "run", run)
+    return wishes
+
+
+def test_only_what_is_missing_or_too_old_is_wanted(wishes):
+    wishes("pytest>=1  # here\n\n# a comment\nno-such-package-lazyorpo>=2\npytest>=9999\n")
+    assert setup.missing_requirements() == ["no-such-package-lazyorpo>=2", "pytest>=9999"]
+
+
+def test_a_local_or_development_version_is_new_enough(wishes, monkeypatch):
+    versions = {"torch": "2.11.0+cu128", "numpy": "3.0.0.dev0"}
+    monkeypatch.setattr(setup.importlib.metadata, "version", versions.__getitem__)
+    wishes("torch>=2.6\nnumpy>=1.26\n")
+    assert setup.missing_requirements() == []
+
+
+def test_pip_gets_exactly_the_missing_and_no_upgrade(wishes):
+    wishes("")
+    setup.install(["a>=1", "b>=2"])
+    assert wishes.commands == [[sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]]
+
+
+def test_a_failing_pip_is_one_sentence(wishes):
+    wishes("")
+    wishes.exit_status, wishes.complaint = 1, "much\nERROR: no matching distribution"
+    with pytest.raises(UserError, match=r"could not install a>=1 \(ERROR: no matching distribution\)"):
+        setup.install(["a>=1"])
+
+
+def test_a_package_replaced_while_in_use_asks_for_a_restart(wishes, monkeypatch):
+    wishes("pytest>=1\n")
+    versions = iter(["1.0", "2.0"])
+    monkeypatch.setattr(setup, "_version", lambda name: next(versions))
+    with pytest.raises(UserError, match="pytest had to be replaced .*Restart session"):
+        setup.install(["pytest>=2"])
+
+
+def test_with_nothing_missing_prepare_runs_no_command(wishes, monkeypatch, capsys):
+    wishes("pytest>=1\n")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    setup.prepare()
+    assert wishes.commands == []
+    out = capsys.readouterr().out
+    assert "from the environment" in out and SECRET not in out
+
+
+# Colab, without Colab.
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """A fake google.colab; `colab.userdata.get` and `colab.drive.mount` are the test's to give."""
+    package = types.ModuleType("google.colab")
+    package.userdata, package.drive = types.SimpleNamespace(), types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setenv("HF_TOKEN", "")
+    setup._colab_secret.cache_clear()
+    yield package
+    setup._colab_secret.cache_clear()
+
+
+def test_the_environment_comes_before_colabs_secrets(colab, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)  # userdata.get does not exist: asking it would fail
+    assert setup.find_token() == "from the environment"
+
+
+def test_colabs_secret_reaches_the_environment_and_is_never_printed(colab, capsys):
+    colab.userdata.get = {"HF_TOKEN": SECRET}.get
+    assert setup.find_token() == "from Colab's secrets"
+    assert os.environ["HF_TOKEN"] == SECRET
+    assert SECRET not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["NotebookAccessError", "SecretNotFoundError", "TimeoutException"])
+def test_colabs_refusals_are_told_once_and_stop_nothing(colab, name):
+    asked = []
+
+    def get(key):
+        asked.append(key)
+        raise type(name, (Exception,), {})(key)
+
+    colab.userdata.get = get
+    for _ in range(2):
+        assert setup.find_token() == f"none (Colab's secrets: {name}); public models and datasets need none"
+    assert asked == ["HF_TOKEN"]
+
+
+def test_colab_without_a_gpu_names_the_menu_and_goes_on(colab, wishes, monkeypatch, capsys):
+    wishes("")
+    colab.userdata.get = {}.get
+    monkeypatch.setattr(setup.shutil, "which", lambda tool: None)
+    setup.prepare()
+    assert "Runtime > Change runtime type > T4 GPU" in capsys.readouterr().out
+
+
+def test_elsewhere_no_gpu_is_not_a_matter_for_setup(wishes, capsys):
+    wishes("")
+    setup.prepare()
+    assert "GPU" not in capsys.readouterr().out
+
+
+def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
+    def mount(path):
+        raise ValueError("mount failed\nwith much detail")
+
+    colab.drive.mount = mount
+    assert setup.drive_folder("run") is None
+    assert "(ValueError: mount failed): everything stays on local disk" in capsys.readouterr().out
+
+
+# What reaches the Drive.
+
+
+@pytest.fixture
+def run(tmp_path):
+    own = ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model")
+    folder = take(tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp")
+    for name in (*own, "their notes"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+        if name in own:
+            seal(folder / name, name.split("-")[0])
+    for name in ("history.jsonl", ".lock", "live.png.tmp"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(folder):
+    return sorted(item.name for item in folder.iterdir() if item.name != MARKER)
+
+
+def test_mirror_copies_what_is_complete_and_keeps_the_newest(run, tmp_path):
+    drive = tmp_path / "drive"
+    assert setup.mirror(run, drive, keep=2)
+    assert names(drive) == ["checkpoint-10", "checkpoint-100", "history.jsonl", "model"]
+    assert (drive / "checkpoint-100" / "weights").read_text() == "checkpoint-100"
+
+
+def test_mirror_the_other_way_brings_a_run_back(run, tmp_path):
+    setup.mirror(run, tmp_path / "drive")
+    setup.mirror(tmp_path / "drive", tmp_path / "new")
+    assert names(tmp_path / "new") == names(tmp_path / "drive")
+
+
+def test_a_torn_checkpoint_on_the_drive_stays_torn(run, tmp_path):
+    setup.mirror(run, tmp_path / "drive")
+    (tmp_path / "drive" / "checkpoint-100" / "weights").write_text("cut")
+    setup.mirror(tmp_path / "drive", tmp_path / "new")
+    assert [c.name for c in checkpoints.complete(tmp_path / "new")] == ["checkpoint-10"]
+
+
+def test_a_link_where_a_copy_is_drafted_is_not_followed(run, tmp_path):
+    (tmp_path / "precious").write_text("theirs")
+    take(tmp_path / "drive", "run")
+    (tmp_path / "drive" / "history.jsonl.tmp").symlink_to(tmp_path / "precious")
+    assert not setup.mirror(run, tmp_path / "drive")
+    assert (tmp_path / "precious").read_text() == "theirs"
+
+
+def test_mirror_takes_in_what_changed(run, tmp_path):
+    setup.mirror(run, tmp_path / "drive")
+    (run / "history.jsonl").write_text("more")
+    (run / "model" / "weights").write_text("better")
+    setup.mirror(run, tmp_path / "drive")
+    assert (tmp_path / "drive" / "history.jsonl").read_text() == "more"
+    assert (tmp_path / "drive" / "model" / "weights").read_text() == "better"
+
+
+def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, monkeypatch, capsys):
+    def copytree(source, target, **options):
+        target.mkdir(exist_ok=True)
+        (target / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(setup.shutil, "copytree", copytree)
+    assert not setup.mirror(run, tmp_path / "drive")
+    assert "No space left on device" in capsys.readouterr().out
+    assert not [c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")]
+    monkeypatch.undo()
+    assert setup.mirror(run, tmp_path / "drive")
+    assert not [c for c in names(tmp_path / "drive") if c.endswith(".tmp")]
+
+
+# Colab's torchao 0.10, at which peft raises.
+
+
+@pytest.mark.slow
+def test_an_old_torchao_does_not_stop_lora(tmp_path):
+    info = tmp_path / "torchao-0.10.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("__version__ = '0.10.0'\n")
+    code = (
+        "import sys, torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "import peft\n"
+        "if sys.argv[1] == 'kit':\n"
+        "    from lazyorpo_lib.model import import_peft\n"
+        "    peft = import_peft()\n"
+        "config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
+        "model = LlamaForCausalLM(config)\n"
+        "lora = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))\n"
+        "lora.merge_and_unload()\n"
+    )
+    root = str(Path(__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+
+    def build(how):
+        return subprocess.run([sys.executable, "-c", code, how], env=env, capture_output=True, text=True)
+
+    done = build("kit")
+    assert done.returncode == 0, done.stderr
+    major, minor = map(int, importlib.metadata.version("peft").split(".")[:2])
+    if (major, minor) >= (0, 19):  # there the refusal is real, and it is the kit that gets past it
+        assert "torchao" in build("plain").stderr

@@ -1,0 +1,549 @@
+"""Rows of every shape become the right pairs, every other row is accounted for, and bad files get one sentence."""
+
+import datetime
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lazyorpo_lib.orpo import data
+from lazyorpo_lib.orpo.data import BadRow, Pair, Report, clean, json_safe, open_rows, split_held_out, to_pair
+from lazyorpo_lib.settings import UserError
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+U, A, S = (lambda text, role=role: turn(role, text) for role in ("user", "assistant", "system"))
+GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+def cleaned(raw, **options):
+    dropped = []
+    pairs, report = clean(list(enumerate(raw)), on_drop=dropped.append, **options)
+    return list(pairs), report, dropped
+
+
+# ---- shapes: (row, shape, prompt, chosen, rejected)
+
+SHAPES = {
+    "prompt inside both message lists": (
+        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A(" Yes \n")],
+         "rejected": [U("Hi"), A("Hello"), U("Why?"), A("No")]},
+        "messages", [U("Hi"), A("Hello"), U("Why?")],
+    ),
+    "a prompt column beside it does not double it": (
+        {"prompt": "Why?", "chosen": [U("Why?"), A("Yes")], "rejected": [U("Why?"), A("No")]},
+        "messages", [U("Why?")],
+    ),
+    "a prompt column with the turns before it is not lost": (
+        {"prompt": [S("Be kind."), U("Why?")], "chosen": [U("Why?"), A("Yes")], "rejected": [U("Why?"), A("No")]},
+        "messages", [S("Be kind."), U("Why?")],
+    ),
+    "prompt and text": ({"prompt": "Why?", "chosen": "Yes", "rejected": "No"}, "prompt", [U("Why?")]),
+    "prompt text and assistant messages": (
+        {"prompt": "Why?", "chosen": [A("Yes")], "rejected": [A("No")]}, "prompt", [U("Why?")],
+    ),
+    "prompt messages and assistant messages": (
+        {"prompt": [S("Be kind."), U("Why?")], "chosen": [A("Yes")], "rejected": [A("No")]},
+        "prompt", [S("Be kind."), U("Why?")],
+    ),
+    "prompt messages and text": (
+        {"prompt": [U("Hi"), A("Hello"), U("Why?")], "chosen": "Yes", "rejected": "No"},
+        "prompt", [U("Hi"), A("Hello"), U("Why?")],
+    ),
+    "a system turn inside the answers joins the prompt column": (
+        {"prompt": "Why?", "chosen": [S("Be kind."), A("Yes")], "rejected": [S("Be kind."), A("No")]},
+        "prompt", [S("Be kind."), U("Why?")],
+    ),
+    "instruction and input": (
+        {"instruction": "Translate.", "input": "Pourquoi ?", "chosen": "Yes", "rejected": "No"},
+        "instruction", [U("Translate.\n\nPourquoi ?")],
+    ),
+    "question and system": (
+        {"system": "Be kind.", "question": "Why?", "chosen": "Yes", "rejected": "No"},
+        "question", [S("Be kind."), U("Why?")],
+    ),
+    "an empty system column adds no turn": (
+        {"system": " ", "input": "Why?", "chosen": "Yes", "rejected": "No"}, "input", [U("Why?")],
+    ),
+    "a system column beside messages that have a system turn": (
+        {"system": "Other.", "chosen": [S("Be kind."), U("Why?"), A("Yes")],
+         "rejected": [S("Be kind."), U("Why?"), A("No")]},
+        "messages", [S("Be kind."), U("Why?")],
+    ),
+    "question, context and chosen_response": (
+        {"question": "Why?", "context": "It rained.", "chosen_response": "Yes", "rejected_response": "No"},
+        "question", [U("Why?\n\nIt rained.")],
+    ),
+    "response_j and response_k": (
+        {"question": "Why?", "response_j": "Yes", "response_k": "No"}, "question", [U("Why?")],
+    ),
+    "messages with both styles of names": (
+        {"prompt": [{"role": None, "content": None, "from": "human", "value": "Why?"}],
+         "chosen": "Yes", "rejected": "No"},
+        "prompt", [U("Why?")],
+    ),
+    "transcripts": (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: Yes",
+         "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: No"},
+        "transcript", [U("Hi"), A("Hello"), U("Why?")],
+    ),
+    "transcripts with the prompt in a column too": (
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "\n\nHuman: Why?\n\nAssistant: Yes",
+         "rejected": "\n\nHuman: Why?\n\nAssistant: No"},
+        "transcript", [U("Why?")],
+    ),
+    "a transcript as the prompt alone": (
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Yes", "rejected": " No"}, "prompt", [U("Why?")],
+    ),
+    "conversations with one message a side": (
+        {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Why?"}],
+         "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}},
+        "conversations", [S("Be kind."), U("Why?")],
+    ),
+    "conversations with text a side": (
+        {"conversations": [turn("Human", "Why?")], "chosen": "Yes", "rejected": "No"}, "conversations", [U("Why?")],
+    ),
+}  # fmt: skip
+
+
+def test_answer_that_is_itself_a_dialogue_is_left_whole():
+    chosen, rejected = "Human: Hi\n\nAssistant: Hello", "Human: Hi\n\nAssistant: Go"
+    [pair], _, _ = cleaned([{"prompt": "Write a dialogue.", "chosen": chosen, "rejected": rejected}])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((U("Write a dialogue."),), chosen, rejected)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape_is_recognised(name):
+    row, shape, prompt = SHAPES[name]
+    assert to_pair(7, row) == Pair(7, tuple(prompt), "Yes", "No")
+    assert to_pair(7, row).shape == shape
+    assert cleaned([row])[1].as_dict()["shapes"] == {shape: 1}
+
+
+def test_columns_map_anything():
+    row = {"q": "Why?", "best of two": "Yes", "worst": [A("No")], "sys": "Be kind.", "chosen": "something else"}
+    pairs, _, _ = cleaned([row], columns=" prompt = q, chosen=best of two ,rejected=worst,system=sys")
+    assert pairs == [Pair(0, (S("Be kind."), U("Why?")), "Yes", "No")]
+
+
+@pytest.mark.parametrize(
+    "columns", ["prompt", "prompt=q", "prompt=q,chosen=,rejected=w", "prompt=q,chosen=b,rejected=w,x=y", "a=b=c",
+                "prompt=q,chosen=b,rejected=w,", "prompt=q,prompt=q,chosen=b,rejected=w", ";"],
+)  # fmt: skip
+def test_bad_mapping_is_the_users_mistake(columns):
+    with pytest.raises(UserError, match="prompt=…,chosen=…,rejected=…"):
+        cleaned([GOOD], columns=columns)
+
+
+def test_mapped_column_that_does_not_exist_names_those_that_do():
+    with pytest.raises(UserError, match="chosen=best, but the columns found are 'prompt', 'chosen', 'rejected'"):
+        cleaned([GOOD], columns="prompt=prompt,chosen=best,rejected=rejected")
+
+
+def test_unknown_shape_names_the_columns_and_the_way_out():
+    with pytest.raises(UserError, match="'text', 'label'; set columns to 'prompt=…"):
+        cleaned([{"text": "Why?", "label": 1}] * 300)
+    with pytest.raises(UserError, match="rows are not objects"):
+        cleaned([1, None, "text"])
+
+
+def test_unknown_rows_among_known_ones_are_dropped():
+    pairs, report, _ = cleaned([{"text": "Why?"}] * 99 + [GOOD])
+    assert (len(pairs), report.dropped) == (1, {"unknown_shape": 99})
+
+
+# ---- reasons
+
+REASONS = [
+    (None, "malformed"), ([], "malformed"), ("text", "malformed"), (GOOD | {None: ["a cell too many"]}, "malformed"),
+    (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"),
+    (GOOD | {"prompt": 1.5}, "malformed"),
+    (GOOD | {"chosen": ["Yes"]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
+    (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "malformed"),
+    ({}, "unknown_shape"), ({"chosen": "Yes", "rejected": "No"}, "unknown_shape"),
+    ({"prompt": "Why?"}, "unknown_shape"),
+    (GOOD | {"chosen": [turn("narrator", "Yes")]}, "unknown_role"),
+    (GOOD | {"prompt": [turn("tool", "x")]}, "unknown_role"),
+    (GOOD | {"chosen": "\ud800"}, "invalid_text"), (GOOD | {"prompt": "Why \udfff?"}, "invalid_text"),
+    ({"chosen": [U("Why?"), A("Yes")], "rejected": [U("Why so?"), A("No")]}, "prompts_differ"),
+    ({"chosen": [U("Why?"), A("Yes")], "rejected": "No", "prompt": "Why?"}, "prompts_differ"),
+    (GOOD | {"prompt": ""}, "empty_prompt"), (GOOD | {"prompt": None}, "empty_prompt"),
+    (GOOD | {"prompt": []}, "empty_prompt"),
+    (GOOD | {"prompt": float("nan")}, "empty_prompt"), (GOOD | {"prompt": [S("Be kind."), U(" \n")]}, "empty_prompt"),
+    (GOOD | {"prompt": [U("Why?"), A("Because.")]}, "no_user_turn"),
+    (GOOD | {"prompt": [S("Be kind.")]}, "no_user_turn"),
+    (GOOD | {"chosen": [U("Why?")]}, "no_answer"),
+    (GOOD | {"rejected": {"from": "human", "value": "Why?"}}, "no_answer"),
+    (GOOD | {"chosen": ""}, "empty_answer"), (GOOD | {"chosen": None}, "empty_answer"),
+    (GOOD | {"chosen": []}, "empty_answer"),
+    (GOOD | {"rejected": float("nan")}, "empty_answer"), (GOOD | {"rejected": [A(" ")]}, "empty_answer"),
+    (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes, I  do"}, "identical_answers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reason"), REASONS)
+def test_bad_row_is_dropped_with_its_reason(row, reason):
+    with pytest.raises(BadRow, match=f"^{reason}$"):
+        to_pair(0, row)
+    pairs, report, dropped = cleaned([GOOD, row])
+    assert ([pair.index for pair in pairs], report.read, report.kept, report.dropped) == ([0], 2, 1, {reason: 1})
+    assert [(drop["index"], drop["reason"]) for drop in dropped] == [(1, reason)]
+    json.dumps(dropped, allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_every_reason_is_documented():
+    for reason in {reason for _, reason in REASONS} | {"duplicate", "contradiction"}:
+        assert reason in data.__doc__
+
+
+def test_duplicates_keep_the_first_and_contradictions_keep_none():
+    swapped = {"prompt": "Why?", "chosen": "No.", "rejected": "Because. "}
+    other = {"prompt": "How?", "chosen": "So.", "rejected": "Thus."}
+    pairs, report, dropped = cleaned([GOOD, other, swapped, dict(other), GOOD])
+    assert [pair.index for pair in pairs] == [1]
+    assert report.dropped == {"contradiction": 3, "duplicate": 1}
+    assert [drop["index"] for drop in dropped] == [0, 2, 3, 4]
+
+
+def test_same_answers_under_another_prompt_do_not_contradict():
+    assert len(cleaned([GOOD, {"prompt": "How?", "chosen": "No.", "rejected": "Because."}])[0]) == 2
+
+
+def test_control_characters_and_odd_scripts_stay_as_they_are():
+    answers = "a\0b\x1b[0m", "مرحبا ‏👩‍👩‍👧 <|im_end|> </s>"
+    [pair], _, _ = cleaned([{"prompt": " Why? ", "chosen": answers[0], "rejected": answers[1]}])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((U(" Why? "),), *answers)
+
+
+def test_rows_that_can_be_read_only_once_are_refused():
+    with pytest.raises(TypeError, match="read twice"):
+        clean(iter([(0, GOOD)]))
+
+
+# ---- the report
+
+
+def test_report_figures_and_a_pair_dropped_by_the_caller():
+    raw = [{"prompt": "p" * 10, "chosen": "c" * n, "rejected": "r" * 50} for n in range(1, 101)]
+    dropped = []
+    pairs, report = clean(list(enumerate(raw)), on_drop=dropped.append)
+    for pair in pairs:
+        if len(pair.chosen) > 90:
+            report.drop(pair.index, "overlong", pair)
+    figures = report.as_dict()
+    assert (figures["read"], figures["kept"], figures["dropped"]) == (100, 90, {"overlong": 10})
+    assert figures["chosen_longer"] == pytest.approx(40 / 90)
+    assert figures["shapes"] == {"prompt": 90}
+    assert dropped[0]["row"] == {"index": 90, "prompt": [U("p" * 10)], "chosen": "c" * 91, "rejected": "r" * 50, "shape": "prompt"}
+    json.dumps(figures, allow_nan=False)
+
+
+def test_report_in_one_line():
+    report = Report(read=10_000)
+    report.dropped.update(identical_answers=300, overlong=288)
+    assert str(report) == "kept 9,412 of 10,000 pairs; dropped 300 identical answers, 288 overlong"
+    assert Report().as_dict()["kept"] == 0 == Report().as_dict()["chosen_longer"]
+
+
+def test_json_safe_takes_any_object():
+    class Hostile:
+        def __str__(self):
+            raise RuntimeError
+
+    cycle = []
+    cycle.append(cycle)
+    odd = {"nan": float("nan"), None: b"\xff", 3: "\ud800", "when": datetime.date(2024, 3, 12), "set": {1},
+           "big": 10**5000, (1,): Hostile(), "cycle": cycle}  # fmt: skip
+    text = json.dumps(json_safe(odd), allow_nan=False, ensure_ascii=False).encode().decode()
+    assert json.loads(text)["when"] == "2024-03-12"
+    assert json.loads(text)["None"] == "\\xff"
+    assert json.loads(text)["nan"] == "nan"
+
+
+# ---- held out
+
+
+def numbered(count, prompts):
+    return [Pair(n, (U(f"prompt {n % prompts}"),), f"yes {n}", f"no {n}") for n in range(count)]
+
+
+def test_no_prompt_crosses_and_row_order_does_not_matter():
+    pairs = numbered(300, 100)
+    train, held_out = split_held_out(pairs, 40, 7)
+    assert sorted(train + held_out) == list(range(300))
+    assert 38 <= len(held_out) <= 40
+    asked = {pairs[i].prompt[0]["content"] for i in held_out}
+    assert asked.isdisjoint(pairs[i].prompt[0]["content"] for i in train)
+    shuffled = pairs[::-1]
+    assert {shuffled[i].index for i in split_held_out(shuffled, 40, 7)[1]} == {pairs[i].index for i in held_out}
+    assert split_held_out(pairs, 40, 8)[1] != held_out
+
+
+def test_white_space_does_not_let_a_prompt_cross():
+    pairs = [Pair(n, (U("same" + " " * n),), "yes", "no") for n in range(10)] + numbered(40, 40)
+    train, held_out = split_held_out(pairs, 10, 1)
+    assert set(range(10)) <= set(train) or set(range(10)) <= set(held_out)
+
+
+@pytest.mark.parametrize(("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)])
+def test_at_most_a_fifth_is_held_out(count, asked, held):
+    assert len(split_held_out(numbered(count, 10**6), asked, 42)[1]) == held
+
+
+def test_one_prompt_for_all_leaves_nothing_to_hold_out():
+    assert split_held_out(numbered(50, 1), 10, 42) == (list(range(50)), [])
+
+
+# ---- files
+
+TEXT = "".join(json.dumps(GOOD | {"prompt": f"Why {n}?"}) + "\n" for n in range(3))
+LIST = json.dumps([json.loads(line) for line in TEXT.splitlines()], indent=1)
+TABLE = "prompt,chosen,rejected\r\n" + "".join(f'Why {n}?,"Because, ""so"".\n",No.\r\n' for n in range(3))
+
+
+def write(folder, name, content):
+    path = folder / name
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", TEXT), ("a.jsonl", TEXT.replace("\n", "\r\n\r\n")), ("a.json", LIST), ("a.json", TEXT),
+    ("a.JSON", "\n " + LIST),
+     ("a.csv", TABLE), ("a.jsonl.gz", TEXT), ("a.json.gz", LIST), ("a.csv.gz", TABLE), ("v1.2.jsonl", TEXT.rstrip())],
+)  # fmt: skip
+def test_files_are_read_twice_alike(tmp_path, name, content, bom):
+    found = open_rows(write(tmp_path, name, bom + content))
+    assert [(index, row["prompt"]) for index, row in found] == [(n, f"Why {n}?") for n in range(3)]
+    assert list(found) == list(found)
+    assert len(list(clean(found)[0])) == 3
+    assert len(list(open_rows(found.name, max_rows=2))) == 2
+
+
+def test_parquet_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    many = [{"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None} for n in range(1000)]
+    pq.write_table(pa.Table.from_pylist(many), tmp_path / "a.parquet")
+    pairs, report = clean(open_rows(str(tmp_path / "a.parquet")))
+    assert [pair.prompt[0]["content"] for pair in pairs] == [f"Why {n}?" for n in range(1000)]
+
+
+def test_a_csv_cell_may_hold_a_megabyte(tmp_path):
+    [(_, row)] = open_rows(write(tmp_path, "a.csv", "prompt,chosen,rejected\nWhy?," + "x" * 2**20 + ",No.\n"))
+    assert len(row["chosen"]) == 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", "", "has no rows"), ("a.json", "[]", "has no rows"),
+        ("a.csv", "prompt,chosen,rejected\n", "has no rows"),
+        ("a.csv", "", "has no rows"), ("a.jsonl.gz", "", "has no rows"), ("a.json", "\ufeff \n", "has no rows"),
+        ("a.jsonl", TEXT + '{"prompt": "Wh', "after 3 rows: line 4 is not valid JSON"),
+        ("a.jsonl", TEXT + "\n{prompt: 1}\n", "line 5 is not valid JSON at column 2"),
+        ("a.json", LIST[:-20], "after 0 rows: line [0-9]+ is not valid JSON"),
+        ("a.json", LIST + "x", "line [0-9]+ is not valid JSON at column 2"),
+        ("a.json", json.dumps(GOOD, indent=1), "line 1 is not valid JSON .* must be a JSON list or one JSON object"),
+        ("a.jsonl", b'{"prompt": "Why?"}\n{"prompt": "\xff"}\n', "after 1 rows: line 2 is not UTF-8 text"),
+        ("a.json", b'[\n{"prompt": "\xff"}]\n', "line 2 is not UTF-8 text"),
+        ("a.jsonl", TEXT.encode("utf-16"), "line 1 is not UTF-8 text"),
+        ("a.jsonl", "[" * 100_000, "line 1 cannot be parsed"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 cannot be parsed"),
+        ("a.csv", TABLE.replace(",", ";"), "columns must be separated by commas"),
+        ("a.csv", TABLE.replace(",", "\t"), "columns must be separated by commas"),
+        ("a.csv", TABLE + '"never closed', "after 3 rows: line 7 is not valid CSV"),
+        ("a.csv", TABLE.encode("utf-16"), "codec can't decode"),
+        ("a.parquet", "", "cannot be read after 0 rows"),
+        ("a.parquet", "PAR1 but no more", "cannot be read after 0 rows"),
+    ],
+)  # fmt: skip
+def test_bad_file_is_one_sentence(tmp_path, name, content, sentence):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        clean(open_rows(path))
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_gz_that_is_cut_or_is_none_is_one_sentence(tmp_path):
+    whole = gzip.compress(os.urandom(10_000).hex().encode())
+    for content in (whole[:-4000], whole[:10] + b"\xff" * 3000, TEXT.encode()):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read after 0 rows"):
+            list(open_rows(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_broken_parquet_is_one_sentence(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": [os.urandom(50).hex() for _ in range(2000)]}), path)
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole[:1000] + bytes(1000) + whole[2000:]):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="cannot be read after"):
+            list(open_rows(str(path)))
+
+
+def test_names_that_are_no_dataset_are_refused_without_the_network(tmp_path):
+    for name, sentence in [
+        ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "is a folder"), ("a b/c", "does not exist"),
+        ("a/b:c:d:e", "does not exist"), (str(tmp_path), "is a folder"), ("x" * 5000, "does not exist"),
+        ("\0", "does not exist"),
+        (write(tmp_path, "a.txt", TEXT), "unknown ending"), (write(tmp_path, "a.gz", TEXT), "unknown ending"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            open_rows(name)
+
+
+# ---- the hub
+
+
+def hub(monkeypatch, answer):
+    asked = []
+
+    def load_dataset(*given, **named):
+        asked.append(given)
+        assert "trust_remote_code" not in named
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_hub_dataset_split_and_config(monkeypatch):
+    asked = hub(monkeypatch, {"test": [{"n": 0}], "train": [{"n": 1}, {"n": 2}]})
+    assert list(open_rows("own.er/na-me")) == [(0, {"n": 1}), (1, {"n": 2})]
+    assert list(open_rows("own.er/na-me:test", max_rows=5)) == [(0, {"n": 0})]
+    assert list(open_rows("own.er/na-me:en:test")) == [(0, {"n": 0})]
+    assert asked == [("own.er/na-me", None), ("own.er/na-me", None), ("own.er/na-me", "en")]
+    with pytest.raises(UserError, match="no split 'dev': write own.er/na-me:SPLIT with one of test, train"):
+        open_rows("own.er/na-me:dev")
+
+
+def test_hub_split_like_train_is_taken_and_named(monkeypatch):
+    hub(monkeypatch, {"train_sft": [{"n": 0}], "train_prefs": [{"n": 1}], "test_prefs": [{"n": 2}]})
+    found = open_rows("owner/name")
+    assert (found.name, list(found)) == ("owner/name:train_prefs", [(0, {"n": 1})])
+    hub(monkeypatch, {"test": [], "validation": []})
+    with pytest.raises(UserError, match="no split 'train'.*test, validation"):
+        open_rows("owner/name")
+
+
+def http_error(kind, status):
+    import huggingface_hub.errors as errors
+
+    error = getattr(errors, kind).__new__(getattr(errors, kind))
+    error.args, error.response = ("token hf_PLANTEDsecret refused",), SimpleNamespace(status_code=status)
+    return error
+
+
+def hub_errors():
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    gated = DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub. You must be authenticated to access it.")
+    missing = DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be accessed.")
+    missing.__cause__ = http_error("RepositoryNotFoundError", 401)
+    slow = RuntimeError("hf_PLANTEDsecret")
+    slow.__context__ = TimeoutError()
+    return [
+        (gated, "ask for access at https://huggingface.co/datasets/o/n and set HF_TOKEN"),
+        (http_error("GatedRepoError", 403), "ask for access"),
+        (http_error("HfHubHTTPError", 401), "set HF_TOKEN"),
+        (missing, "not on the hub: check the name"),
+        (http_error("HfHubHTTPError", 404), "not on the hub: check the name"),
+        (http_error("HfHubHTTPError", 429), "too many requests"),
+        (http_error("HfHubHTTPError", 503), "cannot be reached"),
+        (ConnectionError("Couldn't reach 'o/n' on the Hub"), "cannot be reached: check the network"),
+        (OfflineModeIsEnabled("offline"), "choose demo"),
+        (LocalEntryNotFoundError("not cached"), "cannot be reached"),
+        (slow, "cannot be reached"),
+        (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "no code of a dataset is ever run"),
+        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"), "among: .'a', 'b'."),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ]
+
+
+def test_hub_failure_is_one_sentence_with_the_way_out_and_no_token(monkeypatch):
+    for error, sentence in hub_errors():
+        hub(monkeypatch, error)
+        with pytest.raises(UserError, match=sentence) as caught:
+            open_rows("o/n")
+        assert "'o/n'" in str(caught.value)
+        assert "PLANTED" not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__
+
+
+# ---- real data, and much of it
+
+
+def test_demo_pairs_are_clean_and_enough():
+    pairs, report = clean(open_rows("demo"))
+    pairs = list(pairs)
+    assert report.dropped == {}
+    assert len(pairs) >= 240
+    assert len({pair.prompt[-1]["content"] for pair in pairs}) == len(pairs)
+    assert len(split_held_out(pairs, 40, 42)[1]) == 40
+
+
+def test_real_multi_turn_sample():
+    sample = Path(__file__).parents[3] / "shared" / "data" / "preference-sample-en.json"  # 300 pairs
+    if not sample.is_file():
+        pytest.skip("the shared sample of real pairs is not here")
+    pairs, report = clean(open_rows(str(sample)))
+    pairs = list(pairs)
+    assert (report.read, report.kept, report.dropped) == (300, 295, {"duplicate": 5})
+    assert report.shapes == {"conversations": 295}
+    assert any(len(pair.prompt) > 4 for pair in pairs)
+    assert {pair.prompt[0]["role"] for pair in pairs} == {"system", "user"}
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = "import sys, lazyorpo_lib.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+MILLION = """
+import resource, time
+from lazyorpo_lib.data import clean
+class Rows:
+    def __iter__(self):
+        for n in range(1_000_000):
+            words = f"{n % 950_000} "
+            yield n, {"prompt": words + "p" * 300, "chosen": words + "c" * 500, "rejected": "r" * 500}
+start, dropped = time.time(), 0
+def on_drop(row):
+    global dropped
+    dropped += 1
+pairs, report = clean(Rows(), on_drop=on_drop)
+kept = sum(1 for _ in pairs)
+assert kept == report.kept == report.read - dropped, str(report)
+gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"{gib:.3f} {time.time() - start:.1f} {report}")
+"""
+
+
+@pytest.mark.slow
+def test_a_million_pairs_stream_under_one_and_a_half_gib():
+    out = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=True).stdout
+    print(out)
+    assert float(out.split()[0]) < 1.5

@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+
+from lazyorpo_lib.orpo.loss import dpo_loss, log_odds, odds_ratio_loss, orpo_loss
+
+EDGES = [0.0, -1e-12, -1e-8, -1e-7, -1e-6, -1e-5, -1e-3, -0.5, -math.log(2), -1.0, -17.0, -120.0, -1e4, -1e30, -math.inf]
+
+
+def test_log_odds_is_zero_for_a_probability_of_one_half():
+    assert log_odds(torch.tensor(-math.log(2))).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_or_loss_matches_a_pair_worked_by_hand():
+    # P chosen = 0.8, odds 4; P rejected = 0.5, odds 1; -log sigmoid(log 4) = log(1 + 1/4).
+    out = odds_ratio_loss(torch.tensor([math.log(0.8)]), torch.tensor([math.log(0.5)]))
+    assert out.log_odds_chosen.item() == pytest.approx(math.log(4), rel=1e-5)
+    assert out.log_odds_rejected.item() == pytest.approx(0, abs=1e-6)
+    assert out.or_loss.item() == pytest.approx(math.log(1.25), rel=1e-5)
+    assert orpo_loss(torch.tensor(0.3), out.or_loss, 0.5).item() == pytest.approx(0.3 + 0.5 * math.log(1.25), rel=1e-5)
+
+
+def test_or_loss_is_ln_2_and_its_gradient_cancels_for_equal_answers():
+    logp = torch.tensor([-0.7], requires_grad=True)
+    loss = odds_ratio_loss(logp, logp).or_loss.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and logp.grad.item() == 0
+
+
+def test_swapping_the_answers_flips_the_log_odds_ratio():
+    a, b = torch.tensor([-0.3, -2.0]), torch.tensor([-1.0, -0.1])
+    torch.testing.assert_close(odds_ratio_loss(a, b).log_odds_ratio, -odds_ratio_loss(b, a).log_odds_ratio)
+
+
+@pytest.mark.parametrize("chosen", EDGES)
+@pytest.mark.parametrize("rejected", EDGES)
+def test_value_and_gradient_are_finite_for_every_input_at_or_below_zero(chosen, rejected):
+    c, r = (torch.tensor([x], requires_grad=True) for x in (chosen, rejected))
+    out = odds_ratio_loss(c, r)
+    out.or_loss.sum().backward()
+    for x in (out.or_loss, out.log_odds_ratio, c.grad, r.grad):
+        assert torch.isfinite(x).all()
+
+
+def test_value_and_gradient_match_float64_where_the_clamp_is_not_at_work():
+    x = -torch.logspace(-5, 2, 200)
+    y = x.flip(0)
+    ours = [t.clone().requires_grad_() for t in (x, y)]
+    odds_ratio_loss(*ours).or_loss.sum().backward()
+    exact = [t.double().requires_grad_() for t in (x, y)]
+    odds = [t - torch.log1p(-torch.exp(t)) for t in exact]
+    reference = torch.nn.functional.softplus(odds[1] - odds[0])
+    reference.sum().backward()
+    torch.testing.assert_close(odds_ratio_loss(x, y).or_loss.double(), reference, rtol=2e-5, atol=1e-6)
+    for mine, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, rtol=2e-4, atol=1e-7)
+
+
+def test_sixteen_bit_inputs_are_computed_in_float32():
+    out = odds_ratio_loss(torch.tensor([-1e-3], dtype=torch.bfloat16), torch.tensor([-1.0], dtype=torch.bfloat16))
+    assert out.or_loss.dtype == torch.float32 and torch.isfinite(out.or_loss).all()
+
+
+def test_zero_or_weight_is_plain_nll():
+    assert orpo_loss(torch.tensor(1.5), torch.tensor([9.0]), 0.0).item() == 1.5
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="shape"):
+        odds_ratio_loss(torch.zeros(2), torch.zeros(3))
+
+
+def test_matches_trl_where_it_is_installed():
+    trl = pytest.importorskip("trl.experimental.orpo")
+    c, r = torch.tensor([-0.2, -1.5, -4.0]), torch.tensor([-0.9, -0.4, -6.0])
+    fake = type("Fake", (), {"beta": 0.25, "accelerator": type("A", (), {"device": "cpu"})})()
+    losses, _, _, ratio, chosen = trl.ORPOTrainer.odds_ratio_loss(fake, c, r)
+    ours = odds_ratio_loss(c, r)
+    torch.testing.assert_close(-0.25 * ours.or_loss, losses)
+    assert ours.log_odds_ratio.mean().item() == pytest.approx(chosen.item(), rel=1e-5)
+    assert -ours.or_loss.mean().item() == pytest.approx(ratio.item(), rel=1e-5)
+
+
+def test_dpo_loss_is_ln_2_at_the_reference_and_falls_as_the_margin_grows():
+    ref = torch.tensor([-10.0]), torch.tensor([-12.0])
+    assert dpo_loss(*ref, *ref, 0.1).item() == pytest.approx(math.log(2))
+    assert dpo_loss(ref[0] + 5, ref[1] - 5, *ref, 0.1).item() == pytest.approx(math.log1p(math.exp(-1.0)), rel=1e-5)

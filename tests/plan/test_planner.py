@@ -1,0 +1,357 @@
+"""The planner: its arithmetic against whole simulations, its choices, its words. Configs are published shapes; no network."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers.models.llama import modeling_llama
+
+from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.fast import attention
+from lazyorpo_lib.model import Machine
+from lazyorpo_lib.notebook.panel import Panel
+from lazyorpo_lib.orpo.batching import EncodedPair
+from lazyorpo_lib.plan import planner, simulation
+from lazyorpo_lib.plan.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
+from lazyorpo_lib.run import estimate
+from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings, UserError
+
+CPU = Machine("cpu", "CPU", 16.0)
+LENGTHS = Lengths(pairs=400, prompt=60.0, chosen=50.0, rejected=40.0, longest=220)
+GEMMA_7B = dict(
+    vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
+)  # fmt: skip
+LLAMA_3_8B = dict(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN_2_5 = dict(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+GEMMA_2_2B = dict(
+    vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256,
+)  # fmt: skip
+
+
+def small(layers: int = 6):
+    return LlamaConfig(
+        vocab_size=4000, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def plan(target=CPU, lengths=LENGTHS, config=None, dtype=torch.float32, **settings):
+    return make_plan(config or small(), Settings(**settings), target, lengths, dtype=dtype)
+
+
+def gib(plan, method):
+    return next(m for m in plan.methods if m.method == method)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)]
+)
+def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
+    pair = [EncodedPair(0, [1] * 300, [1] * 250, [1] * 200)]
+    half = [EncodedPair(0, [1] * 150, [1] * 125, [1] * 100)]
+    given = (small(), Settings(), method, dtype, CPU)
+    foretold = simulation.simulate(*given, [half, pair])
+    monkeypatch.setattr(simulation, "LAYERS", 5)  # four checkpointed, the last one not
+    ((_, phases),) = simulation.simulate(*given, [pair]).points
+    for held in (False, True):
+        direct = max(row[2 if held else 1] for row in phases.values())
+        assert 0.995 <= foretold.peak(750, 5, 4, held)[0] / direct <= 1.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LlamaConfig(**LLAMA_3_8B), Qwen2Config(**QWEN_2_5), Gemma2Config(**GEMMA_2_2B)])
+def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
+    card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
+    lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
+    foretold = planner._Planner(config, settings, card.machine, card, lengths, torch.bfloat16, "lora", 1).profile
+    assert not foretold.stood_in
+    row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
+    direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
+    ((_, phases),) = direct.points
+    for name, (start, peak, *_) in phases.items():
+        assert foretold.at(7200)[name][:2] == pytest.approx([start, peak], rel=0.03, abs=2**20)
+    for held in (False, True):
+        assert foretold.peak(7200, 3, 2, held)[0] == pytest.approx(max(row[2 if held else 1] for row in phases.values()), rel=0.03)
+    assert foretold.work(7200, 3, 2) == pytest.approx(direct.work(7200, 3, 2), rel=0.05)
+
+
+@pytest.mark.parametrize("card", ["T4", "A40"])
+def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
+    def missing(*args, **kwargs):
+        raise TypeError("varlen_attn() got an unexpected keyword argument")
+
+    expected = plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16)
+    planner._profiles.clear()
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
+    monkeypatch.setattr(attention, "attention", missing)
+    assert plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16) == expected
+    assert "simulated" not in expected.why
+
+
+def test_where_nothing_can_be_simulated_a_plan_is_a_rough_estimate_that_says_so(monkeypatch):
+    expected = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    planner._profiles.clear()
+    monkeypatch.setattr(simulation, "FakeTensorMode", None)  # of a torch that has no such thing
+    rough = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    assert "rough estimate" in rough.why and "simulated" not in expected.why
+    for ours, theirs in zip(rough.methods, expected.methods, strict=True):
+        assert ours.fits and 0.5 < ours.peak_gib / theirs.peak_gib < 2
+
+
+def test_a_plan_after_liger_is_the_plan_before_it(monkeypatch):
+    def rotary(*args, **kwargs):
+        raise RuntimeError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    rotary.__module__ = "liger_kernel.transformers.rope"
+    expected = plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    planner._profiles.clear()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+    assert plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16) == expected
+    assert modeling_llama.apply_rotary_pos_emb is rotary and "simulated" not in expected.why
+
+
+def test_the_peak_grows_with_tokens_and_shrinks_with_checkpointing():
+    split = [gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib for t, c in ((900, 0), (900, 6), (500, 6))]
+    assert split[0] > split[1] > split[2]
+
+
+def test_parts_sum_to_the_peak_and_the_plan_is_json():
+    result = plan(method="lora")
+    data = json.loads(json.dumps(result.as_dict()))
+    assert {"device", "memory_gib", "methods", "chosen", "why"} <= data.keys()
+    for m in data["methods"]:
+        assert sum(m["parts"].values()) == pytest.approx(m["peak_gib"])
+        assert set(m["parts"]) == {"weights", "adapters", "gradients", "optimizer", "activations", "head", "framework"}
+
+
+def test_the_panels_line_moves_with_the_settings(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000)))
+    cell = {"base_model": str(tmp_path), "dataset": "argilla/dpo-mix-7k", "method": "lora"}
+    panel = Panel(cell, estimate=lambda settings: estimate(settings, "T4").line())
+    before = panel.table().splitlines()[-1]
+    panel.edit("method", "full")
+    after = panel.table().splitlines()[-1]
+    assert before != after and all(re.match(r"\d+\.\d of 14\.7 GiB, about .* on this T4: fits", line) for line in (before, after))
+
+
+def test_settings_given_as_numbers_are_kept():
+    m = plan(tokens_per_batch=333, checkpointed_layers=2).methods[0]
+    assert (m.tokens_per_batch, m.checkpointed_layers) == (333, 2)
+
+
+def test_the_best_split_leaves_the_margin_and_holds_the_longest_pair():
+    for m in plan("T4", dtype=torch.float16).methods:
+        assert m.fits and m.peak_gib <= 14.7 * (1 - MARGIN) and m.tokens_per_batch >= LENGTHS.longest
+
+
+def test_auto_takes_full_tuning_only_at_its_learning_rates():
+    assert plan(learning_rate=8e-6).chosen == "full"
+    gentle = plan(learning_rate=5e-4)
+    assert gentle.chosen == "lora" and "learning_rate" in gentle.why
+
+
+def test_paged_state_leaves_the_card_but_not_the_cpu():
+    on_card = gib(plan("A40", optimizer="paged_adamw_32bit", dtype=torch.bfloat16), "full")
+    on_cpu = gib(plan(optimizer="paged_adamw_32bit"), "full")
+    assert on_card.parts["optimizer"] == 0 < on_cpu.parts["optimizer"]
+
+
+def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bit():
+    table = 4000 * 64
+    full = gib(plan(optimizer="adamw_8bit"), "full")
+    total = full.parts["weights"] * 2**30 / 4
+    assert full.parts["optimizer"] * 2**30 == pytest.approx(8 * table + 2.03 * (total - table))
+
+
+def test_a_plan_says_what_a_checkpoint_is():
+    m = gib(plan(optimizer="paged_adamw_32bit"), "full")
+    assert m.checkpoint_gib == pytest.approx(3 * m.parts["weights"]) and m.checkpoint_seconds > 0
+    assert f"a checkpoint: {m.checkpoint_gib:.3g} GiB" in m.arithmetic[-1]
+    assert gib(plan(), "lora").checkpoint_gib < 0.2 * m.checkpoint_gib
+
+
+def test_a_card_that_another_process_fills_is_planned_by_what_is_free():
+    whole, shared = (plan(Machine("cuda", "NVIDIA A40", 44.4, (8, 6), free), dtype=torch.bfloat16) for free in (None, 0.05))
+    assert whole.method.fits and "another process" not in whole.why
+    assert "only 0.1 GiB of NVIDIA A40 are free" in shared.why and shared.method.peak_gib < whole.method.peak_gib
+
+
+@pytest.mark.parametrize("name", ["t4", "NVIDIA A40", "a100 80GB", "H200"])
+def test_cards_are_found_in_any_case(name):
+    assert find_card(name) in CARDS.values()
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("rtx4090", "RTX-4090"), ("4090", "RTX-4090"), ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"), ("NVIDIA A100 80GB PCIe", "A100-80"), ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 NVL", "H100-NVL"), ("Tesla T4", "T4"), ("Tesla V100-SXM2-32GB", "V100-32"),
+        ("Tesla P100-PCIE-16GB", "P100"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA L40S", "L40S"), ("nvidia b200", "B200"),
+    ],
+)  # fmt: skip
+def test_cards_are_found_by_the_names_that_people_and_drivers_write(name, card):
+    assert find_card(name).name == card
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_card_is_found_by_its_own_name_and_memory(name):
+    assert planner._listed(name, CARDS[name].memory_gib) is CARDS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 19.6), ("NVIDIA A100-SXM4-40GB", 19.6), ("NVIDIA A100-SXM-64GB", 63.4), ("NVIDIA A10G", 22.0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7), ("NVIDIA GeForce RTX 3090 Ti", 23.7), ("NVIDIA GH200 480GB", 95.0),
+    ],
+)  # fmt: skip
+def test_a_slice_or_a_namesake_of_another_make_is_no_listed_card(name, gib):
+    assert planner._listed(name, gib) is None
+
+
+def test_cards_without_bfloat16_are_planned_in_float16():
+    plans = planner.plan_cards(small(), Settings(precision="bfloat16"), LENGTHS)
+    assert [p.dtype == "bfloat16" for p in plans] == [card.capability[0] >= 8 for card in CARDS.values()]
+    assert {p.dtype for p in plans if p.device in ("V100-16", "P100", "T4")} == {"float16"}
+
+
+def test_a_small_model_on_a_fast_card_waits_for_its_launches():
+    seconds = [gib(plan("H100", config=small(n), dtype=torch.bfloat16, checkpointed_layers=0), "lora").minutes * 60 for n in (12, 24)]
+    assert 1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * planner.LAUNCH  # steps, layers, launches
+
+
+@pytest.mark.slow
+# Ceilings by arithmetic: products at the card's share, all other bytes at its bandwidth. A token of the 8B moves 2.15 MB a layer and 1.0
+# in the head, of the 1.5B 0.89 and 1.1 (12 bytes a logit).
+@pytest.mark.parametrize(("card", "large", "middle"), [("T4", 0.30, 0.26), ("A100-80", 0.59, 0.48), ("H100", 0.42, 0.32)])
+def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_allow(card, large, middle):
+    for config, ceiling in ((LlamaConfig(**LLAMA_3_8B), large), (Qwen2Config(**QWEN_2_5), middle)):
+        settings = Settings(method="lora", pairs_per_step=4, checkpointed_layers=0, tokens_per_batch=3600)
+        pair, step, *_ = make_plan(config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900)).method.arithmetic
+        reached = 4 * float(re.search(r"([\d.]+) TFLOP ", pair)[1]) / float(re.search(r"([\d.]+) s ", step)[1]) / CARDS[card].tflops_16
+        assert reached == pytest.approx(ceiling, rel=0.15)
+
+
+def test_the_colab_preset_takes_on_a_t4_what_its_sentence_says():
+    settings = Settings(**PRESETS["colab-t4"])
+    m = make_plan(Qwen2Config(**QWEN_2_5), settings, "T4", preset_lengths(settings.dataset, settings)).method
+    assert m.fits and abs(m.minutes - COLAB_MINUTES) <= 2
+
+
+def test_an_unknown_card_is_one_sentence_that_names_all():
+    with pytest.raises(UserError) as error:
+        find_card("A41")
+    assert all(name in str(error.value) for name in CARDS)
+
+
+def test_ram_stands_for_cpu_and_apple():
+    assert find_card("cpu-32").memory_gib == 32 and find_card("Apple-24").device == "mps"
+
+
+def test_known_lengths_follow_the_limits():
+    cut = Settings(max_prompt_tokens=128, max_tokens=512)
+    assert preset_lengths("argilla/dpo-mix-7k", cut).pairs < preset_lengths("argilla/dpo-mix-7k", Settings()).pairs
+    assert preset_lengths("argilla/dpo-mix-7k", cut).longest <= 1024
+    assert "guess" in preset_lengths("someone/something", cut).source
+
+
+def test_measured_lengths_count_the_prompt_once():
+    found = measured_lengths([EncodedPair(0, [1] * 5, [1] * 4, [1] * 3), EncodedPair(1, [1] * 7, [1] * 2, [1] * 1)])
+    assert (found.mean, found.longest, found.pairs) == (11.0, 12, 2)
+
+
+def test_planning_leaves_nothing_behind():
+    layer_norm, mask = torch.nn.functional.layer_norm, attention._mask
+    plan(lengths=Lengths(400, 61.0, 50.0, 40.0, 220))
+    assert attention._row is None and attention._mask is mask and torch.nn.functional.layer_norm is layer_norm
+
+
+def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
+    lengths = preset_lengths("argilla/dpo-mix-7k", Settings())
+    result = plan("A40", lengths, GemmaConfig(**GEMMA_7B), torch.bfloat16)
+    assert gib(result, "lora").fits and not gib(result, "full").fits and result.chosen == "lora"
+    assert re.match(r"\d+\.\d of 44\.4 GiB, about \d+ min on this A40: fits", result.line())
+    full = plan("A40", lengths, GemmaConfig(**GEMMA_7B), torch.bfloat16, method="full")
+    assert full.changes and "does not fit" in full.line() and "method=lora" in " ".join(full.changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "nonesuch"}', "does not know: choose another base_model"),
+        ('{"model_type": "vit"}', "does not know: choose another base_model"),
+        ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "check base_model"),
+        (None, "holds no config.json"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_one_sentence(tmp_path, content, said):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        main(["--plan", "--base-model", str(tmp_path), "--device", "T4"])
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_table_names_every_card_and_what_fits(capsys):
+    assert main(["--plan", "--preset", "tiny", "--device", "all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(CARDS) and "min" in lines[1] or " s" in lines[1]
+    assert main(["--preset", "tiny", "--device", "all", "--json"]) == 0
+    assert [plan["device"] for plan in json.loads(capsys.readouterr().out)] == list(CARDS)
+
+
+@pytest.mark.slow
+def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
+    lengths = Lengths(1000, 1024.0, 1024.0, 1024.0, 3072)
+    m = plan("T4", lengths, LlamaConfig(**LLAMA_3_8B), torch.float16, method="qlora", checkpointed_layers=32, pairs_per_step=1).method
+    assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method):
+    # Deep and one pair at a time, so that on one card the gradients would outweigh what the backward still holds.
+    settings = dict(method=method, optimizer="adafactor", checkpointed_layers=20, tokens_per_batch=16)
+    one, four, eight = (
+        next(m for m in plan.methods if m.method == method).parts
+        for cards in (1, 4, 8)
+        for plan in [
+            make_plan(small(24), Settings(pairs_per_step=2 * cards, **settings), "A100-80", LENGTHS, dtype=torch.float32, cards=cards)
+        ]
+    )
+    for name in ("weights", "adapters", "gradients", "optimizer"):
+        assert four[name] == pytest.approx(one[name] / 4) and eight[name] == pytest.approx(one[name] / 8)
+    for name in ("activations", "head"):
+        assert four[name] == pytest.approx(one[name])
+    assert eight["gathered"] == pytest.approx(four["gathered"]) and four["gathered"] > 0
+
+
+def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
+    parts = []
+    for pairs, batch in ((4, 10**6), (40, 16)):  # all of a card's pairs at once; one after the other
+        settings = Settings(method="full", checkpointed_layers=20, pairs_per_step=pairs, tokens_per_batch=batch)
+        parts.append(make_plan(small(24), settings, "A100-80", LENGTHS, cards=4).methods[0].parts)
+    assert parts[0]["activations"] == pytest.approx(parts[1]["activations"], rel=0.05)
+    assert parts[0]["gradients"] == parts[1]["gradients"]
+
+
+def test_of_experts_too_only_two_layers_are_gathered():
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1
+    )
+    settings = Settings(method="lora", pairs_per_step=4)
+    parts = make_plan(config, settings, "A100-80", LENGTHS, dtype=torch.float32, cards=4).methods[1].parts
+    assert parts["gathered"] < 3 / 8 * 4 * parts["weights"]

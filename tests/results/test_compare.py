@@ -1,0 +1,73 @@
+"""compare.py: what differs between runs, told fairly and only where it can be told."""
+
+import json
+
+import pytest
+
+from lazyorpo_lib.results import live, share
+from lazyorpo_lib.results.compare import compare
+from lazyorpo_lib.settings import DEFAULTS, UserError
+from tests.results.test_card import write_run
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A function that makes the folder of another run."""
+    return lambda name, **options: write_run(tmp_path / name, **options)
+
+
+def test_compare_shows_what_differs_and_the_results(copy):
+    a = copy("a", settings={"or_weight": 0.1})
+    b = copy("b", settings={"or_weight": 0.5, "output_dir": "/elsewhere"}, summary={"training_minutes": 7.0})
+    found = compare([a, b])
+    assert found["settings"] == {"or_weight": [0.1, 0.5]}
+    assert [row["accuracy"] for row in found["results"]] == ["0.800 (0.675 to 0.900)"] * 2
+    assert found["results"][1]["training minutes"] == "7.0"
+    assert "| or_weight | 0.1 | 0.5 |" in found["markdown"] and found["png"].startswith(b"\x89PNG")
+
+
+def held_out(accuracies):
+    return {"columns": ["nll", "accuracy"], "after": {"pairs": [[9.0, a] for a in accuracies]}}
+
+
+def test_runs_on_the_same_held_out_pairs_are_compared_pair_by_pair(copy):
+    a = copy("a", held_out=held_out([0.0] * 10 + [1.0] * 10))
+    b = copy("b", held_out=held_out([1.0] * 20))
+    c = copy("c", settings={"seed": 1}, held_out=held_out([1.0] * 20))
+    rows = compare([a, b, c])["results"]
+    name = "accuracy minus the first run's"
+    assert rows[1][name].startswith("0.500 (0.") and rows[2][name] == "other held-out pairs"
+
+
+def test_an_unfinished_run_can_be_compared(copy):
+    rows = compare([copy("a"), copy("b", without=("summary.json", "held_out.json"))])["results"]
+    assert rows[1]["steps"] == "12, not finished" and rows[1]["accuracy minus the first run's"] == "–"
+
+
+def test_runs_of_one_name_are_told_apart_and_one_run_is_no_two(copy, tmp_path):
+    (tmp_path / "x").mkdir()
+    a, b = copy("a"), copy("x/a")
+    assert compare([a, b])["results"][1]["run"] == "x/a"
+    with pytest.raises(UserError, match="twice"):
+        compare([a, a])
+
+
+def test_picture_of_runs_has_a_line_for_each(tmp_path):
+    rows = [{"step": s, "nll": 1.0, "log_odds_ratio": s / 9} for s in range(9)] + [{"step": 9, "eval_nll": 1.0}]
+    one = live.draw_runs({"$a$": rows}, tmp_path / "one.png")
+    two = live.draw_runs({"$a$": rows, "b": [row | {"log_odds_ratio": 1.0} for row in rows], "empty": []})
+    assert (tmp_path / "one.png").read_bytes() == one and one != two
+
+
+def test_settings_of_a_run_that_no_longer_exist_are_shown_too(copy):
+    a = copy("a")
+    kept = json.loads((a / "settings.json").read_text())
+    kept["settings"] = dict(DEFAULTS) | {"gone": 1}
+    (a / "settings.json").write_text(json.dumps(kept))
+    assert compare([a, copy("b")])["settings"]["gone"] == [1, None]
+
+
+def test_compare_command_prints_tables_and_writes_the_picture(copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert share.command("compare", [str(copy("a")), str(copy("b"))]) == 0
+    assert "| a |" in capsys.readouterr().out and (tmp_path / "compare.png").is_file()
