@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import subprocess
 import sys
 
 __version__ = "0.1.0"
@@ -26,3 +28,9 @@ if _has_segments and not any(name in os.environ for name in _names):
         _set = _set or getattr(_torch.cuda.memory, "_set_allocator_settings", None)
         if _set is not None:
             _set(_ALLOCATOR)
+
+
+def has_gpu() -> bool:
+    """Ask the driver whether there is a GPU of NVIDIA's; before torch is imported, and where torch cannot use it."""
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0

@@ -9,8 +9,10 @@ import json
 import os
 import sys
 
+from .errors import UserError
+from .machine import this_machine
 from .results.share import USAGE, command
-from .settings import FIELDS, UserError, coerce, from_environment, resolve
+from .settings import FIELDS, coerce, from_environment, resolve
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,10 +47,10 @@ def main(arguments: list[str]) -> int:
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from . import model, run
+    from . import run
     from .plan import planner
 
-    target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else model.this_machine()
+    target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
     settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
     if given["device"] == "all":
         plans = run.estimates(settings)

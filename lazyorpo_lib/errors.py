@@ -4,12 +4,23 @@ Nothing is fetched here and nothing heavy imported: errors of datasets, transfor
 library it is built on are known by the names of their kinds and by their HTTP status.
 """
 
+import contextlib
+import errno
 import re
+import shutil
+from importlib.metadata import version
 
 _AWAY = {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 
 
-def look(error: Exception) -> tuple[set[str], set[int], str]:
+class UserError(ValueError):
+    """A mistake the user can mend: one sentence saying what was given, what is allowed and what to do."""
+
+    def _render_traceback_(self):  # what a notebook shows in place of a traceback
+        return [f"LazyORPO: {self}"]
+
+
+def dissect(error: Exception) -> tuple[set[str], set[int], str]:
     """Kinds and HTTP statuses of an error and of those behind it; its text on one line, without what looks like a token."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
@@ -20,14 +31,14 @@ def look(error: Exception) -> tuple[set[str], set[int], str]:
     return kinds, status, re.sub(r"(hf_|Bearer )\w+", r"\1…", text)
 
 
-def fault(error: Exception, page: str, instead: str) -> str:
+def explain_hub(error: Exception, page: str, instead: str) -> str:
     """The end of a sentence that begins with what could not be fetched; empty if the hub is not to blame.
 
     Args:
         page: where the hub shows it, without the host: "owner/name" or "datasets/owner/name".
         instead: what can be given in its place.
     """
-    kinds, status, text = look(error)
+    kinds, status, text = dissect(error)
     missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"} or (404 in status and "EntryNotFoundError" not in kinds)
     if "GatedRepoError" in kinds or "is a gated dataset" in text or 403 in status or (401 in status and not missing):
         return (
@@ -41,3 +52,50 @@ def fault(error: Exception, page: str, instead: str) -> str:
     if max(status) >= 500 or kinds & _AWAY:
         return f"is not here, and the hub cannot be reached: check the network, or give {instead}"
     return ""
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def explain_disk(folder):
+    """One sentence where the disk of `folder` is full or fails, whichever library met it; other errors pass as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
+        number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if number not in _DISK and not re.search("PytorchStreamWriter|inline_container.* unexpected pos", text):
+            raise
+        raise UserError(
+            f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
+            "room, then run again: it goes on from the last complete checkpoint."
+        ) from None
+
+
+@contextlib.contextmanager
+def explain_model(name: str):
+    """Turn what transformers and the hub raise about a model into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"The model {name!r} {_about_model(error, name)}.") from None  # their texts may hold a token
+
+
+def _about_model(error: Exception, name: str) -> str:
+    text = dissect(error)[-1]
+    if any(said in text for said in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")):
+        known = f"transformers {version('transformers')}"
+        return f"is of a kind that {known} does not know: choose another base_model, or upgrade transformers"
+    if "custom code" in text or "trust_remote_code" in text:
+        return "needs code from the hub, which this kit never runs; choose one that transformers has built in"
+    if told := explain_hub(error, name, "a local folder as base_model"):
+        return told
+    if "safetensors" in text or "Can't load the model" in text:
+        return "has no weights in safetensors, the only format this kit loads; choose or convert to one"
+    return f"could not be loaded ({text[:200]}); check base_model"

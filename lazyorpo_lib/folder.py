@@ -6,13 +6,18 @@ It knows nothing of what the files hold.
 """
 
 import contextlib
+import dataclasses
+import errno
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 
-from .results.history import read_json, write_atomically
-from .settings import UserError
+from .errors import UserError
+from .settings import Settings
 
 MARKER = ".lazyorpo.json"
 DRAFT = "draft"  # what a folder is until it is complete: nobody else writes there, so it goes as a whole
@@ -191,3 +196,181 @@ def _remove_listed(folder: Path, found: dict) -> None:
         (folder / MARKER).unlink()
         with contextlib.suppress(OSError):  # a place that something is mounted on
             folder.rmdir()
+
+
+def append_row(path, row: dict) -> None:
+    """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
+    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _plain(value):
+    if value is None or isinstance(value, int | str):
+        return value
+    value = float(value)  # NumPy and torch scalars too
+    return value if math.isfinite(value) else None
+
+
+def read_rows(path) -> list[dict]:
+    """Every complete row, oldest first; a torn last line is left out, and no file is no rows.
+
+    Raises:
+        UserError: a complete line is not a JSON object, so something else has changed the file.
+    """
+    return [row for row, _ in _rows_and_lines(path)]
+
+
+def read_json(path) -> dict:
+    """The object in one of a run's files; no file is an empty one."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+
+
+def _rows_and_lines(path):
+    data = Path(path).read_bytes() if os.path.exists(path) else b""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"Line {number} of {path} is {line[:40]!r}, not a JSON object; delete that line.")
+        yield row, line
+
+
+def truncate_after(path, step: int) -> None:
+    """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1 drops every row."""
+    if os.path.exists(path):
+        write_atomically(path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step))
+
+
+def not_through_links(name, flags: int) -> int:
+    """Open a file as `open` does, but never what a link leads to."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def write_atomically(path, data: bytes) -> None:
+    """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
+    path = Path(path)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb", opener=not_through_links) as file:
+        file.write(data)
+    os.replace(draft, path)
+
+
+def drive_folder(name: str) -> Path | None:
+    """Mount Google Drive and give the folder of this run there; None, with a line that says why, where that fails."""
+    home = Path("/content/drive")
+    try:
+        from google.colab import drive
+
+        drive.mount(str(home))
+        folder = home / "MyDrive" / "LazyORPO" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except Exception as error:  # refused, closed, not on Colab: the run goes on without it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk.")
+        return None
+
+
+def mirror(source: Path, target: Path) -> bool:
+    """Copy a run's files, complete checkpoints and model; the same call with the two swapped brings a run back.
+
+    Returns:
+        False, with a line that says why, if the disk failed; what had been there is still there.
+    """
+    try:
+        for name in sorted((marked(source) or {"files": {}})["files"]):
+            item, is_checkpoint = source / name, name.startswith("checkpoint-")
+            done = is_checkpoint and ((target / name).exists() or not is_whole(item, "checkpoint"))  # one never changes
+            if item.exists() and not done and not name.startswith(".") and item.suffix != ".tmp":
+                take(target, "run", name)
+                copy_complete(item, target / name)
+        for old in target.glob("checkpoint-*"):
+            if not (source / old.name).exists():
+                remove(old)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
+        return False
+    return True
+
+
+def copy_complete(source: Path, target: Path) -> None:
+    """Copy a file or folder so that `target` is there whole or not at all."""
+    if source.is_dir():
+        with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
+            top = str(source)  # whose marker the copy gets anew
+            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ())
+    else:
+        draft = target.with_name(target.name + ".tmp")
+        with open(source, "rb") as old, open(draft, "wb", opener=not_through_links) as new:
+            shutil.copyfileobj(old, new)
+        draft.replace(target)
+
+
+# What a run writes into its folder, checkpoints apart.
+FILES = (
+    ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp", "history.jsonl", "watched.jsonl",
+    "held_out.json", "live.png", "summary.json", "README.md", "model/", ".saving/", "tensorboard/", "wandb/",
+)  # fmt: skip
+
+
+# Settings that change where and how a run is carried out, but not what comes out of it.
+NOT_THE_RESULT = {
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
+    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
+    "answer_tokens", "tokens_per_batch", "checkpointed_layers",
+}  # fmt: skip
+
+
+_held: dict[Path, object] = {}  # folders this process is at work in
+
+
+def fingerprint(settings: Settings) -> str:
+    """Short digest of everything in the settings that shapes the result."""
+    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def folder_of(settings: Settings) -> Path:
+    """The run's folder, which need not be there yet."""
+    if settings.output_dir != "auto":
+        folder = Path(settings.output_dir).expanduser()
+    else:
+        homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
+        home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
+        names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
+        folder = home / "-".join([*names, fingerprint(settings)])
+    os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
+    return folder.resolve()
+
+
+def keep_base_apart(base_model: str, folder: Path) -> None:
+    """Refuse a base model in the folder that is going to be written over."""
+    base = Path(base_model).expanduser()
+    if base.exists() and base.resolve().is_relative_to(folder):
+        raise UserError(f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir.")
+
+
+def claim(folder: Path) -> None:
+    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        return
+    if folder in _held:
+        return
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
+    _held[folder] = lock

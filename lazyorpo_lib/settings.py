@@ -10,12 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-
-class UserError(ValueError):
-    """A mistake the user can mend: one sentence saying what was given, what is allowed and what to do."""
-
-    def _render_traceback_(self):  # what a notebook shows in place of a traceback
-        return [f"LazyORPO: {self}"]
+from .errors import UserError
 
 
 def _setting(default, help, *, choices=(), low=None, high=None, auto=False):

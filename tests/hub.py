@@ -17,6 +17,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from lazyorpo_lib.errors import UserError
+
 FAULTS = {
     "private": (401, "RepoNotFound"), "gated": (403, "GatedRepo"), "refused": (403, ""), "missing": (404, "RepoNotFound"),
     "busy": (429, ""), "broken": (500, ""), "slow": None, "cut": None,
@@ -129,7 +131,6 @@ def _download(what: str, name: str) -> str:
     """What is said to the user when this is fetched; empty if it could be."""
     from lazyorpo_lib import model
     from lazyorpo_lib.orpo import data
-    from lazyorpo_lib.settings import UserError
 
     try:
         if what == "dataset":

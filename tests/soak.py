@@ -24,6 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.folder import read_rows
+from lazyorpo_lib.results import reading
+
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "STOP file", "max_minutes", "full disk", "torn checkpoint")
 STEPS = 24
 TIMINGS = ("pairs_per_second", "tokens_per_second", "memory_gib")
@@ -49,7 +53,6 @@ class Child:
         status = 1
         try:
             from lazyorpo_lib.__main__ import main
-            from lazyorpo_lib.settings import UserError
 
             note_pairs(self.folder.with_suffix(".pairs"))
             status = main([*FLAGS, "--output-dir", str(self.folder), *flags])
@@ -83,8 +86,9 @@ class Child:
 
 def note_pairs(file: Path) -> None:
     """Write down the dataset rows of every step that begins."""
-    from lazyorpo_lib.orpo.trainer import OrpoTrainer
     from lazyorpo_lib.results.history import append
+
+    from lazyorpo_lib.orpo.trainer import OrpoTrainer
 
     inner = OrpoTrainer.training_step
 
@@ -131,20 +135,17 @@ def tear(folder: Path, chance: random.Random) -> None:
 
 
 def steps_of(folder: Path) -> list[int]:
-    from lazyorpo_lib.results import history
 
-    return [row["step"] for row in history.read(folder / "history.jsonl") if "loss" in row]
+    return [row["step"] for row in read_rows(folder / "history.jsonl") if "loss" in row]
 
 
 def left_behind(folder: Path) -> dict:
     """What must be the same, however often a run was struck."""
     from safetensors.torch import load_file
 
-    from lazyorpo_lib.results import history
-
-    rows = history.read(folder / "history.jsonl")
-    rows = [row for row in rows if not history.is_evaluation(row) or row["step"] in (0, STEPS)]  # a stop adds an evaluation
-    pairs = {row["step"]: json.loads(row["rows"]) for row in history.read(folder.with_suffix(".pairs"))}  # the last one counts
+    rows = read_rows(folder / "history.jsonl")
+    rows = [row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)]  # a stop adds an evaluation
+    pairs = {row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))}  # the last one counts
     held_out = json.loads((folder / "held_out.json").read_text())
     return {
         "weights": {name: t.numpy().tobytes() for name, t in load_file(folder / "model" / "adapter_model.safetensors").items()},

@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from lazyorpo_lib import model, run
-from lazyorpo_lib.model import Machine, pick_precision
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.machine import Machine, pick_precision
 from lazyorpo_lib.plan.planner import Lengths, make_plan
-from lazyorpo_lib.settings import Settings, UserError
+from lazyorpo_lib.settings import Settings
 
 APPLE = Machine("mps", "Apple GPU", 16.0)
 

@@ -11,12 +11,12 @@ import lazyorpo_lib
 from lazyorpo_lib import folder as folder_module
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
-from lazyorpo_lib.folder import MARKER, is_whole, remove, replacing, seal, take
-from lazyorpo_lib.notebook import setup
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.folder import MARKER, folder_of, is_whole, mirror, remove, replacing, seal, take
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
-from lazyorpo_lib.run import Run, folder_of
-from lazyorpo_lib.settings import UserError, coerce, resolve
+from lazyorpo_lib.run import Run
+from lazyorpo_lib.settings import coerce, resolve
 from lazyorpo_lib.trials import trials
 from tests.results.test_card import write_run
 
@@ -91,7 +91,7 @@ def test_a_folder_of_somebody_elses_is_refused_before_anything_is_touched(door, 
 
 def test_the_drives_folder_of_somebody_elses_is_left_alone_and_the_run_goes_on(project, finished, capsys):
     before = state(project)
-    assert not setup.mirror(finished, project)
+    assert not mirror(finished, project)
     assert state(project) == before and "the run goes on" in capsys.readouterr().out
 
 

@@ -12,8 +12,9 @@ import torch
 from lazyorpo_lib import machine as memory
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.notebook import setup
-from lazyorpo_lib.settings import UserError
 from tests.conftest import bitsandbytes_on_the_cpu, random_pairs
 from tests.orpo.test_trainer import make
 
@@ -53,22 +54,22 @@ def test_free_memory_counts_what_the_allocator_holds_unused(gpu):
 
 
 def test_the_machine_says_what_of_its_gpu_this_process_may_have(gpu):
-    machine = model.this_machine()
+    machine = this_machine()
     assert (machine.device, machine.name, machine.memory_gib, machine.free_gib) == ("cuda", "A40", 40, 39)
 
 
 def test_a_gpu_that_others_fill_is_one_sentence_that_says_how_to_go_on(gpu):
     gpu["mem_get_info"] = GIB // 2, 40 * GIB
-    assert model.this_machine().free_gib == 9.5, "what this process holds it may have"
+    assert this_machine().free_gib == 9.5, "what this process holds it may have"
     gpu["memory_reserved"] = gpu["memory_allocated"] = 0
     with pytest.raises(UserError, match=r"all but 0\.5 of the 40\.0 GiB of A40.*nvidia-smi"):
-        model.this_machine()
+        this_machine()
 
 
 def test_a_gpu_that_this_torch_was_not_built_for_is_one_sentence(gpu):
     gpu["get_device_capability"] = 7, 0
     with pytest.raises(UserError, match=r"A40 has compute capability 7\.0, and torch .* was built for 7\.5 and later: install an older"):
-        model.this_machine()
+        this_machine()
 
 
 def test_each_of_several_processes_looks_at_its_own_gpu(gpu, monkeypatch):
@@ -76,7 +77,7 @@ def test_each_of_several_processes_looks_at_its_own_gpu(gpu, monkeypatch):
     for name in ("mem_get_info", "memory_reserved", "memory_allocated", "get_device_properties", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: (asked.add(str(device)), gpu[name])[1])
     monkeypatch.setenv("LOCAL_RANK", "3")
-    model.this_machine()
+    this_machine()
     assert asked == {"3", "cuda:3"}
 
 
@@ -89,21 +90,21 @@ def test_a_plan_for_a_named_card_does_not_ask_what_is_wrong_with_the_one_at_hand
 def test_a_driver_that_torch_cannot_use_is_one_sentence_unless_the_gpu_is_hidden(monkeypatch, hidden, told):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(setup, "_has_gpu", lambda: True)
+    monkeypatch.setattr(setup, "has_gpu", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     if told:
         with pytest.raises(UserError, match=r"driver is too old for CUDA 13\.0.*CUDA_VISIBLE_DEVICES=-1"):
-            model.this_machine()
+            this_machine()
     else:
-        assert model.this_machine().device == "cpu"
+        assert this_machine().device == "cpu"
 
 
 def test_a_torch_below_the_floor_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
     with pytest.raises(UserError, match=r"torch is 2\.5\.1\+cu124, but >=2\.6 is needed: pip install"):
-        model.this_machine()
+        this_machine()
 
 
 # Running out.

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import model, run
-from lazyorpo_lib.folder import MARKER, take
-from lazyorpo_lib.machine import forget_peak_memory, memory_gib
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.folder import MARKER, fingerprint, read_json, read_rows, take
+from lazyorpo_lib.machine import forget_peak_memory, memory_gib, pick_precision
 from lazyorpo_lib.plan import planner
-from lazyorpo_lib.results import history
-from lazyorpo_lib.run import Run, execute, fingerprint
+from lazyorpo_lib.results import reading
+from lazyorpo_lib.run import Run, execute
 from lazyorpo_lib.session import Stop
-from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, UserError, resolve
+from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, resolve
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
 CONTRACT = {"settings.json", "data_report.json", "dropped.jsonl", "history.jsonl", "live.png", "summary.json", "README.md", "model"}
@@ -50,15 +51,15 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
 
 
 def test_history_has_every_step_once_with_the_names_of_the_contract(finished):
-    rows = history.read(finished.folder / "history.jsonl")
-    steps = [r["step"] for r in rows if not history.is_evaluation(r)]
+    rows = read_rows(finished.folder / "history.jsonl")
+    steps = [r["step"] for r in rows if not reading.is_evaluation(r)]
     assert steps == [1, 2, 3, 4, 5, 6]
     wanted = {
         "step", "epoch", "loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "logp_chosen",
         "logp_rejected", "accuracy", "learning_rate", "grad_norm", "pairs_per_second", "tokens_per_second", "memory_gib",
     }  # fmt: skip
     assert wanted <= rows[1].keys()
-    assert [r["step"] for r in rows if history.is_evaluation(r)] == [0, 6]
+    assert [r["step"] for r in rows if reading.is_evaluation(r)] == [0, 6]
 
 
 def test_a_process_that_does_not_see_the_first_ones_folder_says_so(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_base_and_tuned_model_answer_and_the_work_is_counted(finished):
     kept = json.loads((finished.folder / "held_out.json").read_text())
     assert all(len(kept[when]["answers"]) == 2 for when in ("before", "after"))
     summary = json.loads((finished.folder / "summary.json").read_text())
-    rows = history.read(finished.folder / "history.jsonl")
+    rows = read_rows(finished.folder / "history.jsonl")
     assert summary["forward_passes"] == sum(row.get("forward_passes", 0) for row in rows) == 6
     assert summary["tokens"] == sum(row.get("tokens", 0) for row in rows) > 6 * 4 * 10
 
@@ -90,7 +91,7 @@ def test_base_and_tuned_model_answer_and_the_work_is_counted(finished):
 def test_watched_prompts_are_shown_and_kept_and_change_nothing(finished, tmp_path):
     said = []
     execute(*tiny(tmp_path, watch_every_steps=3), show=said.append)
-    rows = history.read(tmp_path / "watched.jsonl")
+    rows = read_rows(tmp_path / "watched.jsonl")
     assert [row["step"] for row in rows] == [3, 3, 3, 6, 6, 6] and all(row["prompt"] for row in rows)
     assert len([text for text in said if text.startswith("step 3 · ")]) == 3
     for name, value in weights(finished.folder).items():
@@ -136,7 +137,7 @@ def test_overlong_pairs_are_counted_and_kept_with_their_content(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     run = Run(*tiny(tmp_path / "run", dataset=str(file)), show=lambda text: None)
     run.load_pairs()
-    (dropped,) = history.read(tmp_path / "run" / "dropped.jsonl")
+    (dropped,) = read_rows(tmp_path / "run" / "dropped.jsonl")
     assert dropped["index"] == 3 and dropped["reason"] == "overlong" and "long long" in json.dumps(dropped["row"])
 
 
@@ -213,7 +214,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
     assert not summary["finished"] and "STOP" in summary["why"] and first.interrupted
     second = execute(*tiny(tmp_path), show=said.append)
     assert second.finished and any("Going on from step 4" in s or "Going on from step 5" in s for s in said)
-    rows = [r["step"] for r in history.read(tmp_path / "history.jsonl") if "loss" in r]
+    rows = [r["step"] for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]
     assert rows == [1, 2, 3, 4, 5, 6]
     for name, value in weights(finished.folder).items():
         assert (value == weights(tmp_path)[name]).all(), name
@@ -252,7 +253,7 @@ def test_what_auto_chose_holds_where_a_run_goes_on_on_another_kind_of_machine(tm
     kept = json.loads((tmp_path / "settings.json").read_text())
     assert kept["settings"]["method"] == kept["settings"]["precision"] == "auto"
     assert kept["chosen"] == {"method": first.method, "precision": str(first.dtype).removeprefix("torch.")}
-    dtype, pick = first.dtype, model.pick_precision
+    dtype, pick = first.dtype, pick_precision
     monkeypatch.setattr(model, "pick_precision", lambda setting, machine: pick("float16" if setting == "auto" else setting, machine))
     monkeypatch.setattr(planner, "FULL_LEARNING_RATE", 1.0)  # auto would now choose full
     second = Run(*tiny(tmp_path, **options), show=lambda text: None)
@@ -331,7 +332,7 @@ def test_sigterm_saves_and_spends_no_time_on_evaluation(tmp_path):
     run.train()
     summary = run.finish()
     assert "SIGTERM" in summary["why"] and run.interrupted and (tmp_path / f"checkpoint-{summary['steps']}").is_dir()
-    assert [r["step"] for r in history.read(tmp_path / "history.jsonl") if history.is_evaluation(r)] == [0]
+    assert [r["step"] for r in read_rows(tmp_path / "history.jsonl") if reading.is_evaluation(r)] == [0]
     assert summary["steps"] < 6 and "accuracy_after" not in summary
 
 
@@ -359,13 +360,13 @@ def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
          "--save-every-steps", "0", "--output-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while len([r for r in history.read(tmp_path / "history.jsonl") if "loss" in r]) < 3 and time.monotonic() < deadline:
+    while len([r for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors[-2000:]
     (checkpoint,) = tmp_path.glob("checkpoint-*")
-    steps = [r["step"] for r in history.read(tmp_path / "history.jsonl") if "loss" in r]
+    steps = [r["step"] for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]
     assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1))
 
 
@@ -445,7 +446,7 @@ def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):
     given = tiny(tmp_path, optimizer="paged_adamw_32bit", answers=0)
     first = run.Run(*given, show=lambda text: None)
     first.load_pairs(), first.load_model()
-    kept = history.read_json(tmp_path / "settings.json")
+    kept = read_json(tmp_path / "settings.json")
     assert kept["settings"]["optimizer"] == "paged_adamw_32bit" and kept["chosen"]["optimizer"] == "adamw"
     assert first.trainer.settings.optimizer == "adamw"
     (tmp_path / "history.jsonl").write_text("")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lazyorpo_lib import model
-from lazyorpo_lib.settings import UserError
+from lazyorpo_lib.errors import UserError
 from tests import audit
 from tests.conftest import PLANTED, booby_trap, files_holding
 from tests.hub import serve

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib.settings import COLAB_MINUTES, DEFAULTS, FIELDS, PRESETS, Settings, UserError, coerce, from_environment, resolve
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.settings import COLAB_MINUTES, DEFAULTS, FIELDS, PRESETS, Settings, coerce, from_environment, resolve
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_misspelt_environment_variable_is_not_silent():
 
 
 @pytest.mark.parametrize("module,heavy", [("lazyorpo_lib", "torch"), ("lazyorpo_lib.settings", "numpy"),
-                                          ("lazyorpo_lib.orpo.data", "torch"), ("lazyorpo_lib.results.history", "torch")])  # fmt: skip
+                                          ("lazyorpo_lib.orpo.data", "torch"), ("lazyorpo_lib.results.reading", "torch")])  # fmt: skip
 def test_light_modules_do_not_import_heavy_ones(module, heavy):
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

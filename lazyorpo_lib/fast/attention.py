@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_torch_greater_or_equal
 
+from ..errors import UserError
 from ..orpo.batching import Batch, EncodedPair, Span, collate
-from ..settings import UserError
 
 NAME = "lazyorpo"
 CPU_KERNEL = {"cpu"}  # devices with torch's kernel for the CPU: from 2.9 on it reads one key for several heads; not every other does

@@ -7,7 +7,8 @@ knows no type and no limit: `settings.coerce` does.
 from collections.abc import Callable
 from html import escape
 
-from ..settings import DEFAULTS, FIELDS, Settings, UserError, coerce, from_environment, resolve
+from ..errors import UserError
+from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
 
 try:
     import ipywidgets

@@ -7,15 +7,12 @@ for nothing, and never imports torch.
 import functools
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from ..folder import MARKER, is_whole, marked, remove, replacing, take
-from ..orpo import checkpoints
-from ..results.history import not_through_links
-from ..settings import UserError
+from .. import has_gpu
+from ..errors import UserError
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 NO_GPU = (
@@ -36,7 +33,7 @@ def prepare() -> None:
     shown = ("torch", "transformers", "peft", "datasets", "ipywidgets")
     versions = " · ".join(f"{name} {_version(name)}" for name in shown)
     print(f"Python {sys.version.split()[0]} · {versions}\nHugging Face token: {find_token()}.")
-    if on_colab() and not _has_gpu():
+    if on_colab() and not has_gpu():
         print(NO_GPU)
 
 
@@ -82,12 +79,6 @@ def install(missing: list[str]) -> None:
         raise UserError(f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then Run all.")
 
 
-def _has_gpu() -> bool:
-    """Asked of the driver, since torch is not to be imported here."""
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
-
-
 def find_token() -> str:
     """Where the Hugging Face token comes from, in words. Colab's goes into the environment; it is never shown."""
     if os.environ.get("HF_TOKEN"):
@@ -112,57 +103,3 @@ def _colab_secret() -> tuple[str, str]:
 
 
 # Google Drive: the run stays on the local disk, since Drive can drop at any time, and what is complete is copied.
-
-
-def drive_folder(name: str) -> Path | None:
-    """Mount Google Drive and give the folder of this run there; None, with a line that says why, where that fails."""
-    home = Path("/content/drive")
-    try:
-        from google.colab import drive
-
-        drive.mount(str(home))
-        folder = home / "MyDrive" / "LazyORPO" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except Exception as error:  # refused, closed, not on Colab: the run goes on without it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk.")
-        return None
-
-
-def mirror(source: Path, target: Path, *, keep: int = 2) -> bool:
-    """Copy a run's files, complete checkpoints and model; the same call with the two swapped brings a run back.
-
-    Args:
-        keep: newest checkpoints kept in `target`.
-
-    Returns:
-        False, with a line that says why, if the disk failed; what had been there is still there.
-    """
-    try:
-        for name in sorted((marked(source) or {"files": {}})["files"]):
-            item, is_checkpoint = source / name, name.startswith("checkpoint-")
-            done = is_checkpoint and ((target / name).exists() or not is_whole(item, "checkpoint"))  # one never changes
-            if item.exists() and not done and not name.startswith(".") and item.suffix != ".tmp":
-                take(target, "run", name)
-                copy_complete(item, target / name)
-        for old in checkpoints.numbered(target)[:-keep]:
-            remove(old)
-    except (OSError, UserError) as error:
-        reason = getattr(error, "strerror", None) or error
-        print(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
-        return False
-    return True
-
-
-def copy_complete(source: Path, target: Path) -> None:
-    """Copy a file or folder so that `target` is there whole or not at all."""
-    if source.is_dir():
-        with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-            top = str(source)  # whose marker the copy gets anew
-            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ())
-    else:
-        draft = target.with_name(target.name + ".tmp")
-        with open(source, "rb") as old, open(draft, "wb", opener=not_through_links) as new:
-            shutil.copyfileobj(old, new)
-        draft.replace(target)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..settings import UserError
+from ..errors import UserError
 
 LAYOUTS = ("shared", "packed", "padded")
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..settings import UserError
+from ..errors import UserError
 from .rows import open_rows as open_rows
 
 PROMPTS = ("conversations", "prompt", "instruction", "question", "query", "input")

@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from ..settings import UserError
+from ..errors import UserError
 from .batching import EncodedPair
 
 # For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows, and its own

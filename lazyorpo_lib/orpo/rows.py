@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import errors as hub
-from ..settings import UserError
+from ..errors import UserError, dissect, explain_hub
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
 ENDINGS = ".jsonl, .json, .csv (or one of these with .gz) or .parquet"
@@ -39,7 +38,7 @@ class Rows:
                 yield index, row
         except (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error) as error:
             raise UserError(
-                f"Dataset {self.name} cannot be read after {index + 1} rows: {hub.look(error)[-1]}; mend it or fetch it again."
+                f"Dataset {self.name} cannot be read after {index + 1} rows: {dissect(error)[-1]}; mend it or fetch it again."
             ) from error
         if index < 0:
             raise UserError(f"Dataset {self.name} has no rows: give one that holds preference pairs.")
@@ -134,8 +133,8 @@ def _hub_table(dataset):
     try:
         splits = datasets.load_dataset(repo, rest[0] if len(rest) == 2 else None)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        told = hub.fault(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
-        text = hub.look(error)[-1]
+        told = explain_hub(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
+        text = dissect(error)[-1]
         if "scripts are no longer supported" in text:
             told = "is made by a script, and no code of a dataset is ever run: export it to .parquet and give that"
         told = told or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"

@@ -25,13 +25,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import folder as folders
+from ..errors import UserError, explain_disk
 from ..fast.attention import PairScorer
 from ..fast.head import ScoringForward
 from ..machine import attempt, memory_gib
 from ..model import adapters_off, apply_liger, causal_lm
-from ..results import history
 from ..session import SaveByTheClock, StepGuard, StepWindow
-from ..settings import Settings, UserError
+from ..settings import Settings
 from . import checkpoints
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
 from .loss import dpo_loss, odds_ratio_loss
@@ -459,7 +459,7 @@ class OrpoTrainer(Trainer):
         scratch = home / ".saving"
         self.args.output_dir = str(scratch)
         try:
-            with history.disk_told(home):
+            with explain_disk(home):
                 if self.args.should_save:
                     folders.take(home, "run", f"{scratch.name}/", f"{name}/")
                 super()._save_checkpoint(model, trial)

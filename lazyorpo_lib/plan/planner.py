@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, replace
 import psutil
 import torch
 
+from ..errors import UserError
 from ..fast.attention import takes_sdpa
-from ..model import Machine, check_apple, pick_precision
+from ..machine import Machine, check_apple, pick_precision
 from ..orpo.batching import EncodedPair
-from ..results.history import duration
-from ..settings import Settings, UserError
+from ..session import duration
+from ..settings import Settings
 from .simulation import Profile, adapted_layers, on_meta, simulate
 
 METHODS = ("full", "lora", "qlora")  # strongest first

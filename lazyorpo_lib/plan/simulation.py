@@ -32,13 +32,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UserError, explain_model
 from ..fast import attention
 from ..fast import lora as adapters
 from ..fast.head import BLOCK_BYTES, ScoringForward
-from ..model import Machine, add_adapters, causal_lm, explained
+from ..machine import Machine
+from ..model import add_adapters, causal_lm
 from ..orpo import trainer
 from ..orpo.batching import EncodedPair, collate
-from ..settings import Settings, UserError
+from ..settings import Settings
 
 SIMULATED = "lazyorpo-simulated"  # the kit's attention, as the planned device would compute it
 LAYERS = 3  # two checkpointed, then one that is not: enough to tell what one more of either kind adds
@@ -172,7 +174,7 @@ def on_meta(config, dtype):
     Raises:
         UserError: transformers has no causal LM for it.
     """
-    with torch.device("meta"), explained(getattr(config, "_name_or_path", "") or config.model_type):
+    with torch.device("meta"), explain_model(getattr(config, "_name_or_path", "") or config.model_type):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
 
+from ..folder import read_json, read_rows
 from ..settings import DEFAULTS
-from . import history
-from .history import read_json
+from . import reading
 
 OBJECTIVES = {
     "orpo": "ORPO (one stage, no reference model)",
@@ -54,7 +54,7 @@ def write_card(folder: Path, repo: str = "") -> str:
     folder = Path(folder)
     run = {name: read_json(folder / f"{name}.json") for name in ("settings", "data_report", "summary", "held_out")}
     run["values"] = DEFAULTS | run["settings"].get("settings", {})
-    run["history"] = history.read(folder / "history.jsonl")
+    run["history"] = read_rows(folder / "history.jsonl")
     run["repo"] = repo or run["values"]["hub_repo"]
     run["picture"] = (folder / "live.png").is_file()
     sections = (_front_matter, _opening, _results, _loading, _answers, _data, _settings, _cost, _limits, _method)
@@ -196,11 +196,11 @@ def _results(run) -> str:
         ]
     if "habit_after" in summary:
         lines.append(f"Answers with the demo's habit: {summary['habit_before']:.0%} before, {summary['habit_after']:.0%} after.")
-    train = [row for row in rows if not history.is_evaluation(row)]
-    if curves := {name: seen for name in history.CURVES if (seen := history.values(train, name))}:
+    train = [row for row in rows if not reading.is_evaluation(row)]
+    if curves := {name: seen for name in reading.CURVES if (seen := reading.values(train, name))}:
         ends = ", ".join(f"{name} {seen[0]:.3f} → {seen[-1]:.3f}" for name, seen in curves.items())
         lines.append(f"Training, first → last logged step: {inline(ends)}.")
-        lines.append(f"Reading of the curves: {inline(history.reading(rows))}.")
+        lines.append(f"Reading of the curves: {inline(reading.read_curves(rows))}.")
     if run["picture"]:
         lines.append("![Log-odds of chosen and rejected, nll, or_loss and accuracy over the steps](live.png)")
     return "\n\n".join(lines) if lines[1:] else "## Results\n\nThe run ended before anything was measured."

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..settings import UserError
-from . import card, history, live
+from ..errors import UserError
+from ..folder import read_json, read_rows
+from . import card, live
 from .evaluate import interval
-from .history import read_json
 from .share import folder_of_run
 
 WHERE = ("output_dir", "resume", "hub_repo", "preset")  # settings that say nothing of how two runs differ
@@ -47,7 +47,7 @@ def compare(folders, picture=None) -> dict:
         "Results on held-out pairs after training, with 95 % intervals",
         card.table(figures, [[card.inline(row.get(name, "–")) for name in figures] for row in results]),
     ])  # fmt: skip
-    png = live.draw_runs({n: history.read(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture)
+    png = live.draw_runs({n: read_rows(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 
@@ -64,7 +64,7 @@ def _names(folders: list[Path]) -> list[str]:
 def _results(folder: Path) -> dict[str, str]:
     summary = read_json(folder / "summary.json")
     if not summary:
-        steps = max((row["step"] for row in history.read(folder / "history.jsonl")), default=0)
+        steps = max((row["step"] for row in read_rows(folder / "history.jsonl")), default=0)
         return {"steps": f"{steps:,}, not finished"}
     row = {"steps": f"{summary['steps']:,}" + ("" if summary["finished"] else ", not finished")}
     figures = summary.get("held_out", {})

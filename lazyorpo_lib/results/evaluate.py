@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from ..errors import UserError
 from ..fast.attention import start_batch
 from ..machine import attempt, free_bytes
-from ..settings import UserError
 
 DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")  # of the demo set: the answer, then one line of reason
 

@@ -2,7 +2,7 @@
 
 The only module that imports matplotlib, and never pyplot: one Figure whose artists are kept and given new data, so it
 touches no global state. A notebook sees one image output, updated in place; elsewhere the picture is a file.
-It computes no metric and reads the curves with `history.reading`.
+It computes no metric and reads the curves with `reading.reading`.
 """
 
 import io
@@ -20,7 +20,9 @@ from matplotlib.patches import BoxStyle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from . import history
+from ..folder import read_rows, write_atomically
+from ..session import duration
+from . import reading
 
 MAX_POINTS = 600  # a line; longer histories are averaged down
 FILE_SECONDS = 30.0  # between two writes of the file while training goes on
@@ -38,7 +40,7 @@ STYLE = {
     "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
-KEPT = {"step", "learning_rate", "odds_gradient_share", *history.CURVES, *(f"eval_{name}" for name in history.CURVES)}
+KEPT = {"step", "learning_rate", "odds_gradient_share", *reading.CURVES, *(f"eval_{name}" for name in reading.CURVES)}
 
 
 def _thin(rows):
@@ -48,13 +50,13 @@ def _thin(rows):
 
 
 def _mean(rows):
-    seen = {name: history.values(rows, name) for name in {name: None for row in rows for name in row}}
+    seen = {name: reading.values(rows, name) for name in {name: None for row in rows for name in row}}
     means = {name: sum(found) / len(found) if found else None for name, found in seen.items()}
     return means | {"step": rows[-1]["step"]}
 
 
 def _points(rows, name):
-    points = [(row["step"], row[name]) for row in rows if history.values([row], name)]
+    points = [(row["step"], row[name]) for row in rows if reading.values([row], name)]
     return np.array(points, dtype=float).reshape(-1, 2)
 
 
@@ -152,7 +154,7 @@ class _Picture:
         train, held_out = _thin(train), _thin(held_out)
         self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
         self.status.set_text(status)
-        self.reading.set_text(history.reading(train + held_out).capitalize())
+        self.reading.set_text(reading.read_curves(train + held_out).capitalize())
         self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if held_out else "", **NOTE)
         steps = [row["step"] for row in train + held_out] or [0]
         first, last = min(steps), max(*steps, min(steps) + 1)
@@ -194,21 +196,21 @@ def draw(rows: list[dict], path=None, *, title: str = "", dpi: int = DPI) -> byt
         live._add(row)
     png = live._png(f"step {live._last_step:,}", dpi)
     if path:
-        history.write_atomically(path, png)
+        write_atomically(path, png)
     return png
 
 
 def show_progress(folder) -> None:
     """Show how far the run in this folder is, from its `history.jsonl`: after a lost tab, or from a second kernel."""
     path = Path(folder) / "history.jsonl"
-    rows = history.read(path)
+    rows = read_rows(path)
     if not rows:
         print(f"No step is logged in {folder} yet.")
         return
     if display := _kernel_display():
         display(_bundle(draw(rows, title=Path(folder).name)), raw=True, metadata=METADATA)
-    age = history.duration((time.time() - path.stat().st_mtime) / 60)
-    print(f"Step {rows[-1]['step']:,}, written {age} ago. {history.reading(rows).capitalize()}.")
+    age = duration((time.time() - path.stat().st_mtime) / 60)
+    print(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows).capitalize()}.")
 
 
 def _kernel_display():
@@ -270,13 +272,13 @@ class LivePlot:
     def _update(self, row):
         self._add(row)
         now = self.clock()
-        if self._first is None and not history.is_evaluation(row):
+        if self._first is None and not reading.is_evaluation(row):
             self._first = row["step"], now
         if self._due(now):
             self._draw(False)
 
     def _add(self, row):
-        rows = self._held_out if history.is_evaluation(row) else self._train
+        rows = self._held_out if reading.is_evaluation(row) else self._train
         rows.append({name: value for name, value in row.items() if name in KEPT})
         self._last_step = max(self._last_step, row["step"])
 
@@ -296,7 +298,7 @@ class LivePlot:
         elif self._display:
             self._handle = self._display(_bundle(png), raw=True, metadata=METADATA, display_id=True)
         if self.path and (final or began - self._written_at >= FILE_SECONDS):
-            history.write_atomically(self.path, png)
+            write_atomically(self.path, png)
             self._written_at = began
         self._drawn_at = self.clock()
         self.cost_seconds += self._drawn_at - began
@@ -312,8 +314,8 @@ class LivePlot:
         first, since = self._first or (self._last_step, now)
         done, left = self._last_step - first, self.total_steps - self._last_step
         if final:
-            return f"{text} \N{MIDDLE DOT} {history.duration((now - self._began) / 60)}"
-        return f"{text} \N{MIDDLE DOT} {history.duration(left * (now - since) / done / 60)} left" if done and left > 0 else text
+            return f"{text} \N{MIDDLE DOT} {duration((now - self._began) / 60)}"
+        return f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left" if done and left > 0 else text
 
 
 def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) -> bytes:
@@ -329,7 +331,7 @@ def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) ->
         for axes, (name, heading) in zip(figure.subplots(1, 2), curves, strict=True):
             for k, rows in enumerate(histories.values()):
                 curve = _Curve(axes, name, RUN_COLORS[k % len(RUN_COLORS)], RUN_DASHES[k % len(RUN_DASHES)], label="")
-                parts = [[row for row in rows if history.is_evaluation(row) is held_out] for held_out in (False, True)]
+                parts = [[row for row in rows if reading.is_evaluation(row) is held_out] for held_out in (False, True)]
                 curve.show(*map(_thin, parts))
             axes.relim()
             axes.autoscale_view()
@@ -344,7 +346,7 @@ def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) ->
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=dpi)
     if path:
-        history.write_atomically(path, file.getvalue())
+        write_atomically(path, file.getvalue())
     return file.getvalue()
 
 
@@ -375,5 +377,5 @@ def draw_trials(trials: dict[str, dict[str, list[float]]], path=None, *, dpi: in
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=dpi)
     if path:
-        history.write_atomically(path, file.getvalue())
+        write_atomically(path, file.getvalue())
     return file.getvalue()

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from .. import errors as hub
 from .. import folder as folders
-from ..settings import UserError
+from ..errors import UserError, dissect
+from ..folder import read_json
+from ..machine import pick_precision, this_machine
 from . import card
-from .history import read_json
 
 
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
@@ -133,8 +133,8 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
     folder = folder_of_run(run_folder, "model")
     from .. import model
 
-    machine = model.this_machine()
-    dtype, _ = model.pick_precision("auto", machine)
+    machine = this_machine()
+    dtype, _ = pick_precision("auto", machine)
     loaded, tokenizer = model.load_finished(folder / "model", dtype=dtype, device=machine.device)
     messages = []
     print(f"{folder.name} on {machine.name}. /new begins a new talk, /exit ends.")
@@ -191,7 +191,7 @@ def _told(repo: str):
     try:
         yield
     except Exception as error:
-        kinds, status, reason = hub.look(error)
+        kinds, status, reason = dissect(error)
         way_out = "check the connection and push again"
         if "HFValidationError" in kinds:
             way_out = "give a name that the hub allows, as owner/name"

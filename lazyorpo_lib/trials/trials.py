@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..folder import take
-from ..results import card, history
+from ..errors import UserError
+from ..folder import folder_of, read_json, take, write_atomically
+from ..results import card
 from ..results.evaluate import compare, measures
-from ..results.history import read_json
-from ..run import folder_of
-from ..settings import Settings, UserError
+from ..settings import Settings
 
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
@@ -229,8 +228,8 @@ def _write(home: Path, runs: list[dict], key: str, rest: dict) -> Path:
     values = {group: {words.get(f, f): [run[f] for run in some] for f in figures} for group, some in groups.items()}
     head, rows = [key, *next(iter(values.values()))], [[group, *map(_spread, v.values())] for group, v in values.items()]
     text = "\n\n".join([card.table(head, rows), *rest["said"]]) + "\n"
-    history.write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
-    history.write_atomically(home / f"{home.name}.md", text.encode())
+    write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
+    write_atomically(home / f"{home.name}.md", text.encode())
     live.draw_trials(values, home / f"{home.name}.png")
     return home
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from lazyorpo_lib.model import DEMO_MODEL, this_machine
+from lazyorpo_lib.machine import this_machine
+from lazyorpo_lib.model import DEMO_MODEL
 
 SYSTEMS = {
     "TRL": dict(system="trl", nll_over="prompt+answer"),

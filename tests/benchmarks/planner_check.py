@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lazyorpo_lib.machine import Machine
+
 SHAPES = {  # name: (model type, config, pairs in a micro-batch, tokens of prompt, chosen, rejected, checkpointed layers)
     "llama": ("llama", dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
                             num_key_value_heads=4, tie_word_embeddings=False), 1, 400, 300, 300, 0),
@@ -50,7 +52,7 @@ def case(shape: str, method: str) -> dict:
         base_model=shape, method=method, tokens_per_batch=tokens, checkpointed_layers=checkpointed, pairs_per_step=2 * count,
         max_steps=2, save_every_steps=0, eval_pairs=0, precision="float32",
     )  # fmt: skip
-    machine = models.Machine("cpu", "CPU", psutil.virtual_memory().total / 2**30)
+    machine = Machine("cpu", "CPU", psutil.virtual_memory().total / 2**30)
     start = time.monotonic()
     plan = make_plan(config, settings, machine, measured_lengths(pairs), dtype=torch.float32).method
     planned_in = time.monotonic() - start

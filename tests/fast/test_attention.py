@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import attention
 from lazyorpo_lib.fast.attention import LADDER, SHORT, PairScorer, start_batch
 from lazyorpo_lib.fast.head import ScoringForward
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
-from lazyorpo_lib.settings import UserError
 from tests.architectures import DENSE, NOT_SHARED, SHARED, tiny_model
 from tests.conftest import random_pairs
 

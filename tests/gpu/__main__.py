@@ -33,6 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyorpo_lib.machine import this_machine
+
 
 class Part(NamedTuple):
     """One process: a function of exact.py or speed.py, given `small` and `given`, that yields checks."""
@@ -196,8 +198,6 @@ def machine() -> dict:
 
 def facts() -> dict:
     import torch
-
-    from lazyorpo_lib.model import this_machine
 
     here = this_machine()
     return {

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib.fast import attention
+from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
 from lazyorpo_lib.plan import planner
@@ -245,5 +246,5 @@ def as_t4():
 
 def this_card() -> planner.Card | None:
     """The machine's card in CARDS, as the planner finds it."""
-    here = models.this_machine()
+    here = this_machine()
     return planner._listed(here.name, here.memory_gib) if CUDA else None

@@ -27,12 +27,14 @@ from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers, training_arguments
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.results import evaluate
-from lazyorpo_lib.settings import Settings, UserError, resolve
+from lazyorpo_lib.settings import Settings, resolve
 
 from .bench import (  # isort: skip
     CUDA, DEVICE, GIB, HALF, TINY, as_t4, build, cap, check, clean, config, difference, largest, lengths, lora, milliseconds,
     pairs_of, same, this_card, trained, trainer_of,
 )  # fmt: skip
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.machine import this_machine
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 if not CUDA:
@@ -50,7 +52,7 @@ def plan(small: bool):
     known = planner.measured_lengths(pairs_of(lengths(300, longest=1024), 500))
     for name in names[1:2] if small else names:
         shape, cards = config(name), ["T4", "H100"] if small else []
-        plans = [planner.make_plan(shape, Settings(), where, known) for where in (*cards, models.this_machine())]
+        plans = [planner.make_plan(shape, Settings(), where, known) for where in (*cards, this_machine())]
         plans += [] if small else planner.plan_cards(shape, Settings(), known)
         yield check(f"{name}: plans", len(plans))
         yield same(f"{name}: stood in for", sum("cannot be simulated" in p.why for p in plans), 0)
@@ -413,7 +415,7 @@ def _loading(settings, shape, folder):
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     yield check("host memory while loading, of the largest file", (max(resident) - before) / shard, high=1.2)
     known = planner.measured_lengths(pairs_of([(300, 300, 300)], 500))
-    plan = next(m for m in planner.make_plan(shape, settings, models.this_machine(), known).methods if m.method == "qlora")
+    plan = next(m for m in planner.make_plan(shape, settings, this_machine(), known).methods if m.method == "qlora")
     adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     planned = plan.parts["weights"] * GIB + adapters
     yield check("weights as planned", planned / torch.cuda.memory_allocated(), 0.97, 1.03)

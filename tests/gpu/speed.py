@@ -26,6 +26,7 @@ from .bench import (  # isort: skip
     CUDA, DEVICE, GIB, HALF, Clock, Skip, as_t4, build, build_four_bit, cap, check, clean, config, difference, largest, lengths,
     lora, milliseconds, pairs_of, same, synchronize, this_card, trainer_of,
 )  # fmt: skip
+from lazyorpo_lib.machine import pick_precision, this_machine
 
 PRODUCT = {"T4": 0.33, "L4": 0.45}  # of the data sheet's peak, where power caps a card below 0.7
 ARTICLE = 1688  # steps of the article's run: one epoch of argilla/dpo-mix-7k, 4 pairs a step
@@ -86,12 +87,12 @@ def peaks(small: bool, name: str, method: str, limit: str = "", expandable: bool
     pairs = pairs_of(triples, shape.vocab_size)
     settings = Settings(method=method, save_every_steps=0, eval_pairs=0, pairs_per_step=min(8, len(pairs)), max_steps=2)
     with as_t4() if limit == "T4" else contextlib.nullcontext(), tempfile.TemporaryDirectory() as folder:
-        machine = card or models.this_machine()
+        machine = card or this_machine()
         plan = _planned(shape, settings, machine, pairs)
         yield check("planned", plan.peak_gib, unit="GiB", ok=plan.fits or small, expected="fits")
         if card:
             cap(card.memory_gib)
-        dtype = models.pick_precision("auto", card.machine if card else machine)[0] if CUDA else torch.float32
+        dtype = pick_precision("auto", card.machine if card else machine)[0] if CUDA else torch.float32
         model = _built(shape, method, dtype)
         trainer = trainer_of(
             model, pairs, folder, dtype=dtype, tokens=plan.tokens_per_batch, layers=plan.checkpointed_layers, method=method,
@@ -160,7 +161,7 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
     dtype = HALF if CUDA else torch.float32
     pairs = pairs_of(lengths(4 * (steps + 4), prompt=128, shrink=8 if small else 1), shape.vocab_size)
     settings = Settings(method=method, pairs_per_step=4, eval_pairs=0, save_every_steps=0, max_steps=ARTICLE, epochs=10**4)
-    made = planner.make_plan(shape, settings, models.this_machine(), planner.measured_lengths(pairs), dtype=dtype)
+    made = planner.make_plan(shape, settings, this_machine(), planner.measured_lengths(pairs), dtype=dtype)
     plan = next(m for m in made.methods if m.method == method)
     clock, profiled, rows = Clock(first, steps), _Profiled(steps, steps + 4), []
     with tempfile.TemporaryDirectory() as folder:

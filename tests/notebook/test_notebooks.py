@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lazyorpo_lib.folder import read_rows
 from lazyorpo_lib.notebook.panel import SUGGESTIONS
 from lazyorpo_lib.settings import DEFAULTS, FIELDS
 from tests.conftest import PLANTED, files_holding
@@ -206,7 +207,6 @@ def test_run_all_trains_shows_and_is_finished_the_second_time(tmp_path):
 def test_an_interrupt_in_a_kernel_ends_the_step_saves_and_the_cells_below_still_run(tmp_path, capsys):
     from jupyter_client.manager import start_new_kernel
 
-    from lazyorpo_lib.results import history
     from lazyorpo_lib.results.live import show_progress
 
     folder, settings = tmp_path / "run", dict(preset="tiny", max_steps=50_000, max_pairs=0, save_every_steps=0, eval_pairs=0)
@@ -226,7 +226,7 @@ run.train()
     try:
         asked = client.execute(code), client.execute(below)
         deadline = time.monotonic() + 120
-        while len(history.read(folder / "history.jsonl")) < 3:
+        while len(read_rows(folder / "history.jsonl")) < 3:
             assert time.monotonic() < deadline and manager.is_alive()
             time.sleep(0.1)
         show_progress(folder)  # as a second kernel would, while training goes on
@@ -238,7 +238,7 @@ run.train()
         manager.shutdown_kernel(now=True)
     assert [(r["parent_header"]["msg_id"], r["content"]["status"]) for r in replies] == [(i, "ok") for i in asked], replies
     (checkpoint,) = folder.glob("checkpoint-*")
-    steps = [row["step"] for row in history.read(folder / "history.jsonl")]
+    steps = [row["step"] for row in read_rows(folder / "history.jsonl")]
     assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1)) and (folder / "model").is_dir()
     assert re.match(r"Step \d+, written \d s ago", capsys.readouterr().out)
 

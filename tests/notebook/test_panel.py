@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.notebook import panel as module
 from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
-from lazyorpo_lib.settings import DEFAULTS, FIELDS, UserError
+from lazyorpo_lib.settings import DEFAULTS, FIELDS
 
 
 @pytest.fixture(autouse=True)

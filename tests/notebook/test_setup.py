@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib.folder import MARKER, seal, take
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.folder import MARKER, drive_folder, mirror, seal, take
 from lazyorpo_lib.notebook import setup
 from lazyorpo_lib.orpo import checkpoints
-from lazyorpo_lib.settings import UserError
 
 COLAB = Path(__file__).parents[3] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
 ABSENT_ON_COLAB = {"bitsandbytes", "nbval", "gguf"}
@@ -21,7 +21,7 @@ SECRET = "hf_" + "secret"
 
 def test_importing_it_imports_nothing_heavy():
     heavy = "torch", "numpy", "packaging", "ipywidgets"
-    code = f"import sys, lazyorpo_lib.setup; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, lazyorpo_lib.notebook.setup; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -161,7 +161,7 @@ def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
         raise ValueError("mount failed\nwith much detail")
 
     colab.drive.mount = mount
-    assert setup.drive_folder("run") is None
+    assert drive_folder("run") is None
     assert "(ValueError: mount failed): everything stays on local disk" in capsys.readouterr().out
 
 
@@ -188,21 +188,21 @@ def names(folder):
 
 def test_mirror_copies_what_is_complete_and_keeps_the_newest(run, tmp_path):
     drive = tmp_path / "drive"
-    assert setup.mirror(run, drive, keep=2)
+    assert mirror(run, drive, keep=2)
     assert names(drive) == ["checkpoint-10", "checkpoint-100", "history.jsonl", "model"]
     assert (drive / "checkpoint-100" / "weights").read_text() == "checkpoint-100"
 
 
 def test_mirror_the_other_way_brings_a_run_back(run, tmp_path):
-    setup.mirror(run, tmp_path / "drive")
-    setup.mirror(tmp_path / "drive", tmp_path / "new")
+    mirror(run, tmp_path / "drive")
+    mirror(tmp_path / "drive", tmp_path / "new")
     assert names(tmp_path / "new") == names(tmp_path / "drive")
 
 
 def test_a_torn_checkpoint_on_the_drive_stays_torn(run, tmp_path):
-    setup.mirror(run, tmp_path / "drive")
+    mirror(run, tmp_path / "drive")
     (tmp_path / "drive" / "checkpoint-100" / "weights").write_text("cut")
-    setup.mirror(tmp_path / "drive", tmp_path / "new")
+    mirror(tmp_path / "drive", tmp_path / "new")
     assert [c.name for c in checkpoints.complete(tmp_path / "new")] == ["checkpoint-10"]
 
 
@@ -210,15 +210,15 @@ def test_a_link_where_a_copy_is_drafted_is_not_followed(run, tmp_path):
     (tmp_path / "precious").write_text("theirs")
     take(tmp_path / "drive", "run")
     (tmp_path / "drive" / "history.jsonl.tmp").symlink_to(tmp_path / "precious")
-    assert not setup.mirror(run, tmp_path / "drive")
+    assert not mirror(run, tmp_path / "drive")
     assert (tmp_path / "precious").read_text() == "theirs"
 
 
 def test_mirror_takes_in_what_changed(run, tmp_path):
-    setup.mirror(run, tmp_path / "drive")
+    mirror(run, tmp_path / "drive")
     (run / "history.jsonl").write_text("more")
     (run / "model" / "weights").write_text("better")
-    setup.mirror(run, tmp_path / "drive")
+    mirror(run, tmp_path / "drive")
     assert (tmp_path / "drive" / "history.jsonl").read_text() == "more"
     assert (tmp_path / "drive" / "model" / "weights").read_text() == "better"
 
@@ -230,11 +230,11 @@ def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(setup.shutil, "copytree", copytree)
-    assert not setup.mirror(run, tmp_path / "drive")
+    assert not mirror(run, tmp_path / "drive")
     assert "No space left on device" in capsys.readouterr().out
     assert not [c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")]
     monkeypatch.undo()
-    assert setup.mirror(run, tmp_path / "drive")
+    assert mirror(run, tmp_path / "drive")
     assert not [c for c in names(tmp_path / "drive") if c.endswith(".tmp")]
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo import data
 from lazyorpo_lib.orpo.data import BadRow, Pair, Report, clean, json_safe, open_rows, split_held_out, to_pair
-from lazyorpo_lib.settings import UserError
 
 
 def turn(role, content):
@@ -518,7 +518,7 @@ def test_real_multi_turn_sample():
 
 
 def test_importing_it_loads_nothing_heavy():
-    code = "import sys, lazyorpo_lib.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, lazyorpo_lib.orpo.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 

@@ -11,8 +11,8 @@ import tempfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.data import BadRow, Pair, clean, json_safe, open_rows, split_held_out, to_pair
-from lazyorpo_lib.settings import UserError
 
 SCALE = int(os.environ.get("PROPERTY_SCALE", "1"))
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}

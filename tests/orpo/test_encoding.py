@@ -7,9 +7,9 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Prepend, Replace
 from tokenizers.normalizers import Sequence as Normalizers
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.data import Pair
 from lazyorpo_lib.orpo.encoding import Encoder, PairFile, Subset, prepare_tokenizer
-from lazyorpo_lib.settings import UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

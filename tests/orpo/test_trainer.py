@@ -17,14 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
 
 from lazyorpo_lib import session as callbacks
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import MARKER
-from lazyorpo_lib.model import Machine, adapters_off, add_adapters, check_liger, load_base
+from lazyorpo_lib.machine import Machine
+from lazyorpo_lib.model import adapters_off, add_adapters, check_liger, load_base
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.orpo import trainer as module
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.orpo.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
 from lazyorpo_lib.session import On, Stop
-from lazyorpo_lib.settings import Settings, UserError
+from lazyorpo_lib.settings import Settings
 from tests.architectures import tiny_model
 from tests.conftest import bitsandbytes_on_the_cpu, booby_trap, random_pairs
 

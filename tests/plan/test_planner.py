@@ -10,14 +10,15 @@ from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MixtralConfig, 
 from transformers.models.llama import modeling_llama
 
 from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import attention
-from lazyorpo_lib.model import Machine
+from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.notebook.panel import Panel
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.plan import planner, simulation
 from lazyorpo_lib.plan.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
 from lazyorpo_lib.run import estimate
-from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings, UserError
+from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings
 
 CPU = Machine("cpu", "CPU", 16.0)
 LENGTHS = Lengths(pairs=400, prompt=60.0, chosen=50.0, rejected=40.0, longest=220)

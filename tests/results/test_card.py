@@ -8,9 +8,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
-from lazyorpo_lib.folder import MARKER
+from lazyorpo_lib.folder import FILES, MARKER
 from lazyorpo_lib.results import card
-from lazyorpo_lib.run import FILES
 from lazyorpo_lib.settings import DEFAULTS
 
 EVIL = "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"

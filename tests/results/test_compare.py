@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.results import live, share
 from lazyorpo_lib.results.compare import compare
-from lazyorpo_lib.settings import DEFAULTS, UserError
+from lazyorpo_lib.settings import DEFAULTS
 from tests.results.test_card import write_run
 
 

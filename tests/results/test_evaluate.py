@@ -6,8 +6,9 @@ import torch
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from lazyorpo_lib import model
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.results import evaluate
-from lazyorpo_lib.settings import Settings, UserError
+from lazyorpo_lib.settings import Settings
 
 COLUMNS = ["nll", "nll_tokens", "log_odds_chosen", "log_odds_rejected", "accuracy"]
 

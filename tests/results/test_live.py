@@ -12,7 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lazyorpo_lib.results import history, live
+from lazyorpo_lib.folder import append_row
+from lazyorpo_lib.results import live, reading
 
 
 def row(step, part=0.0, prefix=""):
@@ -337,13 +338,13 @@ def test_the_reading_stands_under_the_curves_and_fits(tmp_path, no_notebook, cha
         plot._add(one)
     plot._png("")
     text = plot._picture.reading
-    assert text.get_text().lower() == history.reading(curves(**change))
+    assert text.get_text().lower() == reading.read_curves(curves(**change))
     assert text.get_window_extent().x1 < plot._picture.figure.bbox.x1
 
 
 def test_progress_is_shown_from_the_folder_alone(tmp_path, shown, capsys):
     for one in healthy(40):
-        history.append(tmp_path / "history.jsonl", one)
+        append_row(tmp_path / "history.jsonl", one)
     live.show_progress(tmp_path)
     bundle, out = shown.new[0][0], capsys.readouterr().out
     assert has_color(bundle["image/png"], live.CHOSEN) and bundle["text/plain"] == "LazyORPO live plot"
@@ -368,7 +369,7 @@ def test_the_users_own_plot_style_changes_nothing_either_way():
 @pytest.mark.parametrize("backend", [None, "module://matplotlib_inline.backend_inline"])
 def test_it_draws_without_pyplot_or_a_backend(tmp_path, backend):
     code = (
-        "import sys; from lazyorpo_lib import live; p = live.LivePlot(sys.argv[1]); p.update({'step': 1, 'nll': 1});"
+        "import sys; from lazyorpo_lib.results import live; p = live.LivePlot(sys.argv[1]); p.update({'step': 1, 'nll': 1});"
         "p.close(); assert p.drawn == 2; sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
@@ -384,7 +385,8 @@ def test_a_saved_notebook_of_ten_thousand_steps_holds_one_picture_and_passes_nbv
     code = f"""
 import sys
 sys.path[:0] = [{os.path.dirname(os.path.dirname(os.path.dirname(__file__)))!r}]
-from lazyorpo_lib import history, live
+from lazyorpo_lib.folder import append_row
+from lazyorpo_lib.results import live
 from lazyorpo_lib.callbacks import progress_bar
 from tests.results.test_live import Clock, healthy
 clock = Clock()
@@ -392,11 +394,11 @@ plot = live.LivePlot("live.png", total_steps=10_000, max_share=1.0, clock=clock)
 with progress_bar(10_000, "steps", desc="training") as bar:
     for row in healthy(10_000):
         clock.now += 0.012
-        history.append("history.jsonl", row)
+        append_row("history.jsonl", row)
         plot.update(row)
         bar.update()
 plot.close()
-assert 30 < plot.drawn < 100 and len(history.read("history.jsonl")) % 10_002 == 0
+assert 30 < plot.drawn < 100 and len(read_rows("history.jsonl")) % 10_002 == 0
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}

@@ -10,11 +10,13 @@ import torch
 from transformers import GenerationConfig
 
 from lazyorpo_lib import model
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import MARKER
+from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import execute
-from lazyorpo_lib.settings import Settings, UserError, resolve
+from lazyorpo_lib.settings import Settings, resolve
 from tests.hub import serve
 from tests.results.test_card import write_run
 
@@ -163,7 +165,7 @@ def test_special_tokens_typed_by_the_user_stay_text(run):
 
 
 def test_a_notebook_asks_the_model_of_its_run_and_reloads_it_where_it_is_gone(run, capsys):
-    here = types.SimpleNamespace(folder=run, dtype=torch.float32, machine=model.this_machine())
+    here = types.SimpleNamespace(folder=run, dtype=torch.float32, machine=this_machine())
     share.ask(here, "Hello")
     first = capsys.readouterr().out
     share.ask(here, "Hello")

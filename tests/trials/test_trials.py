@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lazyorpo_lib.settings import UserError, resolve
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.settings import resolve
 from lazyorpo_lib.trials import trials
 
 FIGURES = set(trials.QUALITY) | set(trials.COST)

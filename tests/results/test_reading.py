@@ -9,8 +9,11 @@ import threading
 
 import pytest
 
-from lazyorpo_lib.results import history
-from lazyorpo_lib.settings import UserError
+from lazyorpo_lib import folder
+from lazyorpo_lib.errors import UserError, explain_disk
+from lazyorpo_lib.folder import append_row, read_rows, truncate_after
+from lazyorpo_lib.results import reading
+from lazyorpo_lib.session import duration
 
 
 def curves(points=60, *, chosen=0.0, rejected=0.0, nll=0.0, noise=0.15, seed=0, warming_up=False):
@@ -37,51 +40,51 @@ def curves(points=60, *, chosen=0.0, rejected=0.0, nll=0.0, noise=0.15, seed=0, 
 def test_rows_come_back_as_they_were_appended(tmp_path):
     rows = [{"step": 0, "eval_nll": 1.5}, {"step": 1, "nll": 1.25, "accuracy": 1, "note": "é"}]
     for row in rows:
-        history.append(tmp_path / "h.jsonl", row)
-    assert history.read(tmp_path / "h.jsonl") == rows
+        append_row(tmp_path / "h.jsonl", row)
+    assert read_rows(tmp_path / "h.jsonl") == rows
 
 
 def test_no_file_is_no_rows(tmp_path):
-    assert history.read(tmp_path / "h.jsonl") == []
-    history.truncate_after(tmp_path / "h.jsonl", 3)
+    assert read_rows(tmp_path / "h.jsonl") == []
+    truncate_after(tmp_path / "h.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_become_null(tmp_path, value):
-    history.append(tmp_path / "h.jsonl", {"step": 1, "nll": value})
+    append_row(tmp_path / "h.jsonl", {"step": 1, "nll": value})
     assert (tmp_path / "h.jsonl").read_text() == '{"step": 1, "nll": null}\n'
 
 
 def test_numpy_scalars_are_written_as_numbers(tmp_path):
     numpy = pytest.importorskip("numpy")
-    history.append(tmp_path / "h.jsonl", {"step": 1, "nll": numpy.float32(0.5), "loss": numpy.float32("nan")})
-    assert history.read(tmp_path / "h.jsonl") == [{"step": 1, "nll": 0.5, "loss": None}]
+    append_row(tmp_path / "h.jsonl", {"step": 1, "nll": numpy.float32(0.5), "loss": numpy.float32("nan")})
+    assert read_rows(tmp_path / "h.jsonl") == [{"step": 1, "nll": 0.5, "loss": None}]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "nl', '{"step": 2}', "\x00" * 5000])
 def test_a_torn_last_line_is_not_read_and_the_next_append_cuts_it_off(tmp_path, torn):
     path = tmp_path / "h.jsonl"
-    history.append(path, {"step": 1})
+    append_row(path, {"step": 1})
     with open(path, "a") as file:
         file.write(torn)
-    assert history.read(path) == [{"step": 1}]
-    history.append(path, {"step": 3})
+    assert read_rows(path) == [{"step": 1}]
+    append_row(path, {"step": 3})
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_a_file_that_is_one_torn_line_starts_afresh(tmp_path):
     path = tmp_path / "h.jsonl"
     path.write_text('{"step"')
-    history.append(path, {"step": 1})
-    assert history.read(path) == [{"step": 1}]
+    append_row(path, {"step": 1})
+    assert read_rows(path) == [{"step": 1}]
 
 
 @pytest.mark.parametrize("line", ["not json", "3", ""])
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     (tmp_path / "h.jsonl").write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(UserError, match="^Line 2 of .*delete that line"):
-        history.read(tmp_path / "h.jsonl")
+        read_rows(tmp_path / "h.jsonl")
 
 
 def test_a_reader_meanwhile_sees_whole_rows_only(tmp_path):
@@ -89,13 +92,13 @@ def test_a_reader_meanwhile_sees_whole_rows_only(tmp_path):
 
     def look():
         while not done.is_set():
-            seen.append(history.read(path))
+            seen.append(read_rows(path))
 
     reader = threading.Thread(target=look)
     reader.start()
     rows = [{"step": step, "text": "x" * 20_000} for step in range(200)]  # longer than any buffer or page
     for row in rows:
-        history.append(path, row)
+        append_row(path, row)
     done.set()
     reader.join()
     assert seen and all(part == rows[: len(part)] for part in seen)
@@ -106,41 +109,41 @@ def test_a_full_disk_is_told_and_leaves_whole_rows(tmp_path):
     path, limits = tmp_path / "history.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(UserError, match="Nothing more can be written"), history.disk_told(tmp_path):
+        with pytest.raises(UserError, match="Nothing more can be written"), explain_disk(tmp_path):
             for step in range(10):
-                history.append(path, {"step": step, "loss": 0.123456})
+                append_row(path, {"step": step, "loss": 0.123456})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    written = len(history.read(path))
+    written = len(read_rows(path))
     assert 0 < written < 10
-    history.append(path, {"step": written, "loss": 0.5})
-    assert [row["step"] for row in history.read(path)] == list(range(written + 1))
-    with pytest.raises(ValueError, match="not a disk's"), history.disk_told(tmp_path):
+    append_row(path, {"step": written, "loss": 0.5})
+    assert [row["step"] for row in read_rows(path)] == list(range(written + 1))
+    with pytest.raises(ValueError, match="not a disk's"), explain_disk(tmp_path):
         raise ValueError("not a disk's")
 
 
 def test_resume_leaves_each_step_once(tmp_path):
     path = tmp_path / "h.jsonl"
     for row in ({"step": 0, "eval_nll": 2.0}, *({"step": s} for s in range(1, 8)), {"step": 5, "eval_nll": 1.0}):
-        history.append(path, row)
+        append_row(path, row)
     with open(path, "a") as file:
         file.write('{"step": 8')
-    history.truncate_after(path, 5)
+    truncate_after(path, 5)
     for step in (6, 7):
-        history.append(path, {"step": step})
-    assert [row["step"] for row in history.read(path)] == [0, 1, 2, 3, 4, 5, 5, 6, 7]
-    history.truncate_after(path, -1)
-    assert history.read(path) == [] and [p.name for p in tmp_path.iterdir()] == ["h.jsonl"]
+        append_row(path, {"step": step})
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    truncate_after(path, -1)
+    assert read_rows(path) == [] and [p.name for p in tmp_path.iterdir()] == ["h.jsonl"]
 
 
 def test_a_kill_while_cutting_back_leaves_the_old_rows(tmp_path, monkeypatch):
     path = tmp_path / "h.jsonl"
     for step in range(4):
-        history.append(path, {"step": step})
-    monkeypatch.setattr(history.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        append_row(path, {"step": step})
+    monkeypatch.setattr(folder.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        history.truncate_after(path, 1)
-    assert len(history.read(path)) == 4
+        truncate_after(path, 1)
+    assert len(read_rows(path)) == 4
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -162,20 +165,20 @@ def test_a_kill_while_cutting_back_leaves_the_old_rows(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_the_reading_tells_what_the_curves_do(change, words, seed):
-    assert re.match(words, history.reading(curves(seed=seed, **change)))
+    assert re.match(words, reading.read_curves(curves(seed=seed, **change)))
 
 
 def test_the_reading_is_not_fooled_by_noise_alone():
-    alarms = [history.reading(curves(24, noise=0.4, seed=seed)) for seed in range(300)]
+    alarms = [reading.read_curves(curves(24, noise=0.4, seed=seed)) for seed in range(300)]
     quiet = sum(text.startswith(("margin flat", "margin not yet")) for text in alarms)
     assert quiet >= 280  # three sigmas on each of four curves, their noise estimated from 24 points
 
 
 def test_the_reading_waits_for_enough_points():
-    assert history.reading([]).startswith("too early to say: 0 of")
-    assert history.reading(curves(9, chosen=5)).startswith("too early to say: 9 of")
-    assert history.reading(curves(10, chosen=5)).endswith("healthy")
-    assert history.reading([{"step": s} for s in range(50)]).startswith("too early")
+    assert reading.read_curves([]).startswith("too early to say: 0 of")
+    assert reading.read_curves(curves(9, chosen=5)).startswith("too early to say: 9 of")
+    assert reading.read_curves(curves(10, chosen=5)).endswith("healthy")
+    assert reading.read_curves([{"step": s} for s in range(50)]).startswith("too early")
 
 
 def test_the_reading_passes_over_missing_and_infinite_numbers():
@@ -183,25 +186,25 @@ def test_the_reading_passes_over_missing_and_infinite_numbers():
     rows[3]["nll"] = None
     rows[30]["log_odds_chosen"] = math.nan
     del rows[7]["log_odds_ratio"]
-    assert history.reading(rows).endswith("healthy")
+    assert reading.read_curves(rows).endswith("healthy")
 
 
 def test_the_reading_says_when_the_loss_is_no_number():
-    assert "no longer a number" in history.reading([*curves(5), {"step": 6, "loss": None}])
+    assert "no longer a number" in reading.read_curves([*curves(5), {"step": 6, "loss": None}])
 
 
 def test_the_reading_sees_memorising_in_the_held_out_nll():
     rows = curves(chosen=1, rejected=-1.5, nll=-0.5)
     held_out = [{"step": s, "eval_nll": value} for s, value in ((0, 1.5), (30, 1.2), (60, 1.3))]
-    assert "memorises" in history.reading(rows + held_out)
-    assert history.reading(rows + held_out[:2]).endswith("healthy")
+    assert "memorises" in reading.read_curves(rows + held_out)
+    assert reading.read_curves(rows + held_out[:2]).endswith("healthy")
 
 
 def test_it_imports_the_standard_library_alone():
-    code = "import sys, lazyorpo_lib.history; sys.exit(bool({'numpy', 'torch', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, lazyorpo_lib.results.reading; sys.exit(bool({'numpy', 'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(("minutes", "text"), [(0, "1 s"), (0.9, "54 s"), (1.2, "1 min"), (99, "99 min"), (125, "2.1 h")])
 def test_durations_read_well(minutes, text):
-    assert history.duration(minutes) == text
+    assert duration(minutes) == text

@@ -5,114 +5,12 @@
 null. One process writes; any number may read meanwhile. It computes no metric and draws nothing (`live.py` does).
 """
 
-import contextlib
-import errno
-import json
 import math
-import os
-import re
-import shutil
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
-
-from ..settings import UserError
 
 CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
 ENOUGH_POINTS = 10  # logged steps before `reading` judges
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
-
-def duration(minutes: float) -> str:
-    """In words, e.g. 40 s, 14 min, 2.5 h."""
-    if minutes < 1:
-        return f"{max(1, round(60 * minutes))} s"
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
-def append(path, row: dict) -> None:
-    """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
-    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
-    with open(path, "a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def _plain(value):
-    if value is None or isinstance(value, int | str):
-        return value
-    value = float(value)  # NumPy and torch scalars too
-    return value if math.isfinite(value) else None
-
-
-def read(path) -> list[dict]:
-    """Every complete row, oldest first; a torn last line is left out, and no file is no rows.
-
-    Raises:
-        UserError: a complete line is not a JSON object, so something else has changed the file.
-    """
-    return [row for row, _ in _rows_and_lines(path)]
-
-
-def read_json(path) -> dict:
-    """The object in one of a run's files; no file is an empty one."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
-
-
-def _rows_and_lines(path):
-    data = Path(path).read_bytes() if os.path.exists(path) else b""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"Line {number} of {path} is {line[:40]!r}, not a JSON object; delete that line.")
-        yield row, line
-
-
-def truncate_after(path, step: int) -> None:
-    """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1 drops every row."""
-    if os.path.exists(path):
-        write_atomically(path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step))
-
-
-def not_through_links(name, flags: int) -> int:
-    """Open a file as `open` does, but never what a link leads to."""
-    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def write_atomically(path, data: bytes) -> None:
-    """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
-    path = Path(path)
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb", opener=not_through_links) as file:
-        file.write(data)
-    os.replace(draft, path)
-
-
-@contextlib.contextmanager
-def disk_told(folder):
-    """One sentence where the disk of `folder` is full or fails, whichever library met it; other errors pass as they are."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = str(error).strip().split("\n")[0]
-        number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
-        number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-        if number not in _DISK and not re.search("PytorchStreamWriter|inline_container.* unexpected pos", text):
-            raise
-        raise UserError(
-            f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
-            "room, then run again: it goes on from the last complete checkpoint."
-        ) from None
 
 
 def is_evaluation(row: dict) -> bool:
@@ -145,7 +43,7 @@ def trend(curve: list[float], floor: float) -> tuple[int, float]:
     return (change > needed) - (change < -needed), needed
 
 
-def reading(rows: list[dict]) -> str:
+def read_curves(rows: list[dict]) -> str:
     """One line in words on what the curves show and what to do, e.g. "margin rising, nll flat: healthy".
 
     The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close, at 0.5
