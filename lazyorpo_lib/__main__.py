@@ -23,7 +23,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     also = "; ".join(f"{name} {words}" for name, words in USAGE.items())
     parser = _Parser(
-        prog="python -m lazyorpo_lib", description=__doc__.split("\n")[0], epilog=f"With finished runs: {also}.", allow_abbrev=False
+        prog="python -m lazyorpo_lib",
+        description=__doc__.split("\n")[0],
+        epilog=f"With finished runs: {also}.",
+        allow_abbrev=False,
     )
     for name, field in FIELDS.items():
         meta = field.metadata
@@ -32,10 +35,22 @@ def _parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, metavar=field.type.__name__,
             help=f"{meta['help']}{allowed}. Default: {field.default if field.default != '' else 'empty'}".replace("%", "%%"),
         )  # fmt: skip
-    parser.add_argument("--plan", action="store_true", help="only say whether it will fit and how long it will take")
-    parser.add_argument("--probe", action="store_true", help="only recommend or_weight and learning_rate, after a few short runs")
-    parser.add_argument("--device", default="", help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards")
-    parser.add_argument("--json", action="store_true", help="the plan as one JSON object (of all cards: a list of them)")
+    parser.add_argument(
+        "--plan", action="store_true", help="only say whether it will fit and how long it will take"
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="only recommend or_weight and learning_rate, after a few short runs",
+    )
+    parser.add_argument(
+        "--device",
+        default="",
+        help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the plan as one JSON object (of all cards: a list of them)"
+    )
     return parser
 
 
@@ -58,13 +73,19 @@ def main(arguments: list[str]) -> int:
         return 0
     if given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
-        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join([plan.line(), plan.table(), *plan.method.arithmetic]))
+        print(
+            json.dumps(plan.as_dict())
+            if given["json"]
+            else "\n".join([plan.line(), plan.table(), *plan.method.arithmetic])
+        )
         return 0
     if given["probe"]:
         from .trials.trials import probe
 
         home = probe(settings)
-        print(f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}")
+        print(
+            f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}"
+        )
         return 0
     if int(os.environ.get("RANK", 0)) == 0:
         print(why[0].upper() + why[1:] + ".")

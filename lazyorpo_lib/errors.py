@@ -10,7 +10,13 @@ import re
 import shutil
 from importlib.metadata import version
 
-_AWAY = {"ConnectionError", "TimeoutError", "TransportError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+_AWAY = {
+    "ConnectionError",
+    "TimeoutError",
+    "TransportError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+}
 
 
 class UserError(ValueError):
@@ -39,8 +45,15 @@ def explain_hub(error: Exception, page: str, instead: str) -> str:
         instead: what can be given in its place.
     """
     kinds, status, text = dissect(error)
-    missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"} or (404 in status and "EntryNotFoundError" not in kinds)
-    if "GatedRepoError" in kinds or "is a gated dataset" in text or 403 in status or (401 in status and not missing):
+    missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"} or (
+        404 in status and "EntryNotFoundError" not in kinds
+    )
+    if (
+        "GatedRepoError" in kinds
+        or "is a gated dataset" in text
+        or 403 in status
+        or (401 in status and not missing)
+    ):
         return (
             f"needs a login: ask for access at https://huggingface.co/{page} and set HF_TOKEN to a token of that account (in "
             f"Colab: the secret of that name), or give {instead}"
@@ -68,7 +81,9 @@ def explain_disk(folder):
         text = str(error).strip().split("\n")[0]
         number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
         number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-        if number not in _DISK and not re.search("PytorchStreamWriter|inline_container.* unexpected pos", text):
+        if number not in _DISK and not re.search(
+            "PytorchStreamWriter|inline_container.* unexpected pos", text
+        ):
             raise
         raise UserError(
             f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
@@ -84,12 +99,21 @@ def explain_model(name: str):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"The model {name!r} {_about_model(error, name)}.") from None  # their texts may hold a token
+        raise UserError(
+            f"The model {name!r} {_about_model(error, name)}."
+        ) from None  # their texts may hold a token
 
 
 def _about_model(error: Exception, name: str) -> str:
     text = dissect(error)[-1]
-    if any(said in text for said in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")):
+    if any(
+        said in text
+        for said in (
+            "does not recognize this architecture",
+            "Unrecognized model",
+            "Unrecognized configuration",
+        )
+    ):
         known = f"transformers {version('transformers')}"
         return f"is of a kind that {known} does not know: choose another base_model, or upgrade transformers"
     if "custom code" in text or "trust_remote_code" in text:

@@ -28,7 +28,11 @@ def marked(folder: Path) -> dict | None:
     read. A folder's name ends with a slash."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / MARKER).read_bytes())
-        if isinstance(found, dict) and isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
+        if (
+            isinstance(found, dict)
+            and isinstance(found.get("files"), dict)
+            and isinstance(found.get("what"), str)
+        ):
             return found
     return None
 
@@ -43,7 +47,9 @@ def check(folder: Path, what: str) -> dict:
     try:
         other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.") from None
+        raise UserError(
+            f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder."
+        ) from None
     if other and _is_run(folder):
         raise UserError(
             f"{str(folder)!r} holds a run of an earlier version, or one that was copied without its hidden file {MARKER}: nothing in it "
@@ -55,7 +61,9 @@ def check(folder: Path, what: str) -> dict:
             "nothing in it was touched; choose a new or an empty folder."
         )
     if found and found["what"] != what:
-        raise UserError(f"{str(folder)!r} holds a {found['what']}, not a {what}: nothing in it was touched; choose another folder.")
+        raise UserError(
+            f"{str(folder)!r} holds a {found['what']}, not a {what}: nothing in it was touched; choose another folder."
+        )
     return found or {"what": what, "files": {}}
 
 
@@ -86,12 +94,18 @@ def take(folder, what: str, *names: str) -> Path:
     try:
         found = check(folder, what)
         for path in (folder / name for name in names):
-            if path.is_symlink() or (path.exists() and _name(path) not in found["files"] and not marked(path)):
-                raise UserError(f"{str(path)!r} was not written by this kit, and it would be: move it away, or choose another folder.")
+            if path.is_symlink() or (
+                path.exists() and _name(path) not in found["files"] and not marked(path)
+            ):
+                raise UserError(
+                    f"{str(path)!r} was not written by this kit, and it would be: move it away, or choose another folder."
+                )
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, found | {"files": dict.fromkeys(names) | found["files"]})
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.") from None
+        raise UserError(
+            f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder."
+        ) from None
     return folder.resolve()
 
 
@@ -151,8 +165,12 @@ def put(draft: Path, target: Path, what: str) -> None:
     before = check(target, what)
     seal(draft, what)
     new = marked(draft)
-    if others := [name for name in new["files"] if os.path.lexists(target / name) and name not in before["files"]]:
-        raise UserError(f"{str(target / others[0])!r} was not written by this kit, and it would be: move it away first.")
+    if others := [
+        name for name in new["files"] if os.path.lexists(target / name) and name not in before["files"]
+    ]:
+        raise UserError(
+            f"{str(target / others[0])!r} was not written by this kit, and it would be: move it away first."
+        )
     remove(target)
     if not target.exists():
         draft.rename(target)
@@ -184,11 +202,15 @@ def remove(path: Path) -> None:
 def _remove_listed(folder: Path, found: dict) -> None:
     home = folder.resolve()
     files = [folder / name for name in found["files"]]
-    files = [f for f in files if f.parent.resolve().is_relative_to(home)]  # a marker is a file: it may name others
+    files = [
+        f for f in files if f.parent.resolve().is_relative_to(home)
+    ]  # a marker is a file: it may name others
     for file in files:
         if file.is_symlink() or not file.is_dir():
             file.unlink(missing_ok=True)
-    for within in sorted({p for f in files for p in f.parents if p != folder and p.is_relative_to(folder)}, reverse=True):
+    for within in sorted(
+        {p for f in files for p in f.parents if p != folder and p.is_relative_to(folder)}, reverse=True
+    ):
         with contextlib.suppress(OSError):  # it still holds something
             within.rmdir()
     _mark(folder, found | {"files": {}})
@@ -247,7 +269,9 @@ def _rows_and_lines(path):
 def truncate_after(path, step: int) -> None:
     """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1 drops every row."""
     if os.path.exists(path):
-        write_atomically(path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step))
+        write_atomically(
+            path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step)
+        )
 
 
 def not_through_links(name, flags: int) -> int:
@@ -276,7 +300,9 @@ def drive_folder(name: str) -> Path | None:
         return folder
     except Exception as error:  # refused, closed, not on Colab: the run goes on without it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk.")
+        print(
+            f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk."
+        )
         return None
 
 
@@ -289,7 +315,9 @@ def mirror(source: Path, target: Path) -> bool:
     try:
         for name in sorted((marked(source) or {"files": {}})["files"]):
             item, is_checkpoint = source / name, name.startswith("checkpoint-")
-            done = is_checkpoint and ((target / name).exists() or not is_whole(item, "checkpoint"))  # one never changes
+            done = is_checkpoint and (
+                (target / name).exists() or not is_whole(item, "checkpoint")
+            )  # one never changes
             if item.exists() and not done and not name.startswith(".") and item.suffix != ".tmp":
                 take(target, "run", name)
                 copy_complete(item, target / name)
@@ -308,7 +336,9 @@ def copy_complete(source: Path, target: Path) -> None:
     if source.is_dir():
         with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
             top = str(source)  # whose marker the copy gets anew
-            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ())
+            shutil.copytree(
+                source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ()
+            )
     else:
         draft = target.with_name(target.name + ".tmp")
         with open(source, "rb") as old, open(draft, "wb", opener=not_through_links) as new:
@@ -357,7 +387,9 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
     """Refuse a base model in the folder that is going to be written over."""
     base = Path(base_model).expanduser()
     if base.exists() and base.resolve().is_relative_to(folder):
-        raise UserError(f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir.")
+        raise UserError(
+            f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir."
+        )
 
 
 def claim(folder: Path) -> None:
@@ -372,5 +404,7 @@ def claim(folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"Another run is at work in {folder}: wait for it to end, or choose another output_dir.") from None
+        raise UserError(
+            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
+        ) from None
     _held[folder] = lock

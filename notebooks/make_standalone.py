@@ -34,7 +34,11 @@ print(len(FILES), "files of lazyorpo_lib, digest {digest}")"""
 
 def bundled(home: Path = HOME) -> dict[str, str]:
     """Path -> text of everything that a run needs: the package, the demo's pairs, the requirements."""
-    paths = [*home.glob("lazyorpo_lib/**/*.py"), home / "lazyorpo_lib/demo/pairs.jsonl", home / "requirements.txt"]
+    paths = [
+        *home.glob("lazyorpo_lib/**/*.py"),
+        home / "lazyorpo_lib/demo/pairs.jsonl",
+        home / "requirements.txt",
+    ]
     return {path.relative_to(home).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 
@@ -71,7 +75,9 @@ def main(arguments: list[str]) -> int:
     text = notebook()
     if arguments == ["--check"]:
         fresh = STANDALONE.is_file() and STANDALONE.read_text(encoding="utf-8") == text
-        print("up to date" if fresh else f"{STANDALONE.name} is stale: run python notebooks/make_standalone.py")
+        print(
+            "up to date" if fresh else f"{STANDALONE.name} is stale: run python notebooks/make_standalone.py"
+        )
         return 0 if fresh else 1
     STANDALONE.write_text(text, encoding="utf-8")
     return 0

@@ -30,7 +30,9 @@ def run(*command: str, **environment: str) -> None:
 
 def pip(python: str, *arguments: str) -> list[str]:
     """Run pip in another environment; the lines that it prints. What it says is shown only where it fails."""
-    done = subprocess.run([python, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"pip {' '.join(arguments)}\n{done.stdout}{done.stderr}")
     return done.stdout.splitlines()
@@ -51,7 +53,10 @@ def environment(folder: str, *wanted: str) -> str:
 
 def floors() -> list[str]:
     """The oldest versions that requirements.txt allows, as pip wants them."""
-    lines = (line.split("#")[0].strip() for line in Path("requirements.txt").read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in Path("requirements.txt").read_text(encoding="utf-8").splitlines()
+    )
     return [line.replace(">=", "==") for line in lines if line]
 
 
@@ -67,14 +72,31 @@ def with_colabs_versions(python: str, folder: str) -> None:
     for name in NOTEBOOKS:
         out = os.path.join(folder, f"{name}-on-colab")
         run(python, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
-    run(python, *PYTEST, "tests/notebook/test_panel.py", "tests/notebook/test_notebooks.py", "-k", "test_panel or interrupt")
+    run(
+        python,
+        *PYTEST,
+        "tests/notebook/test_panel.py",
+        "tests/notebook/test_notebooks.py",
+        "-k",
+        "test_panel or interrupt",
+    )
 
 
 def on_the_floor(python: str, folder: str) -> None:
     """A plan, a run and the tests of what a step computes with the oldest versions that are allowed."""
     run(python, *PLAN)
-    run(python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", os.path.join(folder, "on-the-floor"))
-    run(python, *PYTEST, "-m", "not slow", "tests/orpo/test_trainer.py", "tests/fast", "tests/test_versions.py")
+    run(
+        python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", os.path.join(folder, "on-the-floor")
+    )
+    run(
+        python,
+        *PYTEST,
+        "-m",
+        "not slow",
+        "tests/orpo/test_trainer.py",
+        "tests/fast",
+        "tests/test_versions.py",
+    )
 
 
 def notebooks(folder: str) -> None:
@@ -84,9 +106,21 @@ def notebooks(folder: str) -> None:
     floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())
     try:
         for name in NOTEBOOKS:
-            run(here, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=os.path.join(folder, name))
+            run(
+                here,
+                *LAX,
+                f"notebooks/{name}.ipynb",
+                LAZYORPO_PRESET="tiny",
+                LAZYORPO_OUTPUT_DIR=os.path.join(folder, name),
+            )
         quick = dict(LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0")
-        run(here, *LAX, "notebooks/orpo_vs_sft_dpo.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus"), **quick)
+        run(
+            here,
+            *LAX,
+            "notebooks/orpo_vs_sft_dpo.ipynb",
+            LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus"),
+            **quick,
+        )
         with_colabs_versions(colab.result(), folder)
         on_the_floor(floor.result(), folder)
         run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
@@ -101,11 +135,28 @@ def main() -> None:
     run(here, "-m", "ruff", "format", "--check", ".")
     run(here, "notebooks/make_standalone.py", "--check")
     run(here, "-m", "tests.audit")
-    run(here, *NBVAL, "--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks/orpo_by_hand.ipynb")
+    run(
+        here,
+        *NBVAL,
+        "--nbval",
+        "--nbval-sanitize-with",
+        "tests/nbval_sanitize.cfg",
+        "notebooks/orpo_by_hand.ipynb",
+    )
     with tempfile.TemporaryDirectory() as folder:
         notebooks(folder)
     # Two tests at a time of one thread each: small models gain nothing from two threads.
-    run(here, *PYTEST, "-n", "2", "--dist", "loadgroup", "--durations=10", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    run(
+        here,
+        *PYTEST,
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        "--durations=10",
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+    )
 
 
 if __name__ == "__main__":

@@ -17,14 +17,31 @@ def judge(report: dict) -> tuple[int, str]:
         return 0, "pip-audit: no vulnerability service could be asked; nothing was checked."
     found = [(v["id"], f"{p['name']} {p['version']}") for p in asked for v in p["vulns"]]
     lines = [f"{name} has {number}: " + ACCEPTED.get(number, "not accepted") for number, name in found]
-    lines.append(f"pip-audit: {len(asked)} of {len(report['dependencies'])} packages checked, {len(found)} known vulnerabilities.")
+    lines.append(
+        f"pip-audit: {len(asked)} of {len(report['dependencies'])} packages checked, {len(found)} known vulnerabilities."
+    )
     return int(any(number not in ACCEPTED for number, _ in found)), "\n".join(lines)
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pip_audit", "-r", "constraints.txt", "--no-deps", "--disable-pip", "-f", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "-r",
+        "constraints.txt",
+        "--no-deps",
+        "--disable-pip",
+        "-f",
+        "json",
+    ]
     try:
-        done = subprocess.run([*command, "--progress-spinner", "off", "--timeout", "10"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*command, "--progress-spinner", "off", "--timeout", "10"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         report = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):  # it ends in a traceback where it reaches nobody
         report = {}

@@ -33,7 +33,9 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.heard.append((self.path, body))
         if "/paths-info/" in self.path:
-            return self._say(200, [entry for entry in self._tree() if entry["path"] in body.decode().replace("%2F", "/")])
+            return self._say(
+                200, [entry for entry in self._tree() if entry["path"] in body.decode().replace("%2F", "/")]
+            )
         if self.server.status != 200:
             return self._refuse(self.server.status, "")
         home = f"{self.server.url}/me/tuned"
@@ -48,7 +50,8 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         where = re.fullmatch(
-            r"/(?:api/)?(models/|datasets/|)([\w-]+)/([\w-]+)(?:/(resolve|tree|revision)/[\w-]+/?(.*))?", self.path.split("?")[0]
+            r"/(?:api/)?(models/|datasets/|)([\w-]+)/([\w-]+)(?:/(resolve|tree|revision)/[\w-]+/?(.*))?",
+            self.path.split("?")[0],
         )
         if not where or where[2] in ("me", "api"):
             return self._say(self.server.status, {"id": "me/tuned", "type": "user", "name": "me"})
@@ -64,13 +67,22 @@ class Hub(BaseHTTPRequestHandler):
             return self._file(self.home / path)
         if action == "tree":
             return self._say(200, self._tree())
-        self._say(200, {"id": f"{self.owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": e["path"]} for e in self._tree()]})
+        self._say(
+            200,
+            {
+                "id": f"{self.owner}/{name}",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": e["path"]} for e in self._tree()],
+            },
+        )
 
     do_HEAD = do_GET
 
     def _tree(self):
         if self.command == "POST":
-            self.home = Path(self.server.folder) / re.search(r"(models|datasets)/[\w-]+/([\w-]+)", self.path).expand(r"\1/\2")
+            self.home = Path(self.server.folder) / re.search(
+                r"(models|datasets)/[\w-]+/([\w-]+)", self.path
+            ).expand(r"\1/\2")
         files = sorted(f for f in self.home.iterdir())
         return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
 
@@ -78,7 +90,11 @@ class Hub(BaseHTTPRequestHandler):
         if not file.is_file():
             return self._refuse(404, "EntryNotFound")
         content, status = file.read_bytes(), 200
-        headers = {"ETag": hashlib.sha256(content).hexdigest(), "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": hashlib.sha256(content).hexdigest(),
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         if wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(wanted[1])
             headers["Content-Range"], status = f"bytes {start}-{len(content) - 1}/{len(content)}", 206
@@ -86,7 +102,10 @@ class Hub(BaseHTTPRequestHandler):
         self._head(status, headers | {"Content-Length": str(len(content))})
         if self.command == "HEAD":
             return
-        if self.owner == "cut" and file.suffix in (".safetensors", ".jsonl"):  # the line goes dead half-way, every time
+        if self.owner == "cut" and file.suffix in (
+            ".safetensors",
+            ".jsonl",
+        ):  # the line goes dead half-way, every time
             self.wfile.write(b"" if wanted else content[: len(content) // 2])
             self.close_connection = True
             return
@@ -94,11 +113,17 @@ class Hub(BaseHTTPRequestHandler):
 
     def _refuse(self, status, code):
         text = f"refused: {self.headers.get('Authorization')}"
-        self._say(status, {"error": text}, {"X-Error-Code": code, "X-Error-Message": text} if code else {"X-Error-Message": text})
+        self._say(
+            status,
+            {"error": text},
+            {"X-Error-Code": code, "X-Error-Message": text} if code else {"X-Error-Message": text},
+        )
 
     def _say(self, status, answer, headers=()):
         body = json.dumps(answer).encode()
-        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))} | dict(headers))
+        self._head(
+            status, {"Content-Type": "application/json", "Content-Length": str(len(body))} | dict(headers)
+        )
         if self.command != "HEAD":
             self.wfile.write(body)
 
@@ -117,7 +142,13 @@ def serve(folder="."):
     """The server; `url`, `heard` (path and body of every POST), and `status` of what it says to a push."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
-    server.away, server.folder, server.heard, server.status, server.url = False, folder, [], 200, f"http://127.0.0.1:{server.server_port}"
+    server.away, server.folder, server.heard, server.status, server.url = (
+        False,
+        folder,
+        [],
+        200,
+        f"http://127.0.0.1:{server.server_port}",
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -145,7 +176,10 @@ def _download(what: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.02))  # clients wait long before they try again
+    sleep, time.sleep = (
+        time.sleep,
+        lambda seconds: sleep(min(seconds, 0.02)),
+    )  # clients wait long before they try again
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:

@@ -33,9 +33,19 @@ def main() -> None:
         with open(file, "w") as lines:
             for n in range(count):
                 number = n % (count * 19 // 20)
-                row = {"prompt": f"{number} " + "ask " * 18, "chosen": f"{number} " + "good " * 28, "rejected": "bad " * 36}
+                row = {
+                    "prompt": f"{number} " + "ask " * 18,
+                    "chosen": f"{number} " + "good " * 28,
+                    "rejected": "bad " * 36,
+                }
                 lines.write(json.dumps(row) + "\n")
-        values = {"preset": "tiny", "dataset": str(file), "output_dir": f"{scratch}/run", "max_pairs": 0, "eval_pairs": 64}
+        values = {
+            "preset": "tiny",
+            "dataset": str(file),
+            "output_dir": f"{scratch}/run",
+            "max_pairs": 0,
+            "eval_pairs": 64,
+        }
         run = Run(*resolve([("million", values)])[:2], show=lambda text: None)
         before, began = peak_gib(), time.monotonic()
         report = run.load_pairs()

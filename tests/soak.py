@@ -32,7 +32,12 @@ KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "STOP file", "max_minutes", "full disk"
 STEPS = 24
 TIMINGS = ("pairs_per_second", "tokens_per_second", "memory_gib")
 FLAGS = ["--preset", "tiny", "--max-steps", str(STEPS), "--save-every-steps", "1", "--lora-dropout", "0.2"]
-FLAGS += ["--lr-schedule", "constant", "--precision", "float32"]  # auto is a timing, which may come out otherwise the next time
+FLAGS += [
+    "--lr-schedule",
+    "constant",
+    "--precision",
+    "float32",
+]  # auto is a timing, which may come out otherwise the next time
 
 
 class Child:
@@ -110,7 +115,11 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
         elif kind == "STOP file" and folder.is_dir():
             (folder / "STOP").touch()
         elif kind == "full disk":  # from now on no file may grow past this size
-            resource.prlimit(child.process, resource.RLIMIT_FSIZE, (int(10 ** chance.uniform(1, 5.3)), resource.RLIM_INFINITY))
+            resource.prlimit(
+                child.process,
+                resource.RLIMIT_FSIZE,
+                (int(10 ** chance.uniform(1, 5.3)), resource.RLIM_INFINITY),
+            )
         elif kind == "torn checkpoint":
             os.kill(child.process, signal.SIGKILL)
         status = child.wait(120)
@@ -144,11 +153,18 @@ def left_behind(folder: Path) -> dict:
     from safetensors.torch import load_file
 
     rows = read_rows(folder / "history.jsonl")
-    rows = [row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)]  # a stop adds an evaluation
-    pairs = {row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))}  # the last one counts
+    rows = [
+        row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)
+    ]  # a stop adds an evaluation
+    pairs = {
+        row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))
+    }  # the last one counts
     held_out = json.loads((folder / "held_out.json").read_text())
     return {
-        "weights": {name: t.numpy().tobytes() for name, t in load_file(folder / "model" / "adapter_model.safetensors").items()},
+        "weights": {
+            name: t.numpy().tobytes()
+            for name, t in load_file(folder / "model" / "adapter_model.safetensors").items()
+        },
         "history": [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows],
         "pairs": [pairs[step] for step in range(STEPS)],
         "held_out": {when: held_out[when] for when in ("before", "after")},
@@ -187,14 +203,26 @@ def soak(kills: int, seed: int, home: Path) -> dict:
         summary = folder / "summary.json"
         done = summary.is_file() and json.loads(summary.read_text())["finished"]
         where["open"] = not done
-        where["before the first step" if not steps else "after the last step" if len(steps) == STEPS else "between"] += kind != "none"
+        where[
+            "before the first step"
+            if not steps
+            else "after the last step"
+            if len(steps) == STEPS
+            else "between"
+        ] += kind != "none"
         if done:
             child = Child(folder)  # once more: a finished run is wrapped up, and stays as it is
             assert child.wait(300) == 0, child.said[-3000:]
             found = left_behind(folder)
             for name, value in wanted.items():
-                told = [(a, b) for a, b in zip(value, found[name], strict=False) if a != b] if name != "weights" else ""
-                assert found[name] == value, f"{name} of run {finished} differ after {strikes}: {len(found[name])} {told}"
+                told = (
+                    [(a, b) for a, b in zip(value, found[name], strict=False) if a != b]
+                    if name != "weights"
+                    else ""
+                )
+                assert found[name] == value, (
+                    f"{name} of run {finished} differ after {strikes}: {len(found[name])} {told}"
+                )
             assert not list(folder.glob("checkpoint-*")) and (folder / "README.md").is_file()
             finished, strikes = finished + 1, []
             shutil.rmtree(folder)

@@ -22,8 +22,18 @@ class Downloads:
 
     def __init__(self, url, home, **environment):
         self.errors = open(home.with_name(home.name + ".err"), "a+")
-        settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": PLANTED, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        settings |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": PLANTED,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        settings |= {
+            "HF_HUB_ETAG_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=os.environ | settings | environment,

@@ -31,7 +31,11 @@ def write(folder: Path, *names: str) -> Path:
 def state(folder: Path) -> dict:
     """Everything below a folder: what each file holds, where each link leads, and the folders."""
     return {
-        p.relative_to(folder).as_posix(): str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        p.relative_to(folder).as_posix(): str(p.readlink())
+        if p.is_symlink()
+        else p.read_bytes()
+        if p.is_file()
+        else None
         for p in sorted(folder.rglob("*"))
     }
 
@@ -42,7 +46,12 @@ def settings(folder, **more):
 
 PROJECTS = {
     "a thesis": ["thesis.tex", "data/table.csv"],
-    "another trainer's run": ["README.md", "settings.json", "model/model.safetensors", "checkpoint-500/optimizer.pt"],
+    "another trainer's run": [
+        "README.md",
+        "settings.json",
+        "model/model.safetensors",
+        "checkpoint-500/optimizer.pt",
+    ],
     "one hidden file": [".env"],
     "an empty folder in it": ["notes/.keep"],
     "a run of another tool": ["history.jsonl", "summary.json", ".lock"],
@@ -84,7 +93,9 @@ def link(folder):
 @pytest.mark.parametrize("door", DOORS)
 def test_a_folder_of_somebody_elses_is_refused_before_anything_is_touched(door, project, finished):
     before = state(project)
-    with pytest.raises(UserError, match="did not write: nothing in it was touched; choose a new or an empty folder"):
+    with pytest.raises(
+        UserError, match="did not write: nothing in it was touched; choose a new or an empty folder"
+    ):
         DOORS[door](project, finished)
     assert state(project) == before
 
@@ -105,7 +116,9 @@ def test_a_merge_replaces_an_older_merged_model_and_nothing_else(where, finished
         assert (folder / "notes.txt").read_text() == "theirs: notes.txt" and is_whole(folder, "merged model")
     else:
         before = state(folder)
-        with pytest.raises(UserError, match=f"holds a {'run' if where == '.' else 'model'}, not a merged model"):
+        with pytest.raises(
+            UserError, match=f"holds a {'run' if where == '.' else 'model'}, not a merged model"
+        ):
             share.merge(finished, folder)
         assert state(folder) == before
 
@@ -129,7 +142,9 @@ def test_a_base_model_in_the_runs_own_folder_is_refused(finished):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-500", "model", "tensorboard", "README.md", ".saving"])
-def test_what_others_put_into_a_runs_folder_under_a_name_of_ours_stops_a_new_run_before_it_begins(name, tmp_path):
+def test_what_others_put_into_a_runs_folder_under_a_name_of_ours_stops_a_new_run_before_it_begins(
+    name, tmp_path
+):
     take(tmp_path, "run")
     write(tmp_path, f"{name}/weights" if "." not in name[1:] else name)
     before = state(tmp_path)
@@ -209,7 +224,11 @@ def test_a_marker_that_names_files_outside_its_folder_deletes_none(name, tmp_pat
     name = name.replace("/precious", f"{tmp_path}/precious") if name[0] == "/" else name
     (folder / MARKER).write_text(json.dumps({"what": "checkpoint", "files": {name: 1, "weights": 2}}))
     remove(folder)
-    assert (tmp_path / "precious").exists() and (tmp_path / "elsewhere" / "precious").exists() and (tmp_path / "c").exists()
+    assert (
+        (tmp_path / "precious").exists()
+        and (tmp_path / "elsewhere" / "precious").exists()
+        and (tmp_path / "c").exists()
+    )
 
 
 def test_a_link_that_was_listed_goes_alone(tmp_path):
@@ -254,7 +273,10 @@ def test_a_file_that_others_added_is_never_written_over_by_a_new_one(tmp_path):
         write(draft, "a")
     write(tmp_path, "m/b")
     before = state(tmp_path)
-    with pytest.raises(UserError, match="was not written by this kit"), replacing(tmp_path / "m", "model") as draft:
+    with (
+        pytest.raises(UserError, match="was not written by this kit"),
+        replacing(tmp_path / "m", "model") as draft,
+    ):
         (draft / "b").write_text("ours")
     assert state(tmp_path) == before
 
@@ -317,13 +339,22 @@ def test_a_kill_while_a_folder_is_replaced_does_not_stop_the_next_time(moment, t
         write(tmp_path, *notes)
     with monkeypatch.context() as patch:
         patch.setattr(folder_module.shutil, "rmtree", lambda *args, **options: None)
-        place = {"rename": (folder_module, "remove", killed), "replace": (folder_module.os, "replace", once(os.replace))}
+        place = {
+            "rename": (folder_module, "remove", killed),
+            "replace": (folder_module.os, "replace", once(os.replace)),
+        }
         patch.setattr(*place[moment])
         with pytest.raises(SystemExit), replacing(tmp_path / "m", "model") as draft:
             write(draft, "a", "b")
     with replacing(tmp_path / "m", "model") as draft:
         write(draft, "b", "c")
-    assert is_whole(tmp_path / "m", "model") and set(state(tmp_path)) == {"m", "m/b", "m/c", "m/notes", f"m/{MARKER}"}
+    assert is_whole(tmp_path / "m", "model") and set(state(tmp_path)) == {
+        "m",
+        "m/b",
+        "m/c",
+        "m/notes",
+        f"m/{MARKER}",
+    }
 
 
 def once(call):
@@ -340,6 +371,10 @@ def once(call):
 
 
 def test_a_run_without_its_marker_is_told_from_a_strangers_folder(tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"version": "0.1.0", "fingerprint": "x", "sources": {}, "settings": {}}))
-    with pytest.raises(UserError, match="a run of an earlier version, or one that was copied without its hidden file"):
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"version": "0.1.0", "fingerprint": "x", "sources": {}, "settings": {}})
+    )
+    with pytest.raises(
+        UserError, match="a run of an earlier version, or one that was copied without its hidden file"
+    ):
         Run(settings(tmp_path), {}, show=str)

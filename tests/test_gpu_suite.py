@@ -16,7 +16,14 @@ import pytest
 from tests.gpu import __main__ as suite
 
 ROOT = Path(__file__).parents[1]
-ABOUT = {"device": "cpu", "card": "CPU, 1 threads", "memory_gib": 4.0, "date": "2026-01-02", "commit": "abc", "versions": {}}
+ABOUT = {
+    "device": "cpu",
+    "card": "CPU, 1 threads",
+    "memory_gib": 4.0,
+    "date": "2026-01-02",
+    "commit": "abc",
+    "versions": {},
+}
 LINE = r"(PASS|FAIL) \S+, .+: .+ \(.+\) in \d+\.\d s|SKIP \S+: .+ in \d+\.\d s"
 
 
@@ -51,7 +58,12 @@ def test_a_figure_outside_its_limits_fails_and_so_does_nan():
     from tests.gpu.bench import check, same
 
     assert check("x", 1.0, high=1.0)["ok"] and check("x", 1.0, 1.0)["ok"] and check("x", 1.0, 0.9, 1.1)["ok"]
-    for wrong in (check("x", 1.01, high=1.0), check("x", 0.99, 1.0), check("x", 1.2, 0.9, 1.1), same("x", 1, 2)):
+    for wrong in (
+        check("x", 1.01, high=1.0),
+        check("x", 0.99, 1.0),
+        check("x", 1.2, 0.9, 1.1),
+        same("x", 1, 2),
+    ):
         assert wrong["ok"] is False and suite.verdict([check("y", 1.0, high=2.0), wrong]) == "FAIL"
     for limits in (dict(high=1.0), dict(low=0.0), dict(low=0.0, high=1.0)):
         unknown = check("x", float("nan"), **limits)
@@ -80,11 +92,16 @@ def test_a_failed_check_and_a_crash_are_told_and_give_exit_status_1(in_process, 
     assert "PASS env, right: 1 (<= 2) in time" in lines
     assert "FAIL env, wrong: 3 GiB (<= 2) in time" in lines
     assert "FAIL kernel, end: ValueError: of a kind (told) in time" in lines
-    assert [(row["part"], row["verdict"], len(row["checks"])) for row in record["parts"]] == [("env", "FAIL", 2), ("kernel", "FAIL", 2)]
+    assert [(row["part"], row["verdict"], len(row["checks"])) for row in record["parts"]] == [
+        ("env", "FAIL", 2),
+        ("kernel", "FAIL", 2),
+    ]
     assert lines[-2].startswith(" 2 kernel") and "failed: end" in lines[-2]
 
 
-def test_what_does_not_fit_into_the_minutes_or_needs_a_card_is_skipped_by_name(in_process, monkeypatch, capsys):
+def test_what_does_not_fit_into_the_minutes_or_needs_a_card_is_skipped_by_name(
+    in_process, monkeypatch, capsys
+):
     from tests.gpu.bench import check
 
     replaced(monkeypatch, "env", lambda small: iter([check("right", 1.0, high=2.0)]))
@@ -94,7 +111,11 @@ def test_what_does_not_fit_into_the_minutes_or_needs_a_card_is_skipped_by_name(i
     told = {row["part"]: row["verdict"] for row in record["parts"]}
     assert told == {"env": "PASS", "equal": "SKIP", "oom": "SKIP"}
     out = capsys.readouterr().out
-    assert re.search(rf"^SKIP equal: some {part('equal').small} s do not fit into the ({seconds}|{seconds + 1}) s that are left", out, re.M)
+    assert re.search(
+        rf"^SKIP equal: some {part('equal').small} s do not fit into the ({seconds}|{seconds + 1}) s that are left",
+        out,
+        re.M,
+    )
     assert re.search(r"^SKIP oom: needs a card in", out, re.M)
 
 
@@ -112,7 +133,10 @@ def test_packages_and_cards_that_a_part_needs_are_looked_for_first():
     big = part("peaks/phi-2")
     assert suite.why_not(big, False, ABOUT, 1e6) == "needs a card of 60 GiB"
     assert not suite.why_not(big, False, ABOUT | {"memory_gib": 79.0}, 1e6)
-    assert suite.why_not(part("env")._replace(needs=("no_such_package",)), True, ABOUT, 1e6) == "no_such_package is not installed"
+    assert (
+        suite.why_not(part("env")._replace(needs=("no_such_package",)), True, ABOUT, 1e6)
+        == "no_such_package is not installed"
+    )
 
 
 def test_a_part_that_does_not_end_is_killed_and_fails():
@@ -145,19 +169,25 @@ def test_every_part_has_a_function_a_name_of_its_own_and_the_short_form_fits_its
 
 
 def test_pack_keeps_one_cuda_library_and_refuses_what_is_too_large(tmp_path, monkeypatch):
-    libraries = [f"bitsandbytes/libbitsandbytes_{kind}.so" for kind in ("cpu", "cuda118", "cuda130", "rocm63")]
+    libraries = [
+        f"bitsandbytes/libbitsandbytes_{kind}.so" for kind in ("cpu", "cuda118", "cuda130", "rocm63")
+    ]
     size = [1]
 
     def pip(command, **kwargs):
         assert "--no-deps" in command and set(suite.PACKED) <= set(command)
-        with zipfile.ZipFile(Path(command[command.index("-d") + 1], "some-1.0-py3-none-any.whl"), "w") as wheel:
+        with zipfile.ZipFile(
+            Path(command[command.index("-d") + 1], "some-1.0-py3-none-any.whl"), "w"
+        ) as wheel:
             for name in [*libraries, "trl/__init__.py", "xxhash/tests/big.py"]:
                 wheel.writestr(name, b"0" * size[0])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(suite.subprocess, "run", pip)
     suite.pack(tmp_path / "a")
-    kept = sorted(str(file.relative_to(tmp_path / "a")) for file in (tmp_path / "a").rglob("*") if file.is_file())
+    kept = sorted(
+        str(file.relative_to(tmp_path / "a")) for file in (tmp_path / "a").rglob("*") if file.is_file()
+    )
     assert kept == [libraries[0], libraries[2], "trl/__init__.py"]
     size[0] = 33 * 2**20
     with pytest.raises(suite.Wrong, match="more than 64"):
@@ -182,7 +212,9 @@ def test_the_command_prints_its_lines_writes_its_json_and_ends_well(tmp_path):
     assert [row["verdict"] for row in record["parts"] if row["part"] == "env"] == ["PASS"]
 
 
-SMALL = [p for p in suite.PARTS if p.small is not None and p.name not in ("env", "probe", "trl/llama-3-8b")]  # those have tests
+SMALL = [
+    p for p in suite.PARTS if p.small is not None and p.name not in ("env", "probe", "trl/llama-3-8b")
+]  # those have tests
 
 
 @pytest.mark.slow
@@ -192,7 +224,9 @@ def test_the_small_form_of_a_part_passes_on_a_cpu(some, monkeypatch):
         monkeypatch.setattr(sys, name, None, raising=False)
     said = []
     suite.measure(some, True, said.append)
-    assert suite.verdict(said) == "PASS", "\n".join(suite.line(some.name, check) for check in said if "skip" not in check)
+    assert suite.verdict(said) == "PASS", "\n".join(
+        suite.line(some.name, check) for check in said if "skip" not in check
+    )
 
 
 # README's table of figures from a card.
@@ -209,7 +243,9 @@ def unknown_figures(text: str, records: list[dict]) -> list[str]:
         if not block.lstrip().startswith("|"):
             follows = "tests.gpu" in block
         elif follows:
-            cells = "  ".join(" | ".join(line.strip("| ").split("|")[1:]) for line in block.strip().splitlines()[2:])
+            cells = "  ".join(
+                " | ".join(line.strip("| ").split("|")[1:]) for line in block.strip().splitlines()[2:]
+            )
             for shown, share in re.findall(r"(?<![\w.-])(\d[\d,]*(?:\.\d+)?)(?![\w-])(\s?%)?", cells):
                 digits, factor = len(shown.partition(".")[2]), 100 if share else 1
                 if not any(f"{factor * number:.{digits}f}" == shown.replace(",", "") for number in known):
@@ -219,16 +255,27 @@ def unknown_figures(text: str, records: list[dict]) -> list[str]:
 
 def test_readme_names_no_figure_of_a_card_that_is_in_no_result():
     files = (ROOT / "tests" / "results").glob("*.json")
-    records = [record for file in files if "parts" in (record := json.loads(file.read_text())) and "device" in record]
+    records = [
+        record for file in files if "parts" in (record := json.loads(file.read_text())) and "device" in record
+    ]
     assert unknown_figures((ROOT / "README.md").read_text(encoding="utf-8"), records) == []
 
 
 def test_an_invented_figure_is_found():
-    checks = [{"measured": 3.482, "high": 6.0}, {"measured": 0.871}, {"measured": 1688}, {"measured": "phi 77"}]
+    checks = [
+        {"measured": 3.482, "high": 6.0},
+        {"measured": 0.871},
+        {"measured": 1688},
+        {"measured": "phi 77"},
+    ]
     card = {"device": "cuda", "card": "NVIDIA H100", "parts": [{"checks": checks}]}
     table = "\n\n| model | a run, min | busy | steps |\n|---|---|---|---|\n| phi-2, 99 | {} | {} | {} |\n\nMore 55 text."
     text = "Measured by `python -m tests.gpu`:" + table
     assert unknown_figures(text.format("3.48 (<= 6)", "87 %", "1,688 on an A100-80"), [card]) == []
     assert unknown_figures(text.format("3.49", "88 %", "77"), [card]) == ["3.49", "88", "77"]
-    assert unknown_figures(text.format("3.48", "87 %", "1688"), [card | {"device": "cpu"}]) == ["3.48", "87", "1688"]
+    assert unknown_figures(text.format("3.48", "87 %", "1688"), [card | {"device": "cpu"}]) == [
+        "3.48",
+        "87",
+        "1688",
+    ]
     assert unknown_figures("On a CPU:" + table.format("1", "2", "3"), [card]) == []

@@ -68,14 +68,25 @@ def test_a_gpu_that_others_fill_is_one_sentence_that_says_how_to_go_on(gpu):
 
 def test_a_gpu_that_this_torch_was_not_built_for_is_one_sentence(gpu):
     gpu["get_device_capability"] = 7, 0
-    with pytest.raises(UserError, match=r"A40 has compute capability 7\.0, and torch .* was built for 7\.5 and later: install an older"):
+    with pytest.raises(
+        UserError,
+        match=r"A40 has compute capability 7\.0, and torch .* was built for 7\.5 and later: install an older",
+    ):
         this_machine()
 
 
 def test_each_of_several_processes_looks_at_its_own_gpu(gpu, monkeypatch):
     asked = set()
-    for name in ("mem_get_info", "memory_reserved", "memory_allocated", "get_device_properties", "get_device_capability"):
-        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: (asked.add(str(device)), gpu[name])[1])
+    for name in (
+        "mem_get_info",
+        "memory_reserved",
+        "memory_allocated",
+        "get_device_properties",
+        "get_device_capability",
+    ):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, name=name: (asked.add(str(device)), gpu[name])[1]
+        )
     monkeypatch.setenv("LOCAL_RANK", "3")
     this_machine()
     assert asked == {"3", "cuda:3"}
@@ -83,10 +94,15 @@ def test_each_of_several_processes_looks_at_its_own_gpu(gpu, monkeypatch):
 
 def test_a_plan_for_a_named_card_does_not_ask_what_is_wrong_with_the_one_at_hand(gpu, capsys):
     gpu["mem_get_info"], gpu["memory_reserved"], gpu["memory_allocated"] = (0, 40 * GIB), 0, 0
-    assert main(["--plan", "--preset", "tiny", "--device", "T4"]) == 0 and "this T4" in capsys.readouterr().out
+    assert (
+        main(["--plan", "--preset", "tiny", "--device", "T4"]) == 0 and "this T4" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("hidden,told", [(None, True), ("0", True), ("GPU-5f", True), ("-1", False), ("", False), ("NoDevFiles", False)])
+@pytest.mark.parametrize(
+    "hidden,told",
+    [(None, True), ("0", True), ("GPU-5f", True), ("-1", False), ("", False), ("NoDevFiles", False)],
+)
 def test_a_driver_that_torch_cannot_use_is_one_sentence_unless_the_gpu_is_hidden(monkeypatch, hidden, told):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -115,7 +131,11 @@ def test_out_of_memory_is_told_and_everything_else_raised():
         raise error
 
     assert memory.attempt(lambda: 3) == (3, "")
-    for error in (torch.OutOfMemoryError("much"), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    for error in (
+        torch.OutOfMemoryError("much"),
+        torch.OutOfMemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
         result, message = memory.attempt(lambda error=error: fails(error))
         assert result is None and message
     for error in (RuntimeError("shapes differ"), ValueError("out of memory")):
@@ -140,7 +160,9 @@ def allocator(before="", **environment):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     code = f"import os, sys, types; told = []; {before}; import lazyorpo_lib; print([os.environ.get(n) for n in {names}], told)"
     env = {name: value for name, value in os.environ.items() if name not in names} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    ).stdout.strip()
 
 
 SEGMENTS = "expandable_segments:True"
@@ -157,14 +179,32 @@ TORCH = (
         ("", {}, f"{[SEGMENTS, SEGMENTS]} []"),
         ("", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "[None, 'backend:native'] []"),
         ("", {"PYTORCH_ALLOC_CONF": "backend:native"}, "['backend:native', None] []"),
-        ("os.uname = lambda: types.SimpleNamespace(release='5.15-microsoft-standard-WSL2')", {}, "[None, None] []"),
-        (TORCH.format(new="_accelerator_setAllocatorSettings=told.append", old="", begun=False), {}, f"{[SEGMENTS] * 2} {[SEGMENTS]}"),
-        (TORCH.format(new="", old="_set_allocator_settings=told.append", begun=False), {}, f"{[SEGMENTS] * 2} {[SEGMENTS]}"),
-        (TORCH.format(new="", old="_set_allocator_settings=told.append", begun=True), {}, f"{[SEGMENTS] * 2} []"),
+        (
+            "os.uname = lambda: types.SimpleNamespace(release='5.15-microsoft-standard-WSL2')",
+            {},
+            "[None, None] []",
+        ),
+        (
+            TORCH.format(new="_accelerator_setAllocatorSettings=told.append", old="", begun=False),
+            {},
+            f"{[SEGMENTS] * 2} {[SEGMENTS]}",
+        ),
+        (
+            TORCH.format(new="", old="_set_allocator_settings=told.append", begun=False),
+            {},
+            f"{[SEGMENTS] * 2} {[SEGMENTS]}",
+        ),
+        (
+            TORCH.format(new="", old="_set_allocator_settings=told.append", begun=True),
+            {},
+            f"{[SEGMENTS] * 2} []",
+        ),
         (TORCH.format(new="", old="", begun=False), {}, f"{[SEGMENTS] * 2} []"),
     ],
 )
-def test_cudas_allocator_is_told_to_grow_its_segments_unless_somebody_chose_otherwise(before, environment, found):
+def test_cudas_allocator_is_told_to_grow_its_segments_unless_somebody_chose_otherwise(
+    before, environment, found
+):
     assert allocator(before or "0", **environment) == found
 
 
@@ -173,7 +213,9 @@ def test_cudas_allocator_is_told_to_grow_its_segments_unless_somebody_chose_othe
 
 @pytest.mark.parametrize("failed", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_nothing_of_an_earlier_run_is_alive_when_the_next_one_begins(tmp_path, monkeypatch, optimizer, failed):
+def test_nothing_of_an_earlier_run_is_alive_when_the_next_one_begins(
+    tmp_path, monkeypatch, optimizer, failed
+):
     if optimizer == "adamw_8bit":
         bitsandbytes_on_the_cpu()
     monkeypatch.setattr(sys, "last_value", None, raising=False)

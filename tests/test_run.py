@@ -23,7 +23,16 @@ from lazyorpo_lib.session import Stop
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, resolve
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
-CONTRACT = {"settings.json", "data_report.json", "dropped.jsonl", "history.jsonl", "live.png", "summary.json", "README.md", "model"}
+CONTRACT = {
+    "settings.json",
+    "data_report.json",
+    "dropped.jsonl",
+    "history.jsonl",
+    "live.png",
+    "summary.json",
+    "README.md",
+    "model",
+}
 
 
 def tiny(folder, **changes):
@@ -32,7 +41,10 @@ def tiny(folder, **changes):
 
 def command(*flags, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-m", "lazyorpo_lib", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
 
 
@@ -45,7 +57,9 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_every_file_of_the_contract(finished):
     names = {p.name for p in finished.folder.iterdir()}
     assert names >= CONTRACT and not any(n.startswith("checkpoint") for n in names)
-    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {p.name for p in (finished.folder / "model").iterdir()}
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        p.name for p in (finished.folder / "model").iterdir()
+    }
     assert not [p for p in finished.folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     assert not any(p.stat().st_mode & 0o002 for p in finished.folder.rglob("*"))
 
@@ -74,9 +88,16 @@ def test_reports_add_up(finished):
     assert report["train"] + report["held_out"] == report["kept"]
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary["finished"] and summary["steps"] == 6
-    assert 0 <= summary["accuracy_before"] <= 1 and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
+    assert (
+        0 <= summary["accuracy_before"] <= 1
+        and summary["held_out"]["accuracy"]["pairs"] == report["held_out"]
+    )
     sources = json.loads((finished.folder / "settings.json").read_text())["sources"]
-    assert sources["output_dir"] == "test" and sources["lora_rank"] == "default" and sources["max_steps"] == "preset tiny"
+    assert (
+        sources["output_dir"] == "test"
+        and sources["lora_rank"] == "default"
+        and sources["max_steps"] == "preset tiny"
+    )
 
 
 def test_base_and_tuned_model_answer_and_the_work_is_counted(finished):
@@ -127,18 +148,27 @@ def test_a_prompt_is_never_on_both_sides_of_the_split(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     run = Run(*tiny(tmp_path / "run", dataset=str(file), eval_pairs=12, max_pairs=0), show=lambda text: None)
     run.load_pairs()
-    sides = [{tuple(pairs[i].prompt) for i in range(len(pairs))} for pairs in (run.train_pairs, run.eval_pairs)]
+    sides = [
+        {tuple(pairs[i].prompt) for i in range(len(pairs))} for pairs in (run.train_pairs, run.eval_pairs)
+    ]
     assert len(run.eval_pairs) == 12 and not sides[0] & sides[1]
 
 
 def test_overlong_pairs_are_counted_and_kept_with_their_content(tmp_path):
-    rows = [{"prompt": f"q{i}", "chosen": "long " * (100 if i == 3 else 1), "rejected": f"bad {i}"} for i in range(20)]
+    rows = [
+        {"prompt": f"q{i}", "chosen": "long " * (100 if i == 3 else 1), "rejected": f"bad {i}"}
+        for i in range(20)
+    ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     run = Run(*tiny(tmp_path / "run", dataset=str(file)), show=lambda text: None)
     run.load_pairs()
     (dropped,) = read_rows(tmp_path / "run" / "dropped.jsonl")
-    assert dropped["index"] == 3 and dropped["reason"] == "overlong" and "long long" in json.dumps(dropped["row"])
+    assert (
+        dropped["index"] == 3
+        and dropped["reason"] == "overlong"
+        and "long long" in json.dumps(dropped["row"])
+    )
 
 
 def test_a_full_tuning_run_leaves_a_model_that_loads(tmp_path):
@@ -179,10 +209,22 @@ def test_real_multi_turn_pairs_train(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")])
+@pytest.mark.parametrize(
+    "tracker,left", [("tensorboard", "**/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*")]
+)
 def test_trackers_work_through_the_trainers_own_integrations_and_stay_in_the_folder(tmp_path, tracker, left):
     pytest.importorskip(tracker)
-    done = command("--preset", "tiny", "--max-steps", 2, "--report-to", tracker, "--output-dir", tmp_path, WANDB_MODE="offline")
+    done = command(
+        "--preset",
+        "tiny",
+        "--max-steps",
+        2,
+        "--report-to",
+        tracker,
+        "--output-dir",
+        tmp_path,
+        WANDB_MODE="offline",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob(left))
 
@@ -229,10 +271,16 @@ def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_w
     monkeypatch.setattr(run, "_answer", lambda *args: os.kill(os.getpid(), signal.SIGINT) or answer(*args))
     run.train()
     summary = run.finish()
-    assert (summary["steps"], summary["finished"], run.interrupted) == (0, False, True) and "SIGINT" in summary["why"]
+    assert (summary["steps"], summary["finished"], run.interrupted) == (
+        0,
+        False,
+        True,
+    ) and "SIGINT" in summary["why"]
     assert signal.getsignal(signal.SIGINT) is handler and "Stopped at step 0" in " ".join(said)
     left = {p.name for p in tmp_path.iterdir()}
-    assert not left & {"held_out.json", "history.jsonl", "model"} and not [name for name in left if "checkpoint" in name]
+    assert not left & {"held_out.json", "history.jsonl", "model"} and not [
+        name for name in left if "checkpoint" in name
+    ]
     again = execute(*tiny(tmp_path, max_steps=2), show=said.append)
     assert again.finished and again.held_out_results() and (tmp_path / "model").is_dir()
 
@@ -254,7 +302,11 @@ def test_what_auto_chose_holds_where_a_run_goes_on_on_another_kind_of_machine(tm
     assert kept["settings"]["method"] == kept["settings"]["precision"] == "auto"
     assert kept["chosen"] == {"method": first.method, "precision": str(first.dtype).removeprefix("torch.")}
     dtype, pick = first.dtype, pick_precision
-    monkeypatch.setattr(model, "pick_precision", lambda setting, machine: pick("float16" if setting == "auto" else setting, machine))
+    monkeypatch.setattr(
+        model,
+        "pick_precision",
+        lambda setting, machine: pick("float16" if setting == "auto" else setting, machine),
+    )
     monkeypatch.setattr(planner, "FULL_LEARNING_RATE", 1.0)  # auto would now choose full
     second = Run(*tiny(tmp_path, **options), show=lambda text: None)
     second.load_pairs()
@@ -331,7 +383,11 @@ def test_sigterm_saves_and_spends_no_time_on_evaluation(tmp_path):
     run.trainer.on_row = taken_away
     run.train()
     summary = run.finish()
-    assert "SIGTERM" in summary["why"] and run.interrupted and (tmp_path / f"checkpoint-{summary['steps']}").is_dir()
+    assert (
+        "SIGTERM" in summary["why"]
+        and run.interrupted
+        and (tmp_path / f"checkpoint-{summary['steps']}").is_dir()
+    )
     assert [r["step"] for r in read_rows(tmp_path / "history.jsonl") if reading.is_evaluation(r)] == [0]
     assert summary["steps"] < 6 and "accuracy_after" not in summary
 
@@ -360,7 +416,10 @@ def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
          "--save-every-steps", "0", "--output-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while len([r for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]) < 3 and time.monotonic() < deadline:
+    while (
+        len([r for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]) < 3
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -412,13 +471,19 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
     done = command(*flags, *outside)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("lazyorpo:")]) == 1
-    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in (".lock", "settings.json", MARKER)]
+    left = [
+        p
+        for p in (tmp_path / "run").rglob("*")
+        if p.is_file() and p.name not in (".lock", "settings.json", MARKER)
+    ]
     assert left == [], "nothing half-written"
 
 
 def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
     file = tmp_path / "same.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": f"q{i}", "chosen": "x", "rejected": "x "}) for i in range(5)))
+    file.write_text(
+        "\n".join(json.dumps({"prompt": f"q{i}", "chosen": "x", "rejected": "x "}) for i in range(5))
+    )
     done = command("--preset", "tiny", "--dataset", file, "--output-dir", tmp_path / "run")
     assert done.returncode == 2 and "5 identical answers" in done.stderr
 
@@ -431,7 +496,9 @@ def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
     [(("full", True), False, "adamw"), (("full", False), False, "paged_adamw_32bit"), (("lora", True), False, "paged_adamw_32bit"),
      (("full", True), True, "paged_adamw_32bit")],
 )  # fmt: skip
-def test_adamw_takes_the_place_of_its_paged_kind_where_the_same_method_fits_with_it(monkeypatch, adamw, begun, taken):
+def test_adamw_takes_the_place_of_its_paged_kind_where_the_same_method_fits_with_it(
+    monkeypatch, adamw, begun, taken
+):
     def plan(config, settings, *args, **kwargs):
         chosen, fits = adamw if settings.optimizer == "adamw" else ("full", True)
         return types.SimpleNamespace(chosen=chosen, method=types.SimpleNamespace(fits=fits), of=settings)
@@ -455,4 +522,6 @@ def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):
 
 def test_liger_that_is_not_there_is_told_before_anything_is_loaded(tmp_path):
     done = command("--preset", "tiny", "--output-dir", tmp_path / "run", "--liger-kernel", "true")
-    assert done.returncode == 2 and "pip install liger-kernel" in done.stderr and not (tmp_path / "run").exists()
+    assert (
+        done.returncode == 2 and "pip install liger-kernel" in done.stderr and not (tmp_path / "run").exists()
+    )

@@ -40,7 +40,12 @@ def test_a_pickle_of_weights_in_a_model_folder_is_never_loaded(tiny, also):
 
 
 def test_a_pickle_in_place_of_an_adapter_is_never_loaded(tiny):
-    config = {"peft_type": "LORA", "base_model_name_or_path": model.TINY_MODEL, "r": 4, "target_modules": ["q_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model.TINY_MODEL,
+        "r": 4,
+        "target_modules": ["q_proj"],
+    }
     (tiny / "adapter_config.json").write_text(json.dumps(config))
     (tiny / "adapter_model.bin").write_bytes(booby_trap(tiny / "sprung"))
     with pytest.raises(UserError, match="no weights in safetensors, the only format"):
@@ -68,13 +73,22 @@ def test_a_token_stays_unsaid_and_nothing_is_written_outside_the_runs_folder(tmp
         (tmp_path / name).mkdir()
     with serve() as server:
         server.status = 403  # whose text repeats the token
-        environment = {"HF_TOKEN": PLANTED, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HOME": str(tmp_path / "home")}
+        environment = {
+            "HF_TOKEN": PLANTED,
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HOME": str(tmp_path / "home"),
+        }
         done = subprocess.run(
             [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2", "--save-every-steps", "1", "--hub-repo",
              "me/tuned", "--output-dir", str(tmp_path / "run")], cwd=tmp_path / "here", capture_output=True, text=True,
             env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
-    assert done.returncode == 2 and "Nothing was pushed to 'me/tuned'" in done.stderr and "set HF_TOKEN" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Nothing was pushed to 'me/tuned'" in done.stderr
+        and "set HF_TOKEN" in done.stderr
+    )
     assert PLANTED not in done.stdout + done.stderr and not files_holding(tmp_path, PLANTED)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
     assert not list((tmp_path / "here").iterdir())

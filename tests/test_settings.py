@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.settings import COLAB_MINUTES, DEFAULTS, FIELDS, PRESETS, Settings, coerce, from_environment, resolve
+from lazyorpo_lib.settings import (
+    COLAB_MINUTES,
+    DEFAULTS,
+    FIELDS,
+    PRESETS,
+    Settings,
+    coerce,
+    from_environment,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +47,9 @@ def test_a_wrong_value_is_one_sentence_that_says_what_is_allowed(name, given, sa
 
 
 def test_later_layers_win_and_every_value_knows_its_source():
-    settings, sources, _ = resolve([("env", {"epochs": "3", "seed": 1}), ("cell", {"epochs": 2}), ("panel", {"seed": 9})])
+    settings, sources, _ = resolve(
+        [("env", {"epochs": "3", "seed": 1}), ("cell", {"epochs": 2}), ("panel", {"seed": 9})]
+    )
     assert (settings.epochs, settings.seed) == (2.0, 9)
     assert (sources["epochs"], sources["seed"], sources["lora_rank"]) == ("cell", "panel", "default")
     assert sources["pairs_per_step"] == "preset demo"
@@ -46,13 +57,28 @@ def test_later_layers_win_and_every_value_knows_its_source():
 
 def test_explicit_values_win_over_the_preset():
     settings, sources, _ = resolve([("flag", {"preset": "phi2-article", "epochs": 0.5})])
-    assert settings.epochs == 0.5 and settings.learning_rate == 5e-6 and sources["learning_rate"] == "preset phi2-article"
+    assert (
+        settings.epochs == 0.5
+        and settings.learning_rate == 5e-6
+        and sources["learning_rate"] == "preset phi2-article"
+    )
 
 
 def test_phi2_article_has_every_value_of_the_article():
     s = resolve([("flag", {"preset": "phi2-article"})])[0]
-    assert (s.base_model, s.dataset, s.epochs, s.method) == ("microsoft/phi-2", "argilla/dpo-mix-7k", 1.0, "full")
-    assert (s.learning_rate, s.warmup_steps, s.max_prompt_tokens, s.max_tokens, s.pairs_per_step) == (5e-6, 100, 128, 2048, 4)
+    assert (s.base_model, s.dataset, s.epochs, s.method) == (
+        "microsoft/phi-2",
+        "argilla/dpo-mix-7k",
+        1.0,
+        "full",
+    )
+    assert (s.learning_rate, s.warmup_steps, s.max_prompt_tokens, s.max_tokens, s.pairs_per_step) == (
+        5e-6,
+        100,
+        128,
+        2048,
+        4,
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).parents[1]
-ROWS = re.findall(r"^\| `([\w.]+)` \| (.+) \| (.+) \| .+ \|$", (HOME / "docs/versions.md").read_text(encoding="utf-8"), re.M)
+ROWS = re.findall(
+    r"^\| `([\w.]+)` \| (.+) \| (.+) \| .+ \|$", (HOME / "docs/versions.md").read_text(encoding="utf-8"), re.M
+)
 FILES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in HOME.glob("lazyorpo_lib/**/*.py")}
 PUBLIC = {"_replace"}  # of a named tuple
 
@@ -44,8 +46,14 @@ def touched(node, own: set[str]) -> list[str]:
     if isinstance(node, ast.Attribute):
         inherited = isinstance(node.value, ast.Call) and on(node.value.func, "super")
         return [node.attr] if inherited or node.attr not in own else []
-    if isinstance(node, ast.Call) and re.search(r"(getattr|hasattr|setattr|patch\.object)$", ast.unparse(node.func)):
-        return [x.value for x in node.args if isinstance(x, ast.Constant) and isinstance(x.value, str) and x.value not in own]
+    if isinstance(node, ast.Call) and re.search(
+        r"(getattr|hasattr|setattr|patch\.object)$", ast.unparse(node.func)
+    ):
+        return [
+            x.value
+            for x in node.args
+            if isinstance(x, ast.Constant) and isinstance(x.value, str) and x.value not in own
+        ]
     return []
 
 
@@ -64,7 +72,9 @@ def resolves(path: str) -> bool:
         if hasattr(found, part):
             found = getattr(found, part)
         elif inspect.isclass(found):
-            return part in getattr(found, "__annotations__", {}) or f"self.{part} = " in inspect.getsource(found)
+            return part in getattr(found, "__annotations__", {}) or f"self.{part} = " in inspect.getsource(
+                found
+            )
         else:
             try:
                 found = importlib.import_module(".".join([top, *parts[: i + 1]]))

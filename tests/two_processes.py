@@ -42,7 +42,9 @@ def stopped(folder):
 
 
 def tiny_run(folder):
-    return run.execute(*settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2], show=lambda text: None)
+    return run.execute(
+        *settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2], show=lambda text: None
+    )
 
 
 if __name__ == "__main__":
@@ -57,7 +59,10 @@ if __name__ == "__main__":
     if way == "fsdp2":
         trainer.training_arguments = test_trainer.training_arguments = on_gpus
     for what in WAYS if way == "ddp" else ("lora", "full"):
-        weights = {"through": train(home / what, what), "resumed": train(home / "again", what, home / what / "checkpoint-2")}
+        weights = {
+            "through": train(home / what, what),
+            "resumed": train(home / "again", what, home / what / "checkpoint-2"),
+        }
         if PartialState().is_main_process:
             torch.save(weights, home / f"{what}.pt")
     steps = gather_object([stopped(home / "stopped")])

@@ -21,8 +21,12 @@ from ..errors import UserError
 from ..orpo.batching import Batch, EncodedPair, Span, collate
 
 NAME = "lazyorpo"
-CPU_KERNEL = {"cpu"}  # devices with torch's kernel for the CPU: from 2.9 on it reads one key for several heads; not every other does
-SHORT = 256  # tokens of a pair up to which that kernel is slower in bfloat16 than in float32, its backward most
+CPU_KERNEL = {
+    "cpu"
+}  # devices with torch's kernel for the CPU: from 2.9 on it reads one key for several heads; not every other does
+SHORT = (
+    256  # tokens of a pair up to which that kernel is slower in bfloat16 than in float32, its backward most
+)
 
 
 @dataclass
@@ -50,7 +54,9 @@ def start_batch(batch: Batch | None) -> None:
         _row = _Row(batch.spans, batch.keys, batch.starts, tuple(longest))
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
+def attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs
+):
     """Attention function in transformers' interface.
 
     Args:
@@ -63,8 +69,12 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if kwargs.get("softcap"):
         raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
     if _row is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings of float32 weights leave query and key in float32
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # rotary embeddings of float32 weights leave query and key in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if sliding_window is not None and sliding_window >= max(_row.longest):
@@ -89,7 +99,11 @@ def _by_pairs(query, key, value, dropout, scaling, window) -> Tensor:
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
         grouped = False
     dtype, spans = query.dtype, _row.spans
-    if dtype == torch.bfloat16 and query.device.type in CPU_KERNEL and max(sum(span[2:]) for span in spans) <= SHORT:
+    if (
+        dtype == torch.bfloat16
+        and query.device.type in CPU_KERNEL
+        and max(sum(span[2:]) for span in spans) <= SHORT
+    ):
         query, key, value = (x.float() for x in (query, key, value))
     options = dict(dropout_p=dropout, scale=scaling, enable_gqa=grouped)
     # One split, whose backward is one copy: a slice's would be a row of zeros and a sum over it, for every pair.
@@ -101,7 +115,10 @@ def _by_pairs(query, key, value, dropout, scaling, window) -> Tensor:
             q, k, v = (x[i] for x in pieces)
             parts[i] = _attend(q, k, v, window, options)
             j = len(spans) + i
-            k, v = (torch.cat([first[:, :, : span.prompt], x[j]], dim=2) for first, x in ((k, pieces[1]), (v, pieces[2])))
+            k, v = (
+                torch.cat([first[:, :, : span.prompt], x[j]], dim=2)
+                for first, x in ((k, pieces[1]), (v, pieces[2]))
+            )
             parts[j] = _attend(pieces[0][j], k, v, window, options)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype)
 
@@ -123,11 +140,15 @@ def _mask(n: int, total: int, window: int | None, like: Tensor) -> Tensor:
     """Additive (n, total) mask of one answer, made once a row and shared by its layers."""
     key = (n, total, window, like.dtype, like.device)
     if key not in _row.masks:
-        distance = torch.arange(total - n, total, device=like.device)[:, None] - torch.arange(total, device=like.device)
+        distance = torch.arange(total - n, total, device=like.device)[:, None] - torch.arange(
+            total, device=like.device
+        )
         hidden = distance < 0
         if window is not None:
             hidden |= distance >= window
-        _row.masks[key] = torch.zeros(n, total, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+        _row.masks[key] = torch.zeros(n, total, dtype=like.dtype, device=like.device).masked_fill_(
+            hidden, -torch.inf
+        )
     return _row.masks[key]
 
 
@@ -168,15 +189,33 @@ def _efficient(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, windo
 
 
 KERNEL_DEVICES = {"cuda"}
-KERNELS = {"flash": _flash, "efficient": _efficient}  # the best first; both private in torch, so none is believed
-PROOF = (((70, 150, 1), (3, 2, 140), (1, 9, 6)), ((20, 3, 1),))  # (prompt, chosen, rejected) of rows: several blocks of a kernel, one token
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of a tensor's norm; rounding is a third of it
+KERNELS = {
+    "flash": _flash,
+    "efficient": _efficient,
+}  # the best first; both private in torch, so none is believed
+PROOF = (
+    ((70, 150, 1), (3, 2, 140), (1, 9, 6)),
+    ((20, 3, 1),),
+)  # (prompt, chosen, rejected) of rows: several blocks of a kernel, one token
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}  # of a tensor's norm; rounding is a third of it
 _verdicts: dict[tuple, tuple] = {}  # (the kernel or None, what is said of it), by what it was tried on
 
 
 def _proven_kernel(query: Tensor, key: Tensor, value: Tensor, scaling, window):
     """The first of KERNELS that agrees with `_by_pairs` for these heads, in value and gradient, or None. Tried once."""
-    kind = (query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window is not None)
+    kind = (
+        query.device,
+        query.dtype,
+        query.shape[1],
+        key.shape[1],
+        query.shape[-1],
+        value.shape[-1],
+        window is not None,
+    )
     if kind not in _verdicts:
         refused = {}
         for name, kernel in KERNELS.items():
@@ -184,7 +223,9 @@ def _proven_kernel(query: Tensor, key: Tensor, value: Tensor, scaling, window):
                 why = _disagreement(kernel, query, key, value, scaling, window and min(window, 13))
             except torch.OutOfMemoryError:
                 return None  # it says nothing of the kernel
-            except Exception as error:  # whatever a private operation raises, in whichever torch, it means: do without
+            except (
+                Exception
+            ) as error:  # whatever a private operation raises, in whichever torch, it means: do without
                 why = _brief(error)
             if not why:
                 break
@@ -209,7 +250,9 @@ def _disagreement(kernel, query, key, value, scaling, window) -> str:
             start_batch(collate([EncodedPair(0, *([0] * n for n in row)) for row in lengths]).to(device))
             n, heads, size = sum(map(sum, lengths)), query.shape[1], value.shape[-1]
             shapes = [(1, x.shape[1], n, x.shape[-1]) for x in (query, key, value)] + [(1, n, heads, size)]
-            q, k, v, upstream = (torch.randn(shape, generator=generator).to(device, query.dtype) for shape in shapes)
+            q, k, v, upstream = (
+                torch.randn(shape, generator=generator).to(device, query.dtype) for shape in shapes
+            )
             true = _with_gradients(lambda *x: _by_pairs(*x, 0.0, scaling, window), upstream.float(), q, k, v)
             ours = _with_gradients(lambda *x: _in_two_calls(kernel, *x, scaling, window), upstream, q, k, v)
             for what, x, y in zip(("values", "d query", "d key", "d value"), ours, true, strict=True):
@@ -232,7 +275,9 @@ def _with_gradients(run, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 def takes_sdpa(model) -> bool:
     """Whether SDPA is right for a model. Before 5.21 transformers says so of Gemma 2 too, and computes it without its soft cap."""
-    return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return model._supports_sdpa and not getattr(
+        model.config.get_text_config(), "attn_logit_softcapping", None
+    )
 
 
 # Dense masks, for models whose attention must run in transformers' own eager code (soft-capping, sinks, chunks).
@@ -246,13 +291,19 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
     for i, (start, rejected_start, p, c, r) in enumerate(batch.spans):
         pair[start : start + p + c] = pair[rejected_start : rejected_start + r] = i
         side[start + p : start + p + c], side[rejected_start : rejected_start + r] = 1, 2
-    pair, side, index = pair.to(position.device), side.to(position.device), torch.arange(n, device=position.device)
+    pair, side, index = (
+        pair.to(position.device),
+        side.to(position.device),
+        torch.arange(n, device=position.device),
+    )
     allowed = (pair[:, None] == pair) & (index[:, None] >= index) & ~((side[:, None] == 2) & (side == 1))
     distance = position[:, None] - position
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
 
     def additive(mask):
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(dtype).min
+        )[None, None]
 
     masks = {"full_attention": additive(allowed)}
     if window:
@@ -267,7 +318,12 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
 # Which layout a model takes: the ladder, and the test that decides.
 
 # (name, layout of batching.py, attention implementation or None for the model's own), best first; the last is always right.
-LADDER = (("shared", "shared", NAME), ("shared, dense masks", "shared", "eager"), ("packed", "packed", None), ("padded", "padded", None))
+LADDER = (
+    ("shared", "shared", NAME),
+    ("shared, dense masks", "shared", "eager"),
+    ("packed", "packed", None),
+    ("padded", "padded", None),
+)
 
 
 class PairScorer:
@@ -312,7 +368,9 @@ class PairScorer:
             # Not read; without a mask transformers would look through the positions for documents, and wait for the device.
             given["attention_mask"] = torch.ones_like(batch.input_ids)
         if self.rung == "shared, dense masks":
-            given["attention_mask"] = dense_masks(batch, self.model.config.get_text_config(), self.model.dtype)
+            given["attention_mask"] = dense_masks(
+                batch, self.model.config.get_text_config(), self.model.dtype
+            )
         return given
 
     def logps(self, batch: Batch) -> Tensor:
@@ -339,7 +397,9 @@ class _Probe:
         )
 
     def _draw(self, prompt: int) -> None:
-        generator = torch.Generator().manual_seed(0)  # of its own: no run's random numbers may depend on the probe
+        generator = torch.Generator().manual_seed(
+            0
+        )  # of its own: no run's random numbers may depend on the probe
 
         def tokens(n):
             return torch.randint(5, self.words, (n,), generator=generator).tolist()
@@ -351,7 +411,10 @@ class _Probe:
         half = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
         if not self.truth.isfinite().all():
-            mend = {torch.float16: "set precision=float32, take a GPU that has bfloat16,", torch.bfloat16: "set precision=float32"}
+            mend = {
+                torch.float16: "set precision=float32, take a GPU that has bfloat16,",
+                torch.bfloat16: "set precision=float32",
+            }
             raise UserError(
                 f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities are not finite; "
                 f"{mend.get(dtype, 'load its weights anew')} or choose another base_model."
@@ -359,14 +422,18 @@ class _Probe:
         # In 16 bit even the right answer depends on how rows are batched; that noise is measured, and allowed for.
         self.tolerance = 1e-4
         if dtype != torch.float32:
-            padded = torch.cat([self._separate(pair, answer, pad=3) for pair in self.pairs for answer in pair[2:]])
+            padded = torch.cat(
+                [self._separate(pair, answer, pad=3) for pair in self.pairs for answer in pair[2:]]
+            )
             self.tolerance = 1e-2 + 4 * (padded - self.truth).abs().max().item()
 
     def _separate(self, pair: EncodedPair, answer, pad: int = 0) -> Tensor:
         ids = torch.tensor([[*pair.prompt, *answer, *[0] * pad]], device=self.device)
         mask = torch.tensor([[1] * (ids.shape[1] - pad) + [0] * pad], device=self.device)
         keep = len(answer) + 1 + pad  # not the logits of a prompt as long as a window
-        logits = self.scorer.forward.original(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits[0]
+        logits = self.scorer.forward.original(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
+        ).logits[0]
         logps = torch.log_softmax(logits[-keep:][: len(answer)].float(), dim=-1)
         return logps.gather(1, ids[0, len(pair.prompt) : ids.shape[1] - pad, None])[:, 0]
 
@@ -386,7 +453,10 @@ class _Probe:
             start_batch(None)
 
     def _mismatch(self) -> str:
-        batch, moved = (self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device)) for pairs in (self.pairs, self.other))
+        batch, moved = (
+            self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))
+            for pairs in (self.pairs, self.other)
+        )
         if not (error := (batch - self.truth).abs().max().item()) <= self.tolerance:  # NaN is no agreement
             return f"differs from separate forwards by {error:.2g} nats"
         rest = slice(len(self.pairs[0].chosen), None)
@@ -396,4 +466,6 @@ class _Probe:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
+    return (
+        f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
+    )

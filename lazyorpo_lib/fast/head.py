@@ -14,7 +14,13 @@ TILE = 128  # rows that a GPU's matrix product takes at once: part of a tile cos
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target] for each token, in blocks.
 
@@ -78,8 +84,15 @@ def _block(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | Non
     logps = all_logps.gather(1, targets[:, None])[:, 0]
     if jacobian is not None and slope is not None:
         torch.mm(_block_gradient(all_logps, slope, targets, scale).to(weight.dtype), weight, out=jacobian)
-    elif jacobian is not None:  # scale * (weight[target] - p @ weight): 1 - p of a target is never rounded to 16 bit
-        p = torch.exp(all_logps, out=all_logps if weight.dtype == torch.float32 else torch.empty_like(all_logps, dtype=weight.dtype))
+    elif (
+        jacobian is not None
+    ):  # scale * (weight[target] - p @ weight): 1 - p of a target is never rounded to 16 bit
+        p = torch.exp(
+            all_logps,
+            out=all_logps
+            if weight.dtype == torch.float32
+            else torch.empty_like(all_logps, dtype=weight.dtype),
+        )
         torch.addmm(weight.index_select(0, targets), p, weight, beta=scale, alpha=-scale, out=jacobian)
     return logps
 
@@ -88,7 +101,9 @@ def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | N
     """The log-probabilities (M,), block by block; fills `jacobian` (M, H) with d logp / d hidden where it is given."""
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for s in _blocks(weight, len(targets)):
-        logps[s] = _block(hidden[s], weight, bias, targets[s], softcap, scale, None if jacobian is None else jacobian[s])
+        logps[s] = _block(
+            hidden[s], weight, bias, targets[s], softcap, scale, None if jacobian is None else jacobian[s]
+        )
     return logps
 
 
@@ -120,7 +135,9 @@ class _TrainedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for s in _blocks(weight, len(targets)):
-            gradient = _block_gradient(*_log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale), targets[s], ctx.scale)
+            gradient = _block_gradient(
+                *_log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale), targets[s], ctx.scale
+            )
             gradient *= grad[s, None]
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
@@ -174,7 +191,9 @@ class ScoringForward:
         router = self.router_loss and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
         if router:  # transformers' router loss cannot read a dense mask, so gpt-oss goes without
             kwargs["output_router_logits"] = True
-        keep = hidden_index[:0] if self.plain else 0  # an index of the positions whose logits are wanted, or 0 for all
+        keep = (
+            hidden_index[:0] if self.plain else 0
+        )  # an index of the positions whose logits are wanted, or 0 for all
         try:
             out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
         finally:  # also where memory ran out: the graph behind it must not live on
@@ -182,9 +201,14 @@ class ScoringForward:
         if self.plain:
             layer = self.model.get_output_embeddings()
             hidden = hidden.flatten(0, 1).index_select(0, hidden_index)
-            logps = token_logps(hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale)
+            logps = token_logps(
+                hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale
+            )
         else:
             logits = out.logits.flatten(0, 1).index_select(0, hidden_index).float()
             logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
         router_loss = getattr(out, "aux_loss", None) if router else None
-        return {"logps": logps, "router_loss": None if router_loss is None else self.router_loss * router_loss}
+        return {
+            "logps": logps,
+            "router_loss": None if router_loss is None else self.router_loss * router_loss,
+        }

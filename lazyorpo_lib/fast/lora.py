@@ -28,7 +28,9 @@ class _AdaptedLinear(torch.autograd.Function):
         # x, y (M, in), A (rank, in), B (out, rank)
         seen = x if y is None else y
         down = seen @ a.to(x.dtype).T
-        out = nn.functional.linear(x, frozen_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        out = nn.functional.linear(
+            x, frozen_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype)
+        )
         ctx.save_for_backward(seen, a, b, down)
         ctx.layer, ctx.scale = layer, scale
         return out.addmm_(down, b.to(x.dtype).T, alpha=scale)
@@ -44,7 +46,14 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_y = grad_down @ narrow
         elif grad_x is not None:
             grad_x.addmm_(grad_down, narrow)
-        return grad_x, grad_y, (grad_down.T @ seen).to(a.dtype), (grad.T @ down).mul_(ctx.scale).to(b.dtype), None, None
+        return (
+            grad_x,
+            grad_y,
+            (grad_down.T @ seen).to(a.dtype),
+            (grad.T @ down).mul_(ctx.scale).to(b.dtype),
+            None,
+            None,
+        )
 
 
 def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:

@@ -26,14 +26,18 @@ GROUPS = {
     ),
     "Data": ("overlong", "columns", "max_pairs", "eval_pairs"),
 }  # fmt: skip
-GROUPS["Run"] = tuple(name for name in FIELDS if name not in FIRST and not any(name in g for g in GROUPS.values()))
+GROUPS["Run"] = tuple(
+    name for name in FIELDS if name not in FIRST and not any(name in g for g in GROUPS.values())
+)
 SUGGESTIONS = {
     "base_model": (
         DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
     ),
     "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
 }  # fmt: skip
-_MEMORY = "_lazyorpo_panel"  # in the notebook's globals: lives as long as the kernel, however often the cell is run
+_MEMORY = (
+    "_lazyorpo_panel"  # in the notebook's globals: lives as long as the kernel, however often the cell is run
+)
 
 
 class Panel:
@@ -48,7 +52,9 @@ class Panel:
         estimate: what a run with these settings will take, as text; asked again when a value has changed.
     """
 
-    def __init__(self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None):
+    def __init__(
+        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
+    ):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
         self._estimated: tuple[Settings | None, str] = (None, "")
@@ -127,11 +133,15 @@ class Panel:
         self.notes = {name: self._make(w.HTML, layout=plain) for name in FIELDS}
         self.status = w.HTML()
         for name, entry in self.inputs.items():
-            entry.observe(lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value")
+            entry.observe(
+                lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value"
+            )
         columns = w.Layout(grid_template_columns="440px minmax(0, 1fr)")
 
         def rows(names):
-            return w.GridBox([x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns)
+            return w.GridBox(
+                [x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns
+            )
 
         groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None)
         for i, title in enumerate(GROUPS):
@@ -156,7 +166,10 @@ class Panel:
             return self._make(w.Dropdown, options=choices, value=value, **options)
         if field.type is bool:
             return self._make(w.Checkbox, value=value is True, **options)
-        options |= {"value": str(value), "continuous_update": False}  # told when a value is finished, not at each key
+        options |= {
+            "value": str(value),
+            "continuous_update": False,
+        }  # told when a value is finished, not at each key
         if name in SUGGESTIONS:
             return self._make(w.Combobox, options=SUGGESTIONS[name], ensure_option=False, **options)
         return self._make(w.Text, **options)

@@ -73,10 +73,14 @@ def install(missing: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a terminal.")
+        raise UserError(
+            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a terminal."
+        )
     importlib.invalidate_caches()
     if stale := [name for name, version in loaded.items() if _version(name) != version]:
-        raise UserError(f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then Run all.")
+        raise UserError(
+            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then Run all."
+        )
 
 
 def find_token() -> str:

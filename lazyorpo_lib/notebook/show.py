@@ -8,7 +8,10 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; solid and dashed lines tell them apart in print
+BLUE, ORANGE = (
+    "0,114,178",
+    "213,94,0",
+)  # as in the live picture; solid and dashed lines tell them apart in print
 CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em"
 LONGEST = 400  # tokens of one text that are shown
 TERMS = {
@@ -61,8 +64,18 @@ def pair(run) -> Shown:
     text, html = [], []
     for name, ids, use, style in (
         ("prompt", one.prompt, prompt_use, ""),
-        ("chosen", one.chosen, "nll and odds", f"background:rgba({BLUE},.16);border-bottom:2px solid rgb({BLUE})"),
-        ("rejected", one.rejected, "odds", f"background:rgba({ORANGE},.16);border-bottom:2px dashed rgb({ORANGE})"),
+        (
+            "chosen",
+            one.chosen,
+            "nll and odds",
+            f"background:rgba({BLUE},.16);border-bottom:2px solid rgb({BLUE})",
+        ),
+        (
+            "rejected",
+            one.rejected,
+            "odds",
+            f"background:rgba({ORANGE},.16);border-bottom:2px dashed rgb({ORANGE})",
+        ),
     ):
         shown = [t.replace("\n", "↵\n") if style else t for t in pieces(run.tokenizer, ids[-LONGEST:])]
         lead = "… " if len(ids) > LONGEST else ""
@@ -78,7 +91,9 @@ def pair(run) -> Shown:
 def loss(run) -> Shown:
     """The terms of the loss on a few held-out pairs before training, beside what they mean."""
     if run.finished:
-        return Shown(*["This run is finished; the figures before training are in the table further down."] * 2)
+        return Shown(
+            *["This run is finished; the figures before training are in the table further down."] * 2
+        )
     terms = run.example_loss()
     return table(("term", "now", ""), [(name, f"{terms[name]:.4f}", note) for name, note in TERMS.items()])
 
@@ -106,7 +121,15 @@ def held_out(run) -> Shown:
         for name, f in results["held_out"].items()
     ]
     if "habit_before" in results:
-        rows.append(("answers with the demo's habit", "", f"{results['habit_before']:.0%}", f"{results['habit_after']:.0%}", ""))
+        rows.append(
+            (
+                "answers with the demo's habit",
+                "",
+                f"{results['habit_before']:.0%}",
+                f"{results['habit_after']:.0%}",
+                "",
+            )
+        )
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
@@ -114,7 +137,14 @@ def held_out(run) -> Shown:
 
 def size(count: int) -> str:
     """A number of bytes as people read it."""
-    return next((f"{count / 2**n:.1f} {unit}" for n, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if count >= 2**n), f"{count} bytes")
+    return next(
+        (
+            f"{count / 2**n:.1f} {unit}"
+            for n, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+            if count >= 2**n
+        ),
+        f"{count} bytes",
+    )
 
 
 def files(run) -> Shown:

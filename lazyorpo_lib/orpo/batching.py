@@ -60,14 +60,20 @@ class Batch:
     # Of a `shared` row alone: its pairs; what every rejected answer sees, [prompt, rejected] of each pair after the other; and
     spans: list[Span]
     keys: Tensor | None  # (K,) int64, into N
-    starts: Tensor | None  # (3, B + 1) int32: where each pair's [prompt, chosen] begins, its rejected, its piece of `keys`; and the ends
+    starts: (
+        Tensor | None
+    )  # (3, B + 1) int32: where each pair's [prompt, chosen] begins, its rejected, its piece of `keys`; and the ends
 
     def to(self, device) -> "Batch":
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
         moving = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         flat = torch.cat([t.flatten().long() for t in moving.values()])
-        flat = (flat.pin_memory() if torch.device(device).type == "cuda" else flat).to(device, non_blocking=True)
-        for (name, t), moved in zip(moving.items(), flat.split([t.numel() for t in moving.values()]), strict=True):
+        flat = (flat.pin_memory() if torch.device(device).type == "cuda" else flat).to(
+            device, non_blocking=True
+        )
+        for (name, t), moved in zip(
+            moving.items(), flat.split([t.numel() for t in moving.values()]), strict=True
+        ):
             setattr(self, name, moved.view(t.shape).to(t.dtype))
         return self
 
@@ -89,7 +95,9 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     first, rejected, rows, width = _places(p, c, r, layout)
     before = first if shared else rejected - p  # the prompt that a rejected answer follows
     # Pieces of text: where they lie, how long they are, their first position.
-    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)] + [(1, before, p, 0 * p)] * (not shared)
+    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)] + [(1, before, p, 0 * p)] * (
+        not shared
+    )
     kinds, at, lengths, position = zip(*pieces, strict=True)
     place = _ranges(np.stack(at), np.stack(lengths))
     input_ids, position_ids = np.zeros((2, rows * width), dtype=np.int64)
@@ -99,7 +107,9 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     counts = np.stack([(p - 1) * (nll_over == "prompt+answer"), c, r], axis=1)
     scored = _ranges(np.stack([first + 1, first + p, rejected], axis=1), counts)
     hidden_index = scored - 1
-    hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = before + p - 1  # what predicts the first token of rejected
+    hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = (
+        before + p - 1
+    )  # what predicts the first token of rejected
     segment = np.stack([np.arange(b) + k * b for k in (2, 0, 1)], axis=1)
     mask = np.arange(width) < np.stack([p + c, p + r], axis=1).reshape(-1, 1)
     return Batch(
@@ -111,8 +121,12 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
         segment=torch.from_numpy(segment.ravel().repeat(counts.ravel())),
         lengths=torch.from_numpy(counts[:, [1, 2, 0]].T.flatten()).float(),
         pairs=pairs,
-        spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()] if shared else [],
-        keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1))) if shared else None,
+        spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()]
+        if shared
+        else [],
+        keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1)))
+        if shared
+        else None,
         starts=torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int() if shared else None,
     )
 
@@ -141,7 +155,9 @@ def _ranges(starts, lengths) -> np.ndarray:
     return (starts - ends[:-1]).repeat(lengths) + np.arange(ends[-1])
 
 
-def split_by_tokens(pairs: list[EncodedPair], tokens_per_batch: int, layout: str = "shared") -> list[list[EncodedPair]]:
+def split_by_tokens(
+    pairs: list[EncodedPair], tokens_per_batch: int, layout: str = "shared"
+) -> list[list[EncodedPair]]:
     """Deal the pairs of a step into as few micro-batches of at most `tokens_per_batch` tokens as first-fit
     finds, longest first. A pair longer than the budget is a micro-batch of its own."""
     batches: list[list[EncodedPair]] = []
@@ -170,11 +186,21 @@ class StepSampler(Sampler[list[int]]):
         UserError: a step or the dataset holds fewer pairs than there are ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank: int = 0, world: int = 1
+    ):
         if min(pairs_per_step, len(lengths)) < world:
             fewest = min(pairs_per_step, len(lengths))
-            raise UserError(f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start fewer.")
-        self.lengths, self.pairs_per_step, self.seed, self.rank, self.world = lengths, pairs_per_step, seed, rank, world
+            raise UserError(
+                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start fewer."
+            )
+        self.lengths, self.pairs_per_step, self.seed, self.rank, self.world = (
+            lengths,
+            pairs_per_step,
+            seed,
+            rank,
+            world,
+        )
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

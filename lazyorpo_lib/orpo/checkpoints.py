@@ -21,7 +21,11 @@ def complete(folder: Path) -> list[Path]:
 
 def sharding_of(checkpoint: Path) -> str:
     """FSDP or DeepSpeed, where one of them wrote the checkpoint; else empty."""
-    return "FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else "DeepSpeed" * (checkpoint / "latest").is_file()
+    return (
+        "FSDP"
+        if any(checkpoint.glob("pytorch_model_fsdp*"))
+        else "DeepSpeed" * (checkpoint / "latest").is_file()
+    )
 
 
 def remove(folder: Path, *, keep: int = 0) -> None:

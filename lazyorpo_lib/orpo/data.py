@@ -61,7 +61,9 @@ class BadRow(Exception):
     """A row that cannot be a pair; its text is the reason."""
 
 
-def clean(rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None) -> tuple[Iterator[Pair], "Report"]:
+def clean(
+    rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None
+) -> tuple[Iterator[Pair], "Report"]:
     """Rows -> clean pairs, one at a time. The rows are read twice: first to find the pairs that contradict each other.
 
     Memory is flat but for a digest of each distinct pair, about 0.15 kB.
@@ -131,7 +133,9 @@ def _check_shape(first, mapping):
         if column not in names:
             raise UserError(f"columns says {name}={column}, but {found}; {MAPPING}.")
     if all(_try(index, row, mapping)[1] == "unknown_shape" for index, row in rows):
-        raise UserError(f"None of the first {len(first)} rows is a pair of a known shape: {found}; {MAPPING}.")
+        raise UserError(
+            f"None of the first {len(first)} rows is a pair of a known shape: {found}; {MAPPING}."
+        )
 
 
 def _hash(text):
@@ -150,7 +154,9 @@ def parse_columns(columns: str) -> dict[str, str]:
     mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
     known = mapping.keys() <= {"prompt", "chosen", "rejected", "system"} <= mapping.keys() | {"system"}
     if columns.strip() and not (known and len(mapping) == columns.count("=") == columns.count(",") + 1):
-        raise UserError(f"columns is {columns!r}, which is no mapping of prompt, chosen and rejected: {MAPPING}.")
+        raise UserError(
+            f"columns is {columns!r}, which is no mapping of prompt, chosen and rejected: {MAPPING}."
+        )
     return mapping
 
 
@@ -159,11 +165,15 @@ def parse_columns(columns: str) -> dict[str, str]:
 
 def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     """A row of any shape as a pair; `columns` as from `parse_columns`. Raises BadRow(reason) and nothing else."""
-    if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than there are columns
+    if (
+        not isinstance(row, dict) or None in row
+    ):  # the key None: a CSV line with more cells than there are columns
         raise BadRow("malformed")
     if columns:
         row = {name: row[column] for name, column in columns.items() if column in row}
-    answers = next(([row[name] for name in names] for names in ANSWERS if all(name in row for name in names)), None)
+    answers = next(
+        ([row[name] for name in names] for names in ANSWERS if all(name in row for name in names)), None
+    )
     if answers is None:
         raise BadRow("unknown_shape")
     shape, given = _given(row)
@@ -190,7 +200,9 @@ def _given(row):
     name = next((name for name in PROMPTS if not _missing(row.get(name))), "")
     turns = _turns(row.get(name), "user")
     if name in PROMPTS[2:] and turns:
-        below = [row[extra] for extra in ("input", "context") if extra != name and isinstance(row.get(extra), str)]
+        below = [
+            row[extra] for extra in ("input", "context") if extra != name and isinstance(row.get(extra), str)
+        ]
         turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *filter(str.strip, below)])
     return name, turns
 
@@ -262,7 +274,10 @@ def _is_transcript(cell):
 def _transcript(text):
     _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
     who = {"Human": "user", "Assistant": "assistant"}
-    return [Message(role=who[name], content=said.strip()) for name, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [
+        Message(role=who[name], content=said.strip())
+        for name, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 # ---- the account of what was read
@@ -311,7 +326,9 @@ class Report:
         }
 
     def __str__(self) -> str:
-        dropped = ", ".join(f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common())
+        dropped = ", ".join(
+            f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common()
+        )
         return f"kept {self.kept:,} of {self.read:,} pairs" + (f"; dropped {dropped}" if dropped else "")
 
 

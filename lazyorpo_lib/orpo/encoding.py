@@ -41,16 +41,22 @@ def prepare_tokenizer(tokenizer) -> list[str]:
     """
     notes = []
     if not tokenizer.chat_template:
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+            tokenizer.bos_token_id
+        ]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
-        notes.append("the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved")
+        notes.append(
+            "the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"
+        )
         if tokenizer.eos_token is None:
             raise UserError(
                 f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an end-of-sequence token, so no "
                 "answer could ever end; set tokenizer.eos_token, save it, and give that folder as base_model."
             )
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # for generation alone; training has no padding to mistake for an end
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # for generation alone; training has no padding to mistake for an end
         notes.append(f"no pad token: {tokenizer.eos_token!r} pads while generating")
     return notes
 
@@ -66,9 +72,15 @@ class Encoder:
 
     def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
         self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
-        self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)  # room for one answer token and its end
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)")
+        self.max_prompt_tokens = min(
+            max_prompt_tokens, max_tokens - 2
+        )  # room for one answer token and its end
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
+            tokenizer.all_special_tokens
+        )
+        self._special = re.compile(
+            "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)"
+        )
 
     def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
         """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be used."""
@@ -89,7 +101,9 @@ class Encoder:
             try:
                 before, end = self._around_answer(pair.prompt)
                 lead = before[len(before.rstrip(" ")) :]
-                before = before.removesuffix(lead)  # "[/INST] " + "Hi": the space belongs to the token of "Hi"
+                before = before.removesuffix(
+                    lead
+                )  # "[/INST] " + "Hi": the space belongs to the token of "Hi"
                 answers = [lead + pair.chosen, lead + pair.rejected]
                 if self._mentions_special(pair.prompt) or any(map(self._special.search, answers)):
                     ends = self._ids([end])[0]
@@ -104,7 +118,9 @@ class Encoder:
         for i in plain:
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             try:
-                results[i] = self._finish(pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected))
+                results[i] = self._finish(
+                    pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected)
+                )
             except Unusable as why:
                 results[i] = str(why)
         return results
@@ -127,7 +143,9 @@ class Encoder:
             try:
                 text = self._render([*form, {"role": "assistant", "content": mark}])
                 break
-            except Exception:  # templates raise what they like at turns they do not know; the merged form is tried next
+            except (
+                Exception
+            ):  # templates raise what they like at turns they do not know; the merged form is tried next
                 continue
         if text is None or text.count(mark) != 1:
             raise Unusable("template_refuses")
@@ -155,7 +173,11 @@ class Encoder:
                 texts = [m["content"].strip() if strip else m["content"] for m in form]
                 filled = [texts[marks.index(p)] if p in marks else p for p in pieces]
                 if "".join(filled) == before:
-                    parts = [self._ids([t], as_text=p in marks)[0] for t, p in zip(filled, pieces, strict=True) if t]
+                    parts = [
+                        self._ids([t], as_text=p in marks)[0]
+                        for t, p in zip(filled, pieces, strict=True)
+                        if t
+                    ]
                     return [i for part in parts for i in part]
         raise Unusable("special_token_text")
 
@@ -218,7 +240,9 @@ class PairFile:
         self._tokens = None
 
     def append(self, pair: EncodedPair) -> None:
-        self._places.extend([pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)])
+        self._places.extend(
+            [pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+        )
         self.lengths.append(pair.tokens())
         self._file.write(np.array([*pair.prompt, *pair.chosen, *pair.rejected], dtype=np.int32).tobytes())
 

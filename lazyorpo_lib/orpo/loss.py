@@ -52,7 +52,9 @@ def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor) -> PairLosses:
         (0.3203, 0.9741)
     """
     if logp_chosen.shape != logp_rejected.shape:
-        raise ValueError(f"chosen has shape {tuple(logp_chosen.shape)}, rejected {tuple(logp_rejected.shape)}.")
+        raise ValueError(
+            f"chosen has shape {tuple(logp_chosen.shape)}, rejected {tuple(logp_rejected.shape)}."
+        )
     chosen, rejected = log_odds(logp_chosen), log_odds(logp_rejected)
     return PairLosses(-F.logsigmoid(chosen - rejected), chosen, rejected)
 
@@ -67,7 +69,9 @@ def orpo_loss(nll: Tensor, or_loss: Tensor, or_weight: float) -> Tensor:
     return nll + or_weight * or_loss.mean()
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> Tensor:
     """DPO's loss for each pair (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7).
 
     Args:

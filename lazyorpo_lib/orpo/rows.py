@@ -55,7 +55,9 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
         UserError: no such dataset, or it cannot be read; of a file, what is inside is first seen when it is iterated.
     """
     path = DEMO if dataset == "demo" else Path(os.path.expanduser(dataset))
-    reader = READERS.get(path.suffix.lower() if path.suffix.lower() != ".gz" else "".join(path.suffixes[-2:]).lower())
+    reader = READERS.get(
+        path.suffix.lower() if path.suffix.lower() != ".gz" else "".join(path.suffixes[-2:]).lower()
+    )
     if os.path.isdir(path):
         raise UserError(f"Dataset {dataset!r} is a folder: name one file in it, {ENDINGS}.")
     if os.path.exists(path):
@@ -63,7 +65,9 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
             raise UserError(f"Dataset {dataset!r} has an unknown ending: give a file that is {ENDINGS}.")
         return Rows(dataset, lambda: reader(path), max_rows)
     if reader or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", dataset):
-        raise UserError(f"Dataset {dataset!r} does not exist: give demo, a hub id (owner/name) or a file, {ENDINGS}.")
+        raise UserError(
+            f"Dataset {dataset!r} does not exist: give demo, a hub id (owner/name) or a file, {ENDINGS}."
+        )
     table, name = _hub_table(dataset)
     return Rows(name, lambda: iter(table), max_rows)
 
@@ -93,7 +97,10 @@ def _json(data, number):
         line, fault = number + data.count(b"\n", 0, error.start), "is not UTF-8 text"
     except json.JSONDecodeError as error:
         line, fault = number + error.lineno - 1, f"is not valid JSON at column {error.colno} ({error.msg})"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deeply
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; brackets nested too deeply
         line, fault = number, f"cannot be parsed ({error})"
     raise ValueError(f"line {line} {fault}, where a file must be a JSON list or one JSON object on each line")
 
@@ -105,7 +112,9 @@ def _csv_rows(path):
         try:
             names = table.fieldnames or []
             if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-                raise ValueError(f"its one column is called {names[0]!r}, and columns must be separated by commas")
+                raise ValueError(
+                    f"its one column is called {names[0]!r}, and columns must be separated by commas"
+                )
             yield from table
         except csv.Error as error:
             raise ValueError(f"line {table.line_num} is not valid CSV ({error})") from None
@@ -139,8 +148,12 @@ def _hub_table(dataset):
             told = "is made by a script, and no code of a dataset is ever run: export it to .parquet and give that"
         told = told or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"
         raise UserError(f"Dataset {dataset!r} {told}.") from None  # their texts may hold a token
-    likely = sorted(filter(re.compile("train").match, splits), key=lambda name: (name != "train", "pref" not in name))
+    likely = sorted(
+        filter(re.compile("train").match, splits), key=lambda name: (name != "train", "pref" not in name)
+    )
     split = rest[-1] if rest else (likely or ["train"])[0]
     if split not in splits:
-        raise UserError(f"Dataset {repo!r} has no split {split!r}: write {repo}:SPLIT with one of {', '.join(splits)}.")
+        raise UserError(
+            f"Dataset {repo!r} has no split {split!r}: write {repo}:SPLIT with one of {', '.join(splits)}."
+        )
     return splits[split], ":".join([repo, *rest[:-1], split])

@@ -36,9 +36,23 @@ from . import checkpoints
 from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
 from .loss import dpo_loss, odds_ratio_loss
 
-SUMS = ("nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected", "accuracy", "dpo", "pairs")
+SUMS = (
+    "nll",
+    "nll_tokens",
+    "or_loss",
+    "log_odds_chosen",
+    "log_odds_rejected",
+    "logp_chosen",
+    "logp_rejected",
+    "accuracy",
+    "dpo",
+    "pairs",
+)
 LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # what to do where one pair is too much
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}  # ours -> transformers', where they differ
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+}  # ours -> transformers', where they differ
 
 
 def pair_table(logps: Tensor, batch: Batch, reference: Tensor | None = None, dpo_beta: float = 0.1) -> Tensor:
@@ -54,7 +68,9 @@ def pair_table(logps: Tensor, batch: Batch, reference: Tensor | None = None, dpo
     chosen_tokens, rejected_tokens, prompt_tokens = batch.lengths.view(3, b)
     logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
     odds = odds_ratio_loss(logp_chosen, logp_rejected)
-    dpo = torch.zeros_like(chosen) if reference is None else dpo_loss(chosen, rejected, *reference.T, dpo_beta)
+    dpo = (
+        torch.zeros_like(chosen) if reference is None else dpo_loss(chosen, rejected, *reference.T, dpo_beta)
+    )
     return torch.stack(
         [-(chosen + prompt), chosen_tokens + prompt_tokens, odds.or_loss, odds.log_odds_chosen, odds.log_odds_rejected,
          logp_chosen, logp_rejected, (odds.log_odds_ratio > 0).float(), dpo, torch.ones_like(dpo)], dim=1,
@@ -69,11 +85,15 @@ def averages(sums: Sequence[float], objective: str, or_weight: float) -> dict[st
     row = {"nll": nll} | {name: value / pairs for name, value in total.items()}
     row["log_odds_ratio"] = row["log_odds_chosen"] - row["log_odds_rejected"]
     dpo = row.pop("dpo")
-    row["loss"] = dpo if objective == "dpo" else nll + (or_weight * row["or_loss"] if objective == "orpo" else 0.0)
+    row["loss"] = (
+        dpo if objective == "dpo" else nll + (or_weight * row["or_loss"] if objective == "orpo" else 0.0)
+    )
     return row
 
 
-def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, output_dir: Path) -> TrainingArguments:
+def training_arguments(
+    settings: Settings, *, dtype: torch.dtype, device: str, output_dir: Path
+) -> TrainingArguments:
     """Our settings in the Trainer's words."""
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -103,7 +123,9 @@ def training_arguments(settings: Settings, *, dtype: torch.dtype, device: str, o
         ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
     )
     _ = args.device
-    args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would cut a packed row in two; many GPUs are accelerate's
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # nn.DataParallel would cut a packed row in two; many GPUs are accelerate's
     return args
 
 
@@ -150,11 +172,15 @@ class OrpoTrainer(Trainer):
         self._reference: dict[int, Tensor] = {}
         self._window = StepWindow()
         own = StepGuard(self), SaveByTheClock(settings.save_every_minutes)
-        super().__init__(model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[*own, *callbacks])
+        super().__init__(
+            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[*own, *callbacks]
+        )
         self.sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
         if self.sharded:
             self._check_sharding()
-        if settings.liger_kernel:  # before the scorer takes the model's forward, and proves what it computes with
+        if (
+            settings.liger_kernel
+        ):  # before the scorer takes the model's forward, and proves what it computes with
             apply_liger(model)
         # After the Trainer has put the model in its place, before it wraps it for training.
         with self.accelerator.autocast():
@@ -167,15 +193,27 @@ class OrpoTrainer(Trainer):
         """Of weights spread over the processes: refuse what would be wrong."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin and plugin.fsdp_version != 2:
-            raise UserError("The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml.")
+            raise UserError(
+                "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml."
+            )
         if plugin and plugin.cpu_ram_efficient_loading:
-            raise UserError("Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config.")
+            raise UserError(
+                "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config."
+            )
         deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if deepspeed and deepspeed.zero_stage == 3:  # head.py and adapters.py read weights outside the module that ZeRO-3 gathers them for
-            raise UserError("ZeRO-3 is not supported: take configs/fsdp2.yaml, which spreads the same over the GPUs, or ZeRO stage 2.")
+        if (
+            deepspeed and deepspeed.zero_stage == 3
+        ):  # head.py and adapters.py read weights outside the module that ZeRO-3 gathers them for
+            raise UserError(
+                "ZeRO-3 is not supported: take configs/fsdp2.yaml, which spreads the same over the GPUs, or ZeRO stage 2."
+            )
         if self.settings.objective == "dpo" or getattr(self.model, "is_loaded_in_4bit", False):
-            raise UserError("FSDP and DeepSpeed train neither 4-bit weights nor objective=dpo: choose method=lora or full, or DDP.")
-        if plugin and plugin.mixed_precision_policy:  # accelerate's would round log-probabilities and gradient sums to 16 bit
+            raise UserError(
+                "FSDP and DeepSpeed train neither 4-bit weights nor objective=dpo: choose method=lora or full, or DDP."
+            )
+        if (
+            plugin and plugin.mixed_precision_policy
+        ):  # accelerate's would round log-probabilities and gradient sums to 16 bit
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
@@ -193,7 +231,9 @@ class OrpoTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         pairs = self.train_dataset
-        lengths = pairs.lengths if hasattr(pairs, "lengths") else [p.tokens(self.scorer.layout) for p in pairs]
+        lengths = (
+            pairs.lengths if hasattr(pairs, "lengths") else [p.tokens(self.scorer.layout) for p in pairs]
+        )
         self.sampler = StepSampler(
             lengths, self.settings.pairs_per_step, seed=self.settings.seed,
             rank=self.args.process_index, world=self.args.world_size,
@@ -201,7 +241,9 @@ class OrpoTrainer(Trainer):
         return DataLoader(pairs, batch_sampler=self.sampler, collate_fn=_as_step)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint, the Trainer would take one step more
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from the last checkpoint, the Trainer would take one step more
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -230,15 +272,23 @@ class OrpoTrainer(Trainer):
         nll_tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * (settings.nll_over != "answer") for p in pairs)
         nll_tokens = self._over_ranks(nll_tokens)
         step_loss = torch.zeros((), device=self.args.device)
-        sums = torch.zeros(len(SUMS) + 2, device=self.args.device)  # and the squared gradient norms of the two terms
+        sums = torch.zeros(
+            len(SUMS) + 2, device=self.args.device
+        )  # and the squared gradient norms of the two terms
         work = Counter()
         for k, (micro, weight) in enumerate(micro_batches):
             self._computing = micro
             batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
             last = k == len(micro_batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps in the backward that synchronizes
+            self.accelerator.gradient_state._set_sync_gradients(
+                last
+            )  # DeepSpeed steps in the backward that synchronizes
             # FSDP would hold whole gradients where it is told to wait.
-            with contextlib.nullcontext() if last or world == 1 or self.sharded else self.accelerator.no_sync(model):
+            with (
+                contextlib.nullcontext()
+                if last or world == 1 or self.sharded
+                else self.accelerator.no_sync(model)
+            ):
                 out = model(**self.scorer.inputs(batch))
                 table = pair_table(out["logps"], batch, self._reference_of(micro), settings.dpo_beta)
                 column = dict(zip(SUMS, table.sum(0).unbind(), strict=True))
@@ -253,7 +303,10 @@ class OrpoTrainer(Trainer):
                 self.accelerator.backward(loss * weight * world)
             step_loss += loss.detach() * weight
             table = table.detach()
-            sums += torch.cat([table.sum(0), self._term_norms(table, batch.lengths, nll_tokens, total_pairs)]) * weight
+            sums += (
+                torch.cat([table.sum(0), self._term_norms(table, batch.lengths, nll_tokens, total_pairs)])
+                * weight
+            )
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._window.work.update(work)  # only here: a step that ran out of memory does not count
         self._unread = torch.cat([step_loss[None], sums])
@@ -279,7 +332,11 @@ class OrpoTrainer(Trainer):
         of_nll = column["nll_tokens"].sum() / nll_tokens**2
         logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
         # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which loss.py's clamp makes 0 where P is all but 1.
-        outer = torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"]) * self.settings.or_weight / pairs
+        outer = (
+            torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"])
+            * self.settings.or_weight
+            / pairs
+        )
         slope = torch.where(logp <= -1e-6, -outer / torch.expm1(logp), 0.0)
         return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])
 
@@ -333,11 +390,17 @@ class OrpoTrainer(Trainer):
             for batch, logps in self._score(pairs):
                 b = len(batch.pairs)
                 sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
-                self._reference |= {p.index: s for p, s in zip(batch.pairs, sums[: 2 * b].view(2, b).T, strict=True)}
+                self._reference |= {
+                    p.index: s for p, s in zip(batch.pairs, sums[: 2 * b].view(2, b).T, strict=True)
+                }
                 self._window.work.update(tokens=batch.input_ids.numel(), forward_passes=1)
 
     def _reference_of(self, pairs: Sequence[EncodedPair]) -> Tensor | None:
-        return torch.stack([self._reference[p.index] for p in pairs]) if self.settings.objective == "dpo" else None
+        return (
+            torch.stack([self._reference[p.index] for p in pairs])
+            if self.settings.objective == "dpo"
+            else None
+        )
 
     # Evaluation.
 
@@ -357,18 +420,24 @@ class OrpoTrainer(Trainer):
                 if len(micro) == 1:
                     raise UserError(f"Out of memory in evaluating a single pair ({message}); {LESS}.")
                 budget = max(1, sum(p.tokens(layout) for p in micro) // 2)
-                waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[::-1]
+                waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[
+                    ::-1
+                ]
                 self._note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
         finally:
             self.model_wrapped.train(training)
 
     @torch.no_grad()
     def _logps(self, micro: list[EncodedPair]) -> tuple[Batch, Tensor]:
-        batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(self.args.device)
+        batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(
+            self.args.device
+        )
         with self.accelerator.autocast():
             return batch, self.model_wrapped(**self.scorer.inputs(batch))["logps"]
 
-    def pair_tables(self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None) -> Tensor:
+    def pair_tables(
+        self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
+    ) -> Tensor:
         """`pair_table` of each pair in the order given, (len(pairs), len(SUMS)) on the CPU. Every rank computes all."""
         rows = {}
         if self.settings.objective == "dpo":
@@ -379,7 +448,9 @@ class OrpoTrainer(Trainer):
             on_batch(len(batch.pairs))
         return torch.stack([rows[p.index] for p in pairs])
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         if not len(pairs):
             return {}
@@ -395,7 +466,9 @@ class OrpoTrainer(Trainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         if self.args.world_size == 1:
-            optimizer.step = MethodType(partial(self._step, type(optimizer).step), optimizer)  # schedulers ask for __func__
+            optimizer.step = MethodType(
+                partial(self._step, type(optimizer).step), optimizer
+            )  # schedulers ask for __func__
         if getattr(optimizer, "is_paged", False):
             optimizer.load_state_dict = partial(_load_paged, optimizer)
         return optimizer
@@ -406,7 +479,9 @@ class OrpoTrainer(Trainer):
             return step(optimizer, *args, **kwargs)
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
         if message:
-            *_, last = optimizer.state or (None,)  # at work when it happened; some count the step before they take it
+            *_, last = optimizer.state or (
+                None,
+            )  # at work when it happened; some count the step before they take it
             for parameter, state in list(optimizer.state.items()):
                 if state.get("step", 0) > 0 and parameter is not last:
                     parameter.grad = None  # it has been updated
@@ -414,7 +489,9 @@ class OrpoTrainer(Trainer):
                     del optimizer.state[parameter]
             message = attempt(partial(step, optimizer, *args, **kwargs))[1]
         if message:
-            raise UserError(f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora.")
+            raise UserError(
+                f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora."
+            )
 
     # What is written down.
 
@@ -451,7 +528,11 @@ class OrpoTrainer(Trainer):
     @property
     def bad_steps(self) -> list[dict]:
         """Steps left out because their gradient was not finite, with the dataset rows of each; also those before a resume."""
-        return [{"step": row["step"], "rows": row["bad_rows"]} for row in self.state.log_history if "bad_rows" in row]
+        return [
+            {"step": row["step"], "rows": row["bad_rows"]}
+            for row in self.state.log_history
+            if "bad_rows" in row
+        ]
 
     def _save_checkpoint(self, model, trial) -> None:
         """As the Trainer's, but a checkpoint appears under its name complete or not at all."""
@@ -482,7 +563,9 @@ def _as_step(pairs: list[EncodedPair]) -> dict:
 
 def _load_paged(optimizer, state_dict: dict) -> None:
     """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
-    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)  # the small rest follows at the first step
+    type(optimizer).load_state_dict(
+        optimizer, state_dict, move_to_device=False
+    )  # the small rest follows at the first step
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             if name in state:

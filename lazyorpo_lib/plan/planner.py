@@ -32,7 +32,11 @@ CPU_GROWTH_GIB = 0.02  # of the process in its first steps, tensors apart: threa
 FRAGMENTATION = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}  # of what comes and goes in a step
 COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
 LAUNCH = 8e-6  # seconds in which Python and torch start one operation on a GPU
-MEASURED_SHARE = {"cuda": 0.9, "mps": 0.65, "cpu": 0.65}  # of one large product timed here; off CUDA that covers all of a step
+MEASURED_SHARE = {
+    "cuda": 0.9,
+    "mps": 0.65,
+    "cpu": 0.65,
+}  # of one large product timed here; off CUDA that covers all of a step
 APPLE_SHARE = 0.75  # of the RAM may be the GPU's working set
 HOST_LINK = 12e9  # bytes a second between card and host, for paged optimizers
 DISK = 0.5e9  # bytes a second that a checkpoint is written with; a rented machine's volume, often slower
@@ -93,8 +97,14 @@ def _kind(name: str) -> tuple[set[str], list[float]]:
 def _listed(name: str, *sizes: float) -> Card | None:
     """The card of CARDS with this name, as people or its driver write it, if its memory is of `sizes` and what the name says."""
     words, named = _kind(name)
-    fitting = [card for card in CARDS.values() if all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))]
-    found = [card for card in fitting if _kind(card.name)[0] <= words <= _kind(card.name)[0] | {"pcie"}]  # of most cards both are alike
+    fitting = [
+        card
+        for card in CARDS.values()
+        if all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))
+    ]
+    found = [
+        card for card in fitting if _kind(card.name)[0] <= words <= _kind(card.name)[0] | {"pcie"}
+    ]  # of most cards both are alike
     return max(found, key=lambda card: len(_kind(card.name)[0]), default=None)
 
 
@@ -204,7 +214,14 @@ def _shape(config, rank: int) -> _Shape:
     adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings() or embeddings
-    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, 0))), 1)
+    experts = next(
+        (
+            n
+            for name in ("num_local_experts", "num_experts", "n_routed_experts")
+            if (n := getattr(text, name, 0))
+        ),
+        1,
+    )
     used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / experts)
     bulk = sum(a * b for a, b in adapted)
     heads = getattr(text, "num_attention_heads", None) or 0
@@ -231,7 +248,15 @@ _profiles: dict[tuple, Profile] = {}
 
 
 def _profile(
-    config, settings: Settings, method: str, dtype, machine: Machine, lengths: Lengths, shape: _Shape, most: int, sharded: bool
+    config,
+    settings: Settings,
+    method: str,
+    dtype,
+    machine: Machine,
+    lengths: Lengths,
+    shape: _Shape,
+    most: int,
+    sharded: bool,
 ) -> Profile:
     """Simulated from the fewest to the most tokens that a micro-batch may have, each time with at most three times as many: between
     two such counts a line is near enough, wherever the head's blocks bend it, and past 30,000 tokens nothing bends."""
@@ -244,7 +269,9 @@ def _profile(
         points = [round(lengths.mean), 2 * round(lengths.mean)]
     rows = []
     for tokens in points:
-        count = max(1, round(tokens / lengths.mean)) if machine.device != "cuda" else 1  # whose kernels do not care how long a pair is
+        count = (
+            max(1, round(tokens / lengths.mean)) if machine.device != "cuda" else 1
+        )  # whose kernels do not care how long a pair is
         prompt, chosen, rejected = (max(1, round(share * tokens / count)) for share in shares)
         rows.append([EncodedPair(i, [1] * prompt, [1] * chosen, [1] * rejected) for i in range(count)])
     key = (
@@ -263,7 +290,10 @@ def _profile(
 def _timed(device: str, dtype) -> tuple[float, float]:
     """Operations a second of a product of random matrices on the machine at hand (of equal numbers it is quicker), bytes of a copy."""
     n, seconds = 768 if device == "cpu" else 4096, []
-    a, large = torch.randn(n, n, dtype=dtype, device=device), torch.zeros(16 * n * n, dtype=torch.uint8, device=device)
+    a, large = (
+        torch.randn(n, n, dtype=dtype, device=device),
+        torch.zeros(16 * n * n, dtype=torch.uint8, device=device),
+    )
     for work in [lambda: (a @ a)[0, 0].item()] * 5 + [lambda: large.clone()[0].item()] * 5:
         start = time.perf_counter()
         work()
@@ -277,11 +307,19 @@ def _rates(machine: Machine, card: Card | None, dtype) -> tuple[float, float, st
         card = _listed(machine.name, machine.memory_gib)
     if card is not None:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
-        return peak * 1e12 * card.share, card.bandwidth * 1e9 * COPY_SHARE, f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
+        return (
+            peak * 1e12 * card.share,
+            card.bandwidth * 1e9 * COPY_SHARE,
+            f"{card.name}: {peak:g} TFLOP/s x {card.share:g}",
+        )
     if machine.device == "mps" and not torch.backends.mps.is_available():
         return 3e12 * 0.45, 100e9, "an Apple GPU, assumed: 3 TFLOP/s x 0.45"
     share, (rate, copied) = MEASURED_SHARE[machine.device], _timed(machine.device, dtype)
-    return rate * share, {"cpu": 10e9, "mps": 100e9, "cuda": copied}[machine.device], f"timed here: {rate / 1e12:.3g} TFLOP/s x {share:g}"
+    return (
+        rate * share,
+        {"cpu": 10e9, "mps": 100e9, "cuda": copied}[machine.device],
+        f"timed here: {rate / 1e12:.3g} TFLOP/s x {share:g}",
+    )
 
 
 # The plan.
@@ -349,7 +387,9 @@ def cards_table(plans: Sequence[Plan]) -> str:
     """Device x method, as text: GiB and time, or that it does not fit."""
     rows = [f"{'':10}{'GiB':>6}" + "".join(f"{method:>24}" for method in METHODS)]
     for plan in plans:
-        cells = [f"{m.peak_gib:.1f} GiB, {duration(m.minutes) if m.fits else 'too much'}" for m in plan.methods]
+        cells = [
+            f"{m.peak_gib:.1f} GiB, {duration(m.minutes) if m.fits else 'too much'}" for m in plan.methods
+        ]
         rows.append(f"{plan.device:10}{plan.memory_gib:6.1f}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(rows)
 
@@ -364,24 +404,49 @@ def tokens_per_second(rows: Sequence[dict]) -> float:
 class _Planner:
     """One method on one device: peak and time of any split of a step, and the best split."""
 
-    def __init__(self, config, settings: Settings, machine: Machine, card: Card | None, lengths: Lengths, dtype, method: str, cards: int):
-        self.settings, self.machine, self.lengths, self.dtype, self.method = settings, machine, lengths, dtype, method
+    def __init__(
+        self,
+        config,
+        settings: Settings,
+        machine: Machine,
+        card: Card | None,
+        lengths: Lengths,
+        dtype,
+        method: str,
+        cards: int,
+    ):
+        self.settings, self.machine, self.lengths, self.dtype, self.method = (
+            settings,
+            machine,
+            lengths,
+            dtype,
+            method,
+        )
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank
-        self.shape = _shapes[key] if key in _shapes else _shapes.setdefault(key, _shape(config, settings.lora_rank))
+        self.shape = (
+            _shapes[key] if key in _shapes else _shapes.setdefault(key, _shape(config, settings.lora_rank))
+        )
         self.trained = self.shape.total if self.full else self.shape.adapters
         self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
-        self.cards, self.pairs = cards, max(1, math.ceil(settings.pairs_per_step / cards))  # pairs of a step on one card
+        self.cards, self.pairs = (
+            cards,
+            max(1, math.ceil(settings.pairs_per_step / cards)),
+        )  # pairs of a step on one card
         # Eight random pairs are rarely half as long again as eight mean ones.
         step = self.pairs * min(lengths.longest, 1.5 * lengths.mean)
         self.most = max(lengths.longest, round(step), 16)
-        self.profile = _profile(config, settings, method, dtype, machine, lengths, self.shape, self.most, cards > 1)
+        self.profile = _profile(
+            config, settings, method, dtype, machine, lengths, self.shape, self.most, cards > 1
+        )
         self.rate, self.bandwidth, self.rate_source = _rates(machine, card, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
         if machine.free_gib is not None:  # counted when this process had its context already
             self.limit = min(self.limit, machine.free_gib + CUDA_CONTEXT_GIB)
-        self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
+        self.framework = (
+            CUDA_CONTEXT_GIB * GIB if self.cuda else psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
+        )
 
     def _weights(self, stored: torch.dtype) -> float:
         """Bytes, of a model whose file has them as `stored`."""
@@ -406,25 +471,33 @@ class _Planner:
 
     def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
         """The peak by part, GiB."""
-        tokens = min(max(tokens, self.lengths.longest), self.most)  # a longer pair is a micro-batch of its own
+        tokens = min(
+            max(tokens, self.lengths.longest), self.most
+        )  # a longer pair is a micro-batch of its own
         # Gradients of the micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
         held = not self.full or tokens < self.most or self.cards > 1
         gradients = 4.0 * self.trained / self.cards
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
-        if self.machine.device != "cuda":  # the masks of the rejected answers, which only the CPU's kernel wants
+        if (
+            self.machine.device != "cuda"
+        ):  # the masks of the rejected answers, which only the CPU's kernel wants
             masks = self.lengths.rejected * (self.lengths.prompt + self.lengths.rejected) / self.lengths.mean
             peak += tokens * masks * self.dtype.itemsize
         activations = peak - head - made
         gradients_then = gradients if held else made
         state, _, passing = (size / self.cards for size in self.optimizer())
-        if gradients + passing > activations + head + gradients_then:  # the optimizer's own moment, activations gone
+        if (
+            gradients + passing > activations + head + gradients_then
+        ):  # the optimizer's own moment, activations gone
             activations, head, gradients_then = passing, 0.0, gradients
         parts = {
             "weights": self.weights / self.cards, "adapters": 0.0 if self.full else gradients,
             "gradients": gradients_then, "optimizer": state, "activations": activations, "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }  # fmt: skip
-        if self.cards > 1:  # fully sharded; embeddings and head are counted as gathered, of the layers the one at work and the next
+        if (
+            self.cards > 1
+        ):  # fully sharded; embeddings and head are counted as gathered, of the layers the one at work and the next
             ends = self.shape.head + self.shape.untied
             layer = (self.shape.total - ends) / self.shape.layers
             parts["gathered"] = self.dtype.itemsize * (ends + 2 * layer)
@@ -449,24 +522,39 @@ class _Planner:
         scores = 4.0 * seen * shape.attention_width * shape.layers
         scored = c + r + (p if settings.nll_over != "answer" else 0)
         passes = (3 if self.full else 2) + again
-        head = (8.0 if self.full else 4.0) * scored * shape.head  # see head.py: recomputed, or kept as a Jacobian
+        head = (
+            (8.0 if self.full else 4.0) * scored * shape.head
+        )  # see head.py: recomputed, or kept as a Jacobian
         pair = forward * passes + scores * (3.5 + again) + head  # flash attention's backward is 2.5 forwards
         size = self.dtype.itemsize
         moved, launches = self.profile.work(row, shape.layers, checkpointed)
         if not self.cuda:  # all but the weights is in the share of the rate that is measured
-            moved = {"full": (4 + size) * shape.total, "lora": size * shape.total, "qlora": (0.5 + 2 * size) * shape.bulk}[self.method]
+            moved = {
+                "full": (4 + size) * shape.total,
+                "lora": size * shape.total,
+                "qlora": (0.5 + 2 * size) * shape.bulk,
+            }[self.method]
             moved, launches = moved * (2 + again), 0.0
         computing = per_step * pair / self.rate
         moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth
         waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
         paged = self.optimizer()[1] / self.cards
-        over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves the card and comes back, every step
+        over = (
+            self.peak(tokens, checkpointed) * GIB + paged - self.memory
+        )  # leaves the card and comes back, every step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
         step = computing + moving + waiting + paging
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
         evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
-        evaluation = evaluations * settings.eval_pairs * (forward + scores + head / 2) / pair * (step - paging) / per_step
+        evaluation = (
+            evaluations
+            * settings.eval_pairs
+            * (forward + scores + head / 2)
+            / pair
+            * (step - paging)
+            / per_step
+        )
         total = (steps * step + evaluation) / 60
         lines = (
             f"{lengths.pairs:,} pairs ({lengths.source}); a pair: {lengths.mean:.0f} tokens, "
@@ -485,7 +573,9 @@ class _Planner:
         settings, layers, longest = self.settings, self.shape.layers, self.lengths.longest
         budgets, counts = [settings.tokens_per_batch], [settings.checkpointed_layers]
         if settings.tokens_per_batch == "auto":
-            budgets = list(dict.fromkeys(round(self.most * (longest / self.most) ** (i / 12)) for i in range(13)))
+            budgets = list(
+                dict.fromkeys(round(self.most * (longest / self.most) ** (i / 12)) for i in range(13))
+            )
         counts = range(layers + 1) if counts == ["auto"] else [min(*counts, layers)]
         fitting = []
         for budget in budgets:
@@ -498,13 +588,32 @@ class _Planner:
         parts, (minutes, lines) = self.parts(*split), self.minutes(*split)
         weights, state = 4.0 * self.trained, sum(self.optimizer()[:2])
         saved = weights + state
-        said = f"a checkpoint: {saved / GIB:.3g} GiB (weights {weights / GIB:.3g}, optimizer {state / GIB:.3g})"
+        said = (
+            f"a checkpoint: {saved / GIB:.3g} GiB (weights {weights / GIB:.3g}, optimizer {state / GIB:.3g})"
+        )
         lines += (f"{said}, {saved / DISK:.3g} s at {DISK / 1e9:g} GB/s of disk",)
-        return MethodPlan(self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, saved / GIB, saved / DISK, lines)
+        return MethodPlan(
+            self.method,
+            sum(parts.values()),
+            parts,
+            minutes,
+            bool(fitting),
+            *split,
+            layers,
+            saved / GIB,
+            saved / DISK,
+            lines,
+        )
 
 
 def make_plan(
-    config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *, dtype: torch.dtype | None = None, cards: int = 1
+    config,
+    settings: Settings,
+    target: Machine | Card | str,
+    lengths: Lengths,
+    *,
+    dtype: torch.dtype | None = None,
+    cards: int = 1,
 ) -> Plan:
     """Plan a run with every method.
 
@@ -522,9 +631,13 @@ def make_plan(
     card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
-    four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"  # neither Apple GPUs nor FSDP have it
+    four_bit = (
+        machine.device != "mps" and cards == 1
+    ) or settings.method == "qlora"  # neither Apple GPUs nor FSDP have it
     tried = METHODS if four_bit else METHODS[:2]
-    planners = {method: _Planner(config, settings, machine, card, lengths, dtype, method, cards) for method in tried}
+    planners = {
+        method: _Planner(config, settings, machine, card, lengths, dtype, method, cards) for method in tried
+    }
     methods = {method: planner.best() for method, planner in planners.items()}
     chosen, why = _choose(settings, methods, machine)
     if planners[chosen].profile.stood_in:
@@ -533,14 +646,26 @@ def make_plan(
         why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
     changes = [] if methods[chosen].fits else _changes(settings, planners[chosen], methods)
     memory = planners[chosen].memory / GIB
-    return Plan(machine.name, memory, list(methods.values()), chosen, why, changes, str(dtype).removeprefix("torch."), lengths)
+    return Plan(
+        machine.name,
+        memory,
+        list(methods.values()),
+        chosen,
+        why,
+        changes,
+        str(dtype).removeprefix("torch."),
+        lengths,
+    )
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
     """A plan on each of CARDS; one without bfloat16 in hardware computes in what it has."""
     auto = replace(settings, precision="auto")
     has_it = [settings.precision != "bfloat16" or card.capability[0] >= 8 for card in CARDS.values()]
-    return [make_plan(config, settings if has else auto, card, lengths) for card, has in zip(CARDS.values(), has_it, strict=True)]
+    return [
+        make_plan(config, settings if has else auto, card, lengths)
+        for card, has in zip(CARDS.values(), has_it, strict=True)
+    ]
 
 
 def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine) -> tuple[str, str]:
@@ -549,7 +674,10 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
         return settings.method, f"{settings.method}: chosen in the settings"
     full, lora, qlora = methods["full"], methods["lora"], methods.get("qlora")
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
-        return "full", f"full: all weights can be trained in the memory of {machine.name}, and nothing is stronger"
+        return (
+            "full",
+            f"full: all weights can be trained in the memory of {machine.name}, and nothing is stronger",
+        )
     reason = f"full needs {full.peak_gib:.1f} GiB"
     if full.fits:
         reason = f"full would fit too, but not with learning_rate {settings.learning_rate:g} (at most {FULL_LEARNING_RATE:g})"
@@ -559,7 +687,10 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
         return "lora", f"lora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}"
     if qlora.fits:
         return "qlora", f"qlora: it takes 4-bit weights to fit; {reason}, lora {lora.peak_gib:.1f}"
-    return ("qlora", f"qlora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}, qlora {qlora.peak_gib:.1f}")
+    return (
+        "qlora",
+        f"qlora: nothing fits, and this comes nearest; {reason}, lora {lora.peak_gib:.1f}, qlora {qlora.peak_gib:.1f}",
+    )
 
 
 def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPlan]) -> list[str]:
@@ -569,16 +700,30 @@ def _changes(settings: Settings, planner: _Planner, methods: dict[str, MethodPla
     if least <= planner.limit:
         return ["set tokens_per_batch=auto and checkpointed_layers=auto"]
     fixed = least - planner.limit
-    slope = (planner.profile.peak(2 * longest, layers, layers, True)[0] - planner.profile.peak(longest, layers, layers, True)[0]) / GIB
+    slope = (
+        planner.profile.peak(2 * longest, layers, layers, True)[0]
+        - planner.profile.peak(longest, layers, layers, True)[0]
+    ) / GIB
     if 0.1 < (share := 1 - fixed / max(slope, 1e-9)):
-        found.append(f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit")
-    lighter = next((m for m in METHODS[METHODS.index(plan.method) + 1 :] if m in methods and methods[m].fits), None)
+        found.append(
+            f"max_tokens={int(share * settings.max_tokens)} (pairs of up to {int(share * longest)} tokens) would fit"
+        )
+    lighter = next(
+        (m for m in METHODS[METHODS.index(plan.method) + 1 :] if m in methods and methods[m].fits), None
+    )
     if lighter:
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
     saved = (planner.optimizer()[0] - planner.optimizer("adamw_8bit")[0]) / planner.cards / GIB
     if planner.full and settings.optimizer == "adamw" and least - saved <= planner.limit:
         found.append("optimizer=adamw_8bit would fit")
-    larger = next((c for c in sorted(CARDS.values(), key=lambda c: c.memory_gib) if least <= c.memory_gib * (1 - MARGIN)), None)
+    larger = next(
+        (
+            c
+            for c in sorted(CARDS.values(), key=lambda c: c.memory_gib)
+            if least <= c.memory_gib * (1 - MARGIN)
+        ),
+        None,
+    )
     if larger:
         found.append(f"one {larger.name} ({larger.memory_gib:g} GiB) would do")
     return found or ["choose a smaller base_model"]

@@ -63,15 +63,23 @@ class Profile:
         last = next((k for k, (count, _) in enumerate(self.points) if tokens <= count), len(self.points) - 1)
         degree = 2 if self.dense else 1
         near = self.points[max(0, last - degree) : max(last, degree) + 1]
-        shares = [math.prod((tokens - other) / (count - other) for other, _ in near if other != count) for count, _ in near]
+        shares = [
+            math.prod((tokens - other) / (count - other) for other, _ in near if other != count)
+            for count, _ in near
+        ]
         columns = {name: zip(*(phases[name] for _, phases in near), strict=True) for name in near[0][1]}
-        return {name: [sum(w * x for w, x in zip(shares, column, strict=True)) for column in rows] for name, rows in columns.items()}
+        return {
+            name: [sum(w * x for w, x in zip(shares, column, strict=True)) for column in rows]
+            for name, rows in columns.items()
+        }
 
     def work(self, tokens: int, layers: int, checkpointed: int) -> tuple[float, float]:
         """Bytes moved besides products, and launches, of a micro-batch, forward and backward."""
         more = {1: checkpointed - 2, 2: layers - checkpointed - 1}
         times = {f"{way} {k}": 1 + more[k] for way in ("forward", "backward") for k in more}
-        return tuple(sum(times.get(name, 1) * row[k] for name, row in self.at(tokens).items()) for k in (3, 4))
+        return tuple(
+            sum(times.get(name, 1) * row[k] for name, row in self.at(tokens).items()) for k in (3, 4)
+        )
 
     def peak(self, tokens: int, layers: int, checkpointed: int, held: bool) -> tuple[float, float, float]:
         """The highest point of a micro-batch: its bytes without weights, the head's share, the gradients'.
@@ -90,7 +98,11 @@ class Profile:
         forward, back = kept * kept_more + stored * stored_more, kept_back * kept_more
         moments = [("head", forward), ("backward 0", made * (layers - LAYERS))]
         if stored_more >= 0:  # the first stored layer of the backward, and the last
-            moments += [("forward 2", forward), ("backward 2", back + stored_back * stored_more), ("backward 2", back + made * stored_more)]
+            moments += [
+                ("forward 2", forward),
+                ("backward 2", back + stored_back * stored_more),
+                ("backward 2", back + made * stored_more),
+            ]
         if checkpointed:
             moments.append(("backward 1", back + made * stored_more))
         height, top = max((phases[name][column] + more, name) for name, more in moments)
@@ -136,8 +148,14 @@ class _Ledger(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if (self.live > before or func._schema.is_mutable) and not name.startswith(("empty", "new_empty")):
             self.phase[4] += 1
-            read = made if name in LOOKUPS else [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.phase[3] += sum(x.numel() * x.element_size() for x in made + read) if name not in PRODUCTS else 0
+            read = (
+                made
+                if name in LOOKUPS
+                else [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            )
+            self.phase[3] += (
+                sum(x.numel() * x.element_size() for x in made + read) if name not in PRODUCTS else 0
+            )
         return out
 
     def _free(self, key: int, size: int) -> None:
@@ -218,7 +236,9 @@ def _fake(model) -> None:
                 if old is not None:
                     if id(old) not in made:
                         new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                        made[id(old)] = (
+                            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                        )
                     tensors[name] = made[id(old)]
 
 
@@ -228,13 +248,19 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))  # the last: the sums of the softmax
+        ctx.save_for_backward(
+            q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32)
+        )  # the last: the sums of the softmax
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *_ = ctx.saved_tensors
-        scratch = q.new_empty(q.shape, dtype=torch.float32), k.new_empty(len(k), *q.shape[1:]), v.new_empty(len(v), *grad.shape[1:])
+        scratch = (
+            q.new_empty(q.shape, dtype=torch.float32),
+            k.new_empty(len(k), *q.shape[1:]),
+            v.new_empty(len(v), *grad.shape[1:]),
+        )
         gradients = tuple(map(torch.empty_like, (q, k, v)))
         del scratch
         return gradients
@@ -246,7 +272,9 @@ def _gpu_attention(flash: bool, module, query, key, value, attention_mask, **kwa
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     if not flash:  # the memory-efficient kernel wants a key for every head
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    return attention._in_two_calls(lambda q, k, v, *rest: _Kernel.apply(q, k, v), query, key, value, None, None), None
+    return attention._in_two_calls(
+        lambda q, k, v, *rest: _Kernel.apply(q, k, v), query, key, value, None, None
+    ), None
 
 
 AttentionMaskInterface.register(SIMULATED, lambda *args, **kwargs: None)
@@ -267,7 +295,13 @@ def _float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
 
 
 def simulate(
-    config, settings: Settings, method: str, dtype, machine: Machine, rows: list[list[EncodedPair]], sharded: bool = False
+    config,
+    settings: Settings,
+    method: str,
+    dtype,
+    machine: Machine,
+    rows: list[list[EncodedPair]],
+    sharded: bool = False,
 ) -> Profile:
     """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them; `sharded`: with weights that FSDP gathers.
 
@@ -289,13 +323,17 @@ def simulate(
             continue
         finally:
             attention.start_batch(None)
-    return Profile(tuple((n, _estimate(n, text, dtype.itemsize)) for n in counts), 0.0, False, "a rough estimate")
+    return Profile(
+        tuple((n, _estimate(n, text, dtype.itemsize)) for n in counts), 0.0, False, "a rough estimate"
+    )
 
 
 def _estimate(tokens: int, text, size: int) -> dict[str, list[float]]:
     """The phases of a step by arithmetic: a layer stores about 12 hidden and 5 inner states, a checkpointed one its input."""
     kept = tokens * size * text.hidden_size
-    stored = 12 * kept + 5 * tokens * size * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    stored = 12 * kept + 5 * tokens * size * (
+        getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    )
     phases, live = {}, kept
     for name, more, passing in (
         ("start", 0, 0), ("forward 0", kept, stored), ("forward 1", kept, stored), ("forward 2", stored, 0), ("head", 0, 3 * BLOCK_BYTES),
@@ -310,7 +348,11 @@ def _estimate(tokens: int, text, size: int) -> dict[str, list[float]]:
 def _written_by_transformers(config):
     """Take back what Liger has put into the model's module for the whole process: its Triton kernels compute no fakes."""
     module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
-    swapped = [name for name, x in vars(module).items() if (getattr(x, "__module__", None) or "").startswith("liger_kernel")]
+    swapped = [
+        name
+        for name, x in vars(module).items()
+        if (getattr(x, "__module__", None) or "").startswith("liger_kernel")
+    ]
     if not swapped:
         yield
         return
@@ -323,7 +365,10 @@ def _written_by_transformers(config):
 @contextlib.contextmanager
 def _quiet():
     """Without what torch and transformers log about operations on fakes."""
-    logger, verbosity = logging.getLogger("torch._subclasses.fake_tensor"), transformers.logging.get_verbosity()
+    logger, verbosity = (
+        logging.getLogger("torch._subclasses.fake_tensor"),
+        transformers.logging.get_verbosity(),
+    )
     logger.disabled = True
     transformers.logging.set_verbosity_error()
     try:
@@ -353,7 +398,9 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     with mode, contextlib.ExitStack() as stack:
         _fake(model)
         flash = autocast and machine.capability[0] >= 8
-        AttentionInterface.register(SIMULATED, functools.partial(_gpu_attention, flash) if cuda else attention.attention)
+        AttentionInterface.register(
+            SIMULATED, functools.partial(_gpu_attention, flash) if cuda else attention.attention
+        )
         lm.set_attn_implementation("eager" if dense else SIMULATED)
         ScoringForward(lm)
         model.train()
@@ -362,7 +409,9 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
         layer_bytes = _watch(lm, model, ledger)
         stack.enter_context(patch.object(adapters, "frozen_weight", _dequantised))
         stack.enter_context(patch.object(attention, "_mask", _no_mask))
-        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *args: False, create=True))  # its fake takes bfloat16 alone
+        stack.enter_context(
+            patch.object(moe, "_can_use_grouped_mm", lambda *args: False, create=True)
+        )  # its fake takes bfloat16 alone
         if machine.device != "cpu":
             stack.enter_context(patch.object(attention, "CPU_KERNEL", ()))
         if cuda and autocast:
@@ -371,7 +420,11 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for pairs in rows:
             batch = _fake_batch(mode, pairs, settings)
-            given = dict(attention_mask=attention.dense_masks(batch, lm.config.get_text_config(), lm.dtype)) if dense else {}
+            given = (
+                dict(attention_mask=attention.dense_masks(batch, lm.config.get_text_config(), lm.dtype))
+                if dense
+                else {}
+            )
             attention.start_batch(None if dense else batch)
             ledger.restart()
             with ledger:

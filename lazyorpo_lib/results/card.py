@@ -41,7 +41,9 @@ stage replaces supervised fine-tuning and preference tuning, and no reference mo
 # Punctuation that Markdown or HTML reads: any of these; _ but inside a word; what would make a web address a link.
 _ACTIVE = re.compile(r"[!-$&'*<>@\[-^`{-~]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LOCAL_PATH = re.compile(r"""(['"])(?:~|[A-Za-z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Za-z]:)?[\\/][\w.~][^\s'"),;]*""")
+_LOCAL_PATH = re.compile(
+    r"""(['"])(?:~|[A-Za-z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Za-z]:)?[\\/][\w.~][^\s'"),;]*"""
+)
 _TOKEN = re.compile(r"\bhf_\w{8,}")
 
 
@@ -52,12 +54,26 @@ def write_card(folder: Path, repo: str = "") -> str:
         repo: hub repository that the card is for; empty: the run's `hub_repo`, if it has one.
     """
     folder = Path(folder)
-    run = {name: read_json(folder / f"{name}.json") for name in ("settings", "data_report", "summary", "held_out")}
+    run = {
+        name: read_json(folder / f"{name}.json")
+        for name in ("settings", "data_report", "summary", "held_out")
+    }
     run["values"] = DEFAULTS | run["settings"].get("settings", {})
     run["history"] = read_rows(folder / "history.jsonl")
     run["repo"] = repo or run["values"]["hub_repo"]
     run["picture"] = (folder / "live.png").is_file()
-    sections = (_front_matter, _opening, _results, _loading, _answers, _data, _settings, _cost, _limits, _method)
+    sections = (
+        _front_matter,
+        _opening,
+        _results,
+        _loading,
+        _answers,
+        _data,
+        _settings,
+        _cost,
+        _limits,
+        _method,
+    )
     text = "\n\n".join(filter(None, (section(run) for section in sections))) + "\n"
     return _TOKEN.sub("hf_(token left out)", text).encode("utf-8", "backslashreplace").decode()
 
@@ -138,7 +154,9 @@ def _front_matter(run) -> str:
     values, adapter, results = run["values"], _is_adapter(run), None
     base, dataset = _hub_id(values["base_model"]), _hub_id(values["dataset"])
     accuracy, licence = run["summary"].get("accuracy_after"), _licence(values["base_model"], "model")
-    if dataset and accuracy is not None and math.isfinite(accuracy):  # the hub takes results on its own datasets alone
+    if (
+        dataset and accuracy is not None and math.isfinite(accuracy)
+    ):  # the hub takes results on its own datasets alone
         results = [EvalResult(
             task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
             metric_value=round(accuracy, 4), metric_name="Preference accuracy on held-out pairs",
@@ -161,7 +179,9 @@ def _opening(run) -> str:
     values, summary = run["values"], run["summary"]
     sources = (("base_model", "model", ""), ("dataset", "dataset", "datasets/"))
     base, data = (_linked(values[name], place) for name, _, place in sources)
-    licences = [inline(_licence(values[name], kind)) or "not known here, see its source" for name, kind, _ in sources]
+    licences = [
+        inline(_licence(values[name], kind)) or "not known here, see its source" for name, kind, _ in sources
+    ]
     lines = [
         f"{'A LoRA adapter for' if _is_adapter(run) else 'A fine-tuned version of'} {base}, trained on the preference "
         f"pairs of {data} with {OBJECTIVES[values['objective']]}, using LazyORPO.",
@@ -169,7 +189,9 @@ def _opening(run) -> str:
     ]
     if not summary.get("finished"):
         why = inline(without_paths(summary.get("why", "it wrote no summary")))
-        lines.insert(1, f"**The run was not finished** ({why}): the figures are from what it wrote until then.")
+        lines.insert(
+            1, f"**The run was not finished** ({why}): the figures are from what it wrote until then."
+        )
     return "\n\n".join(lines)
 
 
@@ -195,7 +217,9 @@ def _results(run) -> str:
             "Accuracy: share of pairs whose chosen answer has the higher odds; log-odds: nats; nll: nats per token.",
         ]
     if "habit_after" in summary:
-        lines.append(f"Answers with the demo's habit: {summary['habit_before']:.0%} before, {summary['habit_after']:.0%} after.")
+        lines.append(
+            f"Answers with the demo's habit: {summary['habit_before']:.0%} before, {summary['habit_after']:.0%} after."
+        )
     train = [row for row in rows if not reading.is_evaluation(row)]
     if curves := {name: seen for name in reading.CURVES if (seen := reading.values(train, name))}:
         ends = ", ".join(f"{name} {seen[0]:.3f} → {seen[-1]:.3f}" for name, seen in curves.items())
@@ -239,7 +263,9 @@ def _answers(run) -> str:
     parts = ["## Answers to held-out prompts, greedy"]
     columns = kept["prompts"], kept["before"]["answers"], kept["after"]["answers"]
     for texts in list(zip(*columns, strict=True))[:3]:
-        parts += [f"{head}\n\n{fenced(text)}" for head, text in zip(("Prompt", "Base", "Tuned"), texts, strict=True)]
+        parts += [
+            f"{head}\n\n{fenced(text)}" for head, text in zip(("Prompt", "Base", "Tuned"), texts, strict=True)
+        ]
     return "\n\n".join(parts)
 
 
@@ -248,7 +274,10 @@ def _data(run) -> str:
     if not report:
         return ""
     dropped = [[inline(reason.replace("_", " ")), f"{rows:,}"] for reason, rows in report["dropped"].items()]
-    tokens = [[side, *(f"{n[figure]:,.0f}" for figure in ("mean", "p50", "p95", "max"))] for side, n in report["tokens"].items()]
+    tokens = [
+        [side, *(f"{n[figure]:,.0f}" for figure in ("mean", "p50", "p95", "max"))]
+        for side, n in report["tokens"].items()
+    ]
     return "\n\n".join([
         "## Data",
         f"Rows read: {report['read']:,}; kept: {report['kept']:,} ({report['train']:,} to train on, "
@@ -261,7 +290,10 @@ def _data(run) -> str:
 
 def _settings(run) -> str:
     def cell(name, value):
-        return inline(public_name(value) if name in ("base_model", "dataset") else without_paths(value)) or "(empty)"
+        return (
+            inline(public_name(value) if name in ("base_model", "dataset") else without_paths(value))
+            or "(empty)"
+        )
 
     sources = run["settings"].get("sources", {})
     rows = [
@@ -269,7 +301,11 @@ def _settings(run) -> str:
         for name, value in run["values"].items()
         if value != DEFAULTS.get(name) and name != "output_dir"
     ]
-    return "## Settings\n\n" + table(["setting", "value", "default", "set by"], rows) + "\n\nEvery other setting has its default."
+    return (
+        "## Settings\n\n"
+        + table(["setting", "value", "default", "set by"], rows)
+        + "\n\nEvery other setting has its default."
+    )
 
 
 def _cost(run) -> str:
@@ -279,7 +315,9 @@ def _cost(run) -> str:
     both = summary.get("planned_against_measured", {})
     rows = [[words, *(f"{x:.2f}" for x in both[name])] for name, words in COSTS.items() if name in both]
     versions = {"lazyorpo": run["settings"].get("version", "")} | summary.get("versions", {})
-    notes = [f"Steps without a finite gradient, left out: {len(summary['bad_steps'])}."] * bool(summary["bad_steps"])
+    notes = [f"Steps without a finite gradient, left out: {len(summary['bad_steps'])}."] * bool(
+        summary["bad_steps"]
+    )
     return "\n\n".join([
         "## Memory, time, versions",
         *([table(["", "planned", "measured"], rows)] if rows else []),
@@ -298,7 +336,9 @@ def _limits(run) -> str:
         else "No pair was held out, so nothing here shows that the model is better than its base.",
         "Better means: as the makers of the dataset preferred. Length is often part of it; see the accuracies by it.",
         "It was not evaluated for truth or safety, and it keeps the faults of its base model and its data.",
-    ] + ["The demo set teaches a visible habit of style and no knowledge."] * (run["values"]["dataset"] == "demo")
+    ] + ["The demo set teaches a visible habit of style and no knowledge."] * (
+        run["values"]["dataset"] == "demo"
+    )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

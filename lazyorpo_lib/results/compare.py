@@ -47,7 +47,9 @@ def compare(folders, picture=None) -> dict:
         "Results on held-out pairs after training, with 95 % intervals",
         card.table(figures, [[card.inline(row.get(name, "–")) for name in figures] for row in results]),
     ])  # fmt: skip
-    png = live.draw_runs({n: read_rows(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture)
+    png = live.draw_runs(
+        {n: read_rows(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture
+    )
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 
@@ -71,7 +73,10 @@ def _results(folder: Path) -> dict[str, str]:
     for name in ("accuracy", "log_odds_ratio", "nll"):
         if name in figures:
             row[name] = card.spread(figures[name]["after"], figures[name]["after_interval"])
-    return row | {"training minutes": f"{summary['training_minutes']:.1f}", "peak GiB": f"{summary['peak_memory_gib']:.2f}"}
+    return row | {
+        "training minutes": f"{summary['training_minutes']:.1f}",
+        "peak GiB": f"{summary['peak_memory_gib']:.2f}",
+    }
 
 
 def _against(first: Path, other: Path) -> str:

@@ -15,7 +15,9 @@ from ..errors import UserError
 from ..fast.attention import start_batch
 from ..machine import attempt, free_bytes
 
-DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")  # of the demo set: the answer, then one line of reason
+DEMO_HABIT = re.compile(
+    r"[^\n]{1,200}\nWhy: [^\n]{1,400}"
+)  # of the demo set: the answer, then one line of reason
 
 
 def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -72,7 +74,11 @@ def verdict(comparison: dict[str, dict]) -> str:
     """The held-out result in one sentence."""
     c = comparison["accuracy"]
     low, high = c["change_interval"]
-    words = "more than noise" if c["more_than_noise"] else "within the noise of so few pairs: hold out more, or train longer"
+    words = (
+        "more than noise"
+        if c["more_than_noise"]
+        else "within the noise of so few pairs: hold out more, or train longer"
+    )
     return (
         f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
         f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): {words}."
@@ -99,7 +105,9 @@ def answers(
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
     texts: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    order = sorted(
+        range(len(prompts)), key=lambda i: len(prompts[i])
+    )  # like lengths together: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
     options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer)
@@ -112,7 +120,9 @@ def answers(
         elif len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
         else:
-            raise UserError(f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens.")
+            raise UserError(
+                f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens."
+            )
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return [texts[i] for i in range(len(prompts))]
@@ -123,7 +133,13 @@ def cache_bytes(config, itemsize: int) -> int:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_dim * itemsize
+    return (
+        2
+        * text.num_hidden_layers
+        * (getattr(text, "num_key_value_heads", None) or heads)
+        * head_dim
+        * itemsize
+    )
 
 
 def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
@@ -141,7 +157,9 @@ def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict)
     device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else options["eos_token_id"][0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     out = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True,
         pad_token_id=pad, **options,

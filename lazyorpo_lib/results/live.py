@@ -27,12 +27,19 @@ from . import reading
 MAX_POINTS = 600  # a line; longer histories are averaged down
 FILE_SECONDS = 30.0  # between two writes of the file while training goes on
 INCHES, DPI = (10, 5.2), 160
-METADATA = {"image/png": {"width": 1000, "height": 520}}  # CSS pixels: the output keeps its height when updated
+METADATA = {
+    "image/png": {"width": 1000, "height": 520}
+}  # CSS pixels: the output keeps its height when updated
 CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
 RUN_COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 RUN_DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
 BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
-INK, QUIET, FAINT, PAPER = "#222222", "#666666", "#E6E6E3", "#FBFBF9"  # its own light paper, for dark themes too
+INK, QUIET, FAINT, PAPER = (
+    "#222222",
+    "#666666",
+    "#E6E6E3",
+    "#FBFBF9",
+)  # its own light paper, for dark themes too
 NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
@@ -40,7 +47,13 @@ STYLE = {
     "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
-KEPT = {"step", "learning_rate", "odds_gradient_share", *reading.CURVES, *(f"eval_{name}" for name in reading.CURVES)}
+KEPT = {
+    "step",
+    "learning_rate",
+    "odds_gradient_share",
+    *reading.CURVES,
+    *(f"eval_{name}" for name in reading.CURVES),
+}
 
 
 def _thin(rows):
@@ -79,7 +92,9 @@ class _Curve:
         (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
         (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
         self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
-        self.label = axes.annotate("", (1, 0), (8, 0), "axes fraction", "offset points", color=color, va="center")
+        self.label = axes.annotate(
+            "", (1, 0), (8, 0), "axes fraction", "offset points", color=color, va="center"
+        )
         self.label.set_weight("bold")
 
     def show(self, train, held_out):
@@ -91,7 +106,9 @@ class _Curve:
         self.held_out.set_data(*marks.T)
         self.held_out.set_markevery(math.ceil(len(marks) / 25) or 1)
         self.end = next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
-        self.label.set_text("" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}"))
+        self.label.set_text(
+            "" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}")
+        )
         return [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
 
 
@@ -102,7 +119,9 @@ class _Picture:
         self.figure = Figure(figsize=INCHES, facecolor="none")
         self.canvas = FigureCanvasAgg(self.figure)
         rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
-        paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1], zorder=-1)
+        paper = FancyBboxPatch(
+            (0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1], zorder=-1
+        )
         paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure)
         self.figure.add_artist(paper)
         text = self.figure.text
@@ -159,7 +178,11 @@ class _Picture:
         steps = [row["step"] for row in train + held_out] or [0]
         first, last = min(steps), max(*steps, min(steps) + 1)
         side = 0.01 * (last - first)
-        always = {self.odds: [math.log(2)], self.pull: [0.0, 1.0], self.accuracy: [0.0, 1.0]}  # within the axes
+        always = {
+            self.odds: [math.log(2)],
+            self.pull: [0.0, 1.0],
+            self.accuracy: [0.0, 1.0],
+        }  # within the axes
         for axes, curves in self.curves.items():
             seen = [value for curve in curves for value in curve.show(train, held_out)]
             seen += always.get(axes, []) or ([] if seen else [0.0])
@@ -267,7 +290,9 @@ class LivePlot:
         except Exception as error:  # a picture is never worth a run
             self._off = True
             name = type(error).__name__
-            logging.getLogger(__name__).warning("The live picture is off (%s: %s); training goes on.", name, error)
+            logging.getLogger(__name__).warning(
+                "The live picture is off (%s: %s); training goes on.", name, error
+            )
 
     def _update(self, row):
         self._add(row)
@@ -285,7 +310,9 @@ class LivePlot:
     def _due(self, now):
         if not self.drawn:
             return True
-        run = now - self._first[1] if self._first else 0.0  # training alone: evaluations before it are not drawn
+        run = (
+            now - self._first[1] if self._first else 0.0
+        )  # training alone: evaluations before it are not drawn
         gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
         cost_with_next = self.cost_seconds * (1 + 2 / self.drawn)  # and the last one
         return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
@@ -315,7 +342,11 @@ class LivePlot:
         done, left = self._last_step - first, self.total_steps - self._last_step
         if final:
             return f"{text} \N{MIDDLE DOT} {duration((now - self._began) / 60)}"
-        return f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left" if done and left > 0 else text
+        return (
+            f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left"
+            if done and left > 0
+            else text
+        )
 
 
 def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) -> bytes:
@@ -330,8 +361,13 @@ def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) ->
         curves = (("log_odds_ratio", "log-odds ratio (nats)"), ("nll", "nll (nats per token)"))
         for axes, (name, heading) in zip(figure.subplots(1, 2), curves, strict=True):
             for k, rows in enumerate(histories.values()):
-                curve = _Curve(axes, name, RUN_COLORS[k % len(RUN_COLORS)], RUN_DASHES[k % len(RUN_DASHES)], label="")
-                parts = [[row for row in rows if reading.is_evaluation(row) is held_out] for held_out in (False, True)]
+                curve = _Curve(
+                    axes, name, RUN_COLORS[k % len(RUN_COLORS)], RUN_DASHES[k % len(RUN_DASHES)], label=""
+                )
+                parts = [
+                    [row for row in rows if reading.is_evaluation(row) is held_out]
+                    for held_out in (False, True)
+                ]
                 curve.show(*map(_thin, parts))
             axes.relim()
             axes.autoscale_view()
@@ -340,7 +376,9 @@ def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) ->
             axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         lines = figure.axes[0].get_lines()[1::3]  # of each curve's points, line and marks
         names = [name.replace("$", r"\$") for name in histories]
-        figure.legend(lines, names, loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
+        figure.legend(
+            lines, names, loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5
+        )
         bottom = 0.16 + 0.05 * math.ceil(len(names) / 4)
         figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=bottom, wspace=0.2)
         file = io.BytesIO()
@@ -360,13 +398,19 @@ def draw_trials(trials: dict[str, dict[str, list[float]]], path=None, *, dpi: in
     columns = min(len(figures), 3)
     with matplotlib.rc_context(STYLE):
         grid = math.ceil(len(figures) / columns), columns
-        figure = Figure(figsize=(INCHES[0], 0.7 + grid[0] * (0.9 + 0.28 * len(kinds))), facecolor=PAPER, layout="constrained")
+        figure = Figure(
+            figsize=(INCHES[0], 0.7 + grid[0] * (0.9 + 0.28 * len(kinds))),
+            facecolor=PAPER,
+            layout="constrained",
+        )
         FigureCanvasAgg(figure)
         panels = figure.subplots(*grid, sharey=True, squeeze=False).flat
         for axes, name in zip(panels, figures, strict=False):
             for k, kind in enumerate(kinds):
                 values, color = trials[kind][name], RUN_COLORS[k % len(RUN_COLORS)]
-                axes.plot(values, [k] * len(values), "o", color=color, alpha=0.6, markersize=6, markeredgewidth=0)
+                axes.plot(
+                    values, [k] * len(values), "o", color=color, alpha=0.6, markersize=6, markeredgewidth=0
+                )
                 axes.plot(np.mean(values), k, "|", color=color, markersize=16, markeredgewidth=2.5)
             axes.set_title(name, loc="left", size=9.5)
             axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -52,7 +52,9 @@ def read_curves(rows: list[dict]) -> str:
     train = [row for row in rows if not is_evaluation(row)]
     if train and train[-1].get("loss", 0) is None:
         return "the loss is no longer a number: stop, and go on from a checkpoint with a lower learning rate"
-    curves = [values(train, name) for name in ("log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "nll")]
+    curves = [
+        values(train, name) for name in ("log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "nll")
+    ]
     seen = min(map(len, curves))
     if seen < ENOUGH_POINTS:
         return f"too early to say: {seen} of at least {ENOUGH_POINTS} logged steps"

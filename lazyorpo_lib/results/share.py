@@ -26,9 +26,13 @@ def folder_of_run(folder, needed: str = "settings.json") -> Path:
     """The folder of a run; UserError where it is none, or has no `needed` yet."""
     folder = Path(folder).expanduser()
     if not (folder / "settings.json").is_file():
-        raise UserError(f"{str(folder)!r} is not the folder of a run (it has no settings.json): give one that a run wrote.")
+        raise UserError(
+            f"{str(folder)!r} is not the folder of a run (it has no settings.json): give one that a run wrote."
+        )
     if not (folder / needed).exists():
-        raise UserError(f"The run in {str(folder)!r} has no {needed} yet: let it end, or run it again to go on.")
+        raise UserError(
+            f"The run in {str(folder)!r} has no {needed} yet: let it end, or run it again to go on."
+        )
     return folder
 
 
@@ -48,7 +52,9 @@ def merge(run_folder, out=None, *, dtype=None) -> Path:
     out = Path(out or folder / "merged").expanduser().resolve()
     base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
     if base.is_dir() and base.resolve().is_relative_to(out):
-        raise UserError(f"The merged model would be written over {str(base)!r}, from which it is made: give another folder.")
+        raise UserError(
+            f"The merged model would be written over {str(base)!r}, from which it is made: give another folder."
+        )
     folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = model.load_finished(folder / "model", dtype=dtype, merge=True)
@@ -77,14 +83,23 @@ git clone --depth 1 https://github.com/ggml-org/llama.cpp
         raise UserError(f"{merged}.gguf is there already, and not by this kit: move it away first.")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{script} failed ({' '.join(done.stderr.split()[-30:])}): see what it needs, or take a newer llama.cpp.")
+        raise UserError(
+            f"{script} failed ({' '.join(done.stderr.split()[-30:])}): see what it needs, or take a newer llama.cpp."
+        )
     return f"{merged}.gguf is written."
 
 
 # Talk.
 
 
-def reply(model, tokenizer, messages: list[dict], on_text: Callable[[str], None] = lambda piece: None, *, max_tokens: int = 512) -> str:
+def reply(
+    model,
+    tokenizer,
+    messages: list[dict],
+    on_text: Callable[[str], None] = lambda piece: None,
+    *,
+    max_tokens: int = 512,
+) -> str:
     """The model's greedy answer, prompted as in training; `on_text` is given each piece as soon as it is written.
 
     Args:
@@ -107,11 +122,15 @@ def reply(model, tokenizer, messages: list[dict], on_text: Callable[[str], None]
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
-        raise UserError(f"The model's chat template does not take this ({why}): say it in other words.") from None
+        raise UserError(
+            f"The model's chat template does not take this ({why}): say it in other words."
+        ) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    return answers(model, tokenizer, [prompt], max_tokens=max_tokens, end_ids=ends, streamer=streamer)[0].removesuffix("…")
+    return answers(model, tokenizer, [prompt], max_tokens=max_tokens, end_ids=ends, streamer=streamer)[
+        0
+    ].removesuffix("…")
 
 
 def ask(run, question: str) -> None:
@@ -119,7 +138,9 @@ def ask(run, question: str) -> None:
     from ..model import load_finished
 
     if not hasattr(run, "model"):  # it was finished before this kernel began
-        run.model, run.tokenizer = load_finished(run.folder / "model", dtype=run.dtype, device=run.machine.device)
+        run.model, run.tokenizer = load_finished(
+            run.folder / "model", dtype=run.dtype, device=run.machine.device
+        )
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _print)
     print()
 
@@ -153,7 +174,10 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
             try:
                 messages += [
                     turn,
-                    {"role": "assistant", "content": reply(loaded, tokenizer, [*messages, turn], _print, max_tokens=max_tokens)},
+                    {
+                        "role": "assistant",
+                        "content": reply(loaded, tokenizer, [*messages, turn], _print, max_tokens=max_tokens),
+                    },
                 ]
             except UserError as error:
                 print(error, end="")
@@ -179,7 +203,9 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _told(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)
-    operations = [CommitOperationAdd(name, content) for name, content in _files_to_push(folder, made.repo_id).items()]
+    operations = [
+        CommitOperationAdd(name, content) for name, content in _files_to_push(folder, made.repo_id).items()
+    ]
     with _told(repo):
         api.create_commit(made.repo_id, operations, commit_message="A run of LazyORPO")
     return str(made)
@@ -197,16 +223,24 @@ def _told(repo: str):
             way_out = "give a name that the hub allows, as owner/name"
         elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
             way_out = "set HF_TOKEN to a token that may write there"
-        raise UserError(f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}.") from None  # their texts may hold a token
+        raise UserError(
+            f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}."
+        ) from None  # their texts may hold a token
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     """{name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
-    files = {f.name: str(f) for f in sorted((folder / "model").iterdir()) if f.is_file() and f.name != folders.MARKER}
+    files = {
+        f.name: str(f)
+        for f in sorted((folder / "model").iterdir())
+        if f.is_file() and f.name != folders.MARKER
+    }
     if (folder / "live.png").is_file():
         files["live.png"] = str(folder / "live.png")
     if summary := read_json(folder / "summary.json"):
-        files["summary.json"] = json.dumps(summary | {"why": card.without_paths(summary["why"])}, indent=1).encode()
+        files["summary.json"] = json.dumps(
+            summary | {"why": card.without_paths(summary["why"])}, indent=1
+        ).encode()
     files["README.md"] = card.write_card(folder, repo).encode()
     if "adapter_config.json" in files:
         config = read_json(folder / "model" / "adapter_config.json")
@@ -226,8 +260,12 @@ def command(name: str, given: list[str]) -> int:
     """One of `python -m lazyorpo_lib chat|merge|export-gguf|compare|push`; the exit status."""
     words = USAGE[name].split()
     least = sum(word[0] not in "[…" for word in words)
-    if not least <= len(given) <= (99 if "…" in words else len(words)) or any(word.startswith("-") for word in given):
-        raise UserError(f"{' '.join(given) or 'nothing'!r} was given; use it as: python -m lazyorpo_lib {name} {USAGE[name]}.")
+    if not least <= len(given) <= (99 if "…" in words else len(words)) or any(
+        word.startswith("-") for word in given
+    ):
+        raise UserError(
+            f"{' '.join(given) or 'nothing'!r} was given; use it as: python -m lazyorpo_lib {name} {USAGE[name]}."
+        )
     if name == "chat":
         chat(*given)
     elif name == "merge":
@@ -237,7 +275,9 @@ def command(name: str, given: list[str]) -> int:
     elif name == "compare":
         from .compare import compare
 
-        picture = next(name for k in count(1) if not os.path.lexists(name := f"compare{f'-{k}' if k > 1 else ''}.png"))
+        picture = next(
+            name for k in count(1) if not os.path.lexists(name := f"compare{f'-{k}' if k > 1 else ''}.png")
+        )
         print(f"{compare(given, picture)['markdown']}\n\nThe curves over each other are in {picture}.")
     else:
         print(f"Pushed to {push(*given)}")

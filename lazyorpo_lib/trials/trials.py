@@ -32,7 +32,9 @@ COST = {
 SHARES = {"habit_after": "answers with the habit"}
 
 
-def compare_recipes(settings: Settings, *, seeds: int = 3, dpo_learning_rate: float = 0.0, show: Callable[[str], None] = print) -> Path:
+def compare_recipes(
+    settings: Settings, *, seeds: int = 3, dpo_learning_rate: float = 0.0, show: Callable[[str], None] = print
+) -> Path:
     """SFT, SFT then DPO and ORPO from the same base, on the same pairs, with the same number of optimizer steps.
 
     SFT then DPO spends half of the epochs (or max_steps) on each stage; with an even number of epochs every recipe sees
@@ -62,20 +64,39 @@ def compare_recipes(settings: Settings, *, seeds: int = 3, dpo_learning_rate: fl
             _run(stage, show, merge=before and before.output_dir)
         folders.setdefault(recipe, []).append(Path(stages[-1].output_dir))
         runs.append({"recipe": recipe, "seed": seed} | _figures([Path(s.output_dir) for s in stages]))
-        show(f"{recipe}, seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in list(runs[-1].items())[2:]))
+        show(
+            f"{recipe}, seed {seed}: "
+            + ", ".join(f"{name} {value:.4g}" for name, value in list(runs[-1].items())[2:])
+        )
     said = [*(_verdict(folders, other) for other in RECIPES[:2]), _sft_tokens(folders["SFT"][0])]
     return _write(home, runs, "recipe", {"said": said})
 
 
 def _stages(settings: Settings, home: Path, recipe: str, seed: int, dpo_rate: float) -> list[Settings]:
     def stage(name, **changes):
-        return dataclasses.replace(settings, seed=seed, output_dir=str(home / f"{name}-{seed}"), resume="auto", hub_repo="", **changes)
+        return dataclasses.replace(
+            settings,
+            seed=seed,
+            output_dir=str(home / f"{name}-{seed}"),
+            resume="auto",
+            hub_repo="",
+            **changes,
+        )
 
     if recipe != "SFT then DPO":
         return [stage(recipe.lower(), objective=recipe.lower())]
     half = {"max_steps": math.ceil(settings.max_steps / 2), "epochs": settings.epochs / 2}
     sft = stage("half-sft", objective="sft", answers=0, **half)
-    return [sft, stage("sft-then-dpo", objective="dpo", base_model=f"{sft.output_dir}/merged", learning_rate=dpo_rate, **half)]
+    return [
+        sft,
+        stage(
+            "sft-then-dpo",
+            objective="dpo",
+            base_model=f"{sft.output_dir}/merged",
+            learning_rate=dpo_rate,
+            **half,
+        ),
+    ]
 
 
 def _figures(stages: list[Path]) -> dict[str, float]:
@@ -85,7 +106,9 @@ def _figures(stages: list[Path]) -> dict[str, float]:
     figures = {name: last["held_out"][name]["after"] for name in QUALITY}
     figures |= {name: last[name] for name in SHARES if name in last}
     costs = [s | {"training_peak_gib": s["planned_against_measured"]["peak_gib"][1]} for s in summaries]
-    return figures | {name: (max if name == "training_peak_gib" else sum)(s[name] for s in costs) for name in COST}
+    return figures | {
+        name: (max if name == "training_peak_gib" else sum)(s[name] for s in costs) for name in COST
+    }
 
 
 def _verdict(folders: dict[str, list[Path]], other: str) -> str:
@@ -139,7 +162,10 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         folder = home / name.replace(" ", "-")
         _run(dataclasses.replace(short, output_dir=str(folder), **values), show)
         held = read_json(folder / "summary.json")["held_out"]
-        gains = {f"{n} gain" if n != "nll" else "nll change": held[n]["change"] for n in ("log_odds_ratio", "nll", "accuracy")}
+        gains = {
+            f"{n} gain" if n != "nll" else "nll change": held[n]["change"]
+            for n in ("log_odds_ratio", "nll", "accuracy")
+        }
         runs.append({"trial": name} | values | gains)
     return _write(home, runs, "trial", recommend(runs))
 
@@ -148,7 +174,9 @@ def recommend(runs: Sequence[dict]) -> dict:
     """The rule of `probe`, as {"recommended": {setting: value}, "said": [sentence]}."""
     kept = [run for run in runs if run["nll change"] <= 0]
     best = (
-        min(kept, key=lambda run: (-run["log_odds_ratio gain"], run["learning_rate"])) if kept else min(runs, key=lambda r: r["nll change"])
+        min(kept, key=lambda run: (-run["log_odds_ratio gain"], run["learning_rate"]))
+        if kept
+        else min(runs, key=lambda r: r["nll change"])
     )
     why = (
         f"the largest gain of the held-out log-odds ratio ({best['log_odds_ratio gain']:+.3f}) among the {len(kept)} of {len(runs)} "
@@ -195,7 +223,9 @@ def _run(settings: Settings, show: Callable[[str], None], merge: str | None = No
     if not read_json(folder / "summary.json").get("finished"):
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
-        raise UserError(f"The run in {folder} is not finished ({' '.join(last)}): mend that and run this again, it goes on from there.")
+        raise UserError(
+            f"The run in {folder} is not finished ({' '.join(last)}): mend that and run this again, it goes on from there."
+        )
 
 
 def _in_process(settings: Settings, merge: str | None) -> None:
@@ -225,8 +255,13 @@ def _write(home: Path, runs: list[dict], key: str, rest: dict) -> Path:
         groups.setdefault(run[key], []).append(run)
     words = QUALITY | SHARES | COST
     figures = [f for f in runs[0] if f not in (key, "seed", "or_weight", "learning_rate")]
-    values = {group: {words.get(f, f): [run[f] for run in some] for f in figures} for group, some in groups.items()}
-    head, rows = [key, *next(iter(values.values()))], [[group, *map(_spread, v.values())] for group, v in values.items()]
+    values = {
+        group: {words.get(f, f): [run[f] for run in some] for f in figures} for group, some in groups.items()
+    }
+    head, rows = (
+        [key, *next(iter(values.values()))],
+        [[group, *map(_spread, v.values())] for group, v in values.items()],
+    )
     text = "\n\n".join([card.table(head, rows), *rest["said"]]) + "\n"
     write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
     write_atomically(home / f"{home.name}.md", text.encode())

@@ -35,27 +35,57 @@ SYSTEMS = {
 
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=DEMO_MODEL, help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)")
+    parser.add_argument(
+        "--model",
+        default=DEMO_MODEL,
+        help="a folder, a hub id, or phi-2, llama-3-8b, gemma-7b (random weights)",
+    )
     parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out")
+    parser.add_argument(
+        "--max-tokens", type=int, default=760, help="longest prompt plus answer; longer pairs are left out"
+    )
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step")
     parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
-    parser.add_argument("--precision", default=["float32"], nargs="+", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--precision", default=["float32"], nargs="+", choices=("float32", "bfloat16", "float16")
+    )
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--checkpointing", action="store_true", help="recompute every layer, in all systems")
-    parser.add_argument("--systems", default=list(SYSTEMS), nargs="+", choices=SYSTEMS, help="the first is the one compared with")
-    parser.add_argument("--growth", type=int, nargs="+", help="in place of a dataset: one random pair of so many tokens a step")
-    parser.add_argument("--profile", action="store_true", help="after the steps, one more under torch's profiler: where the time goes")
+    parser.add_argument(
+        "--systems",
+        default=list(SYSTEMS),
+        nargs="+",
+        choices=SYSTEMS,
+        help="the first is the one compared with",
+    )
+    parser.add_argument(
+        "--growth",
+        type=int,
+        nargs="+",
+        help="in place of a dataset: one random pair of so many tokens a step",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="after the steps, one more under torch's profiler: where the time goes",
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--out", type=Path, help="folder of the JSON and the picture", default=Path("tests/benchmarks/results"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON and the picture",
+        default=Path("tests/benchmarks/results"),
+    )
     return parser.parse_args()
 
 
 class Worker:
     def __init__(self, name: str, job: dict):
         command = [sys.executable, "-m", "tests.benchmarks.worker", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.name, self.job, self.steps, self.rates, self.profile = name, job, [], [], None
         self.model = self.read()
         self.loaded_gib = self.read()["memory_gib"]
@@ -123,7 +153,9 @@ def main() -> None:
         for name in options.systems:
             full_name = name if len(options.precision) == 1 else f"{name}, {precision}"
             jobs[full_name] = shared | SYSTEMS[name] | {"precision": precision}
-    in_turn = shared["device"] == "cpu"  # two models of 8B do not fit one card, so there they follow one another
+    in_turn = (
+        shared["device"] == "cpu"
+    )  # two models of 8B do not fit one card, so there they follow one another
     workers = []
     for name, job in jobs.items():
         workers.append(Worker(name, job))
@@ -152,7 +184,9 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({workers[0].job['precision']}); {options.method}, checkpointing "
           f"{'on' if options.checkpointing else 'off'}; {job['pairs']} pairs a step, {job['steps']} steps, "
           f"{workers[0].model['mean_tokens']:.0f} tokens a pair\n")  # fmt: skip
-    print("| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |")
+    print(
+        "| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
         print(
@@ -161,15 +195,25 @@ def report(options, job: dict, workers: list[Worker]) -> None:
             f"{r['matmul_share']:.0%} | {r['losses'][1]:.5f} |"
         )
     if options.growth:
-        print("\n| tokens a pair | tokens/s | of a token's time: attention, ms | the rest, ms |\n|---|---|---|---|")
-        for tokens, seconds, attention in zip(*(first[k] for k in ("step_tokens", "seconds", "attention_seconds")), strict=True):
-            print(f"| {tokens} | {tokens / seconds:.0f} | {1e3 * attention / tokens:.2f} | {1e3 * (seconds - attention) / tokens:.2f} |")
+        print(
+            "\n| tokens a pair | tokens/s | of a token's time: attention, ms | the rest, ms |\n|---|---|---|---|"
+        )
+        for tokens, seconds, attention in zip(
+            *(first[k] for k in ("step_tokens", "seconds", "attention_seconds")), strict=True
+        ):
+            print(
+                f"| {tokens} | {tokens / seconds:.0f} | {1e3 * attention / tokens:.2f} | {1e3 * (seconds - attention) / tokens:.2f} |"
+            )
     for worker in workers:
         for name, share in worker.profile or ():
             print(f"{worker.name}: {name} {share:.1%}")
     stamp = f"{datetime.date.today()}-{machine.device}-{Path(options.model).name}-{options.method}"
     stamp += "".join(f"-{name.split(', ')[-1].lower()}" for name in options.systems)
-    stamp += "-checkpointed" * options.checkpointing + "-growth" * bool(options.growth) + "-precision" * (len(options.precision) > 1)
+    stamp += (
+        "-checkpointed" * options.checkpointing
+        + "-growth" * bool(options.growth)
+        + "-precision" * (len(options.precision) > 1)
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": str(datetime.date.today()), "device": machine.name, "processor": platform.processor() or platform.machine(),
@@ -178,7 +222,9 @@ def report(options, job: dict, workers: list[Worker]) -> None:
         "matmul_tflops": rate, "results": results,
     }  # fmt: skip
     (options.out / f"{stamp}.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(results, options.out / f"{stamp}.png", f"{Path(options.model).name}, {options.method}, {machine.name}")
+    draw(
+        results, options.out / f"{stamp}.png", f"{Path(options.model).name}, {options.method}, {machine.name}"
+    )
 
 
 def draw(results: dict, path: Path, title: str) -> None:
@@ -187,7 +233,10 @@ def draw(results: dict, path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, label) in zip(
         figure.subplots(1, 2, sharey=True),
-        [("pairs_per_second", "pairs per second"), ("peak_gib_above_model", "peak memory above the model, GiB")],
+        [
+            ("pairs_per_second", "pairs per second"),
+            ("peak_gib_above_model", "peak memory above the model, GiB"),
+        ],
         strict=True,
     ):
         bars = axes.barh(list(results)[::-1], [r[key] for r in list(results.values())[::-1]], color="#0072B2")

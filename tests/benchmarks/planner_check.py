@@ -61,7 +61,9 @@ def case(shape: str, method: str) -> dict:
         settings = Settings(**{**vars(settings), "base_model": home})
         model = models.load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
         args = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(home))
-        run = OrpoTrainer(model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed)
+        run = OrpoTrainer(
+            model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed
+        )
         resident = psutil.Process().memory_info().rss / 2**30
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at what is resident now
         start = time.monotonic()
@@ -99,9 +101,18 @@ def main(shapes=tuple(SHAPES), methods=METHODS) -> list[dict]:
 
 def report(rows: list[dict]) -> dict:
     """The cases with what they were measured on."""
-    cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    cpu = next(
+        line.split(": ")[1]
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
     hardware = f"{cpu}, {len(os.sched_getaffinity(0))} core(s), no GPU"
-    return dict(command="python -m tests.benchmarks.planner_check", date=time.strftime("%Y-%m-%d"), hardware=hardware, cases=rows)
+    return dict(
+        command="python -m tests.benchmarks.planner_check",
+        date=time.strftime("%Y-%m-%d"),
+        hardware=hardware,
+        cases=rows,
+    )
 
 
 if __name__ == "__main__":

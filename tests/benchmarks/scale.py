@@ -17,7 +17,10 @@ LLAMA_70B = LlamaConfig(  # Llama 3 70B, as its config.json has it
 DATASET = "HuggingFaceH4/ultrafeedback_binarized"
 SETTINGS = dict(pairs_per_step=128, max_prompt_tokens=1024, max_tokens=2048, learning_rate=5e-6, eval_pairs=0)
 A_NODE = 8
-LINK = {True: 450e9, False: 50e9}  # bytes a second of one card: NVLink within a node; 400 Gbit/s between nodes
+LINK = {
+    True: 450e9,
+    False: 50e9,
+}  # bytes a second of one card: NVLink within a node; 400 Gbit/s between nodes
 PAIRS = 10_000, 100_000, 1_000_000
 
 
@@ -28,7 +31,12 @@ def row(method: str, name: str, cards: int) -> list[str]:
     plan = make_plan(LLAMA_70B, settings, name, lengths, cards=cards)
     best, parts = plan.method, plan.method.parts
     if not best.fits:
-        return [method, f"{cards // A_NODE} x {A_NODE} {name}", f"{best.peak_gib:.0f} of {plan.memory_gib:.0f}", "does not fit"]
+        return [
+            method,
+            f"{cards // A_NODE} x {A_NODE} {name}",
+            f"{best.peak_gib:.0f} of {plan.memory_gib:.0f}",
+            "does not fit",
+        ]
     steps = math.ceil(lengths.pairs / settings.pairs_per_step)
     computing = 60 * best.minutes / steps
     # Of each micro-batch: weights gathered in 16 bit for the forward and again for the backward; what is trained, summed in 32.
@@ -49,7 +57,9 @@ def row(method: str, name: str, cards: int) -> list[str]:
 def main() -> None:
     settings = Settings(**SETTINGS)
     lengths = preset_lengths(DATASET, settings)
-    print(f"{settings.pairs_per_step} pairs a step, {lengths.mean:.0f} tokens a pair ({lengths.source}), longest {lengths.longest}.\n")
+    print(
+        f"{settings.pairs_per_step} pairs a step, {lengths.mean:.0f} tokens a pair ({lengths.source}), longest {lengths.longest}.\n"
+    )
     print("| method | nodes | GiB of a card | held + gathered + activations | checkpointed layers | pairs of a step on a card "
           f"| s a step: computing / links | h for {' | h for '.join(f'{n:,} pairs' for n in PAIRS)} |")  # fmt: skip
     print("|---" * (7 + len(PAIRS)) + "|")

@@ -49,7 +49,9 @@ def encoded_pairs(job: dict) -> list:
     cleaned, _ = data.clean(data.open_rows(job["dataset"]))
     pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
     order = [i for step in StepSampler([p.tokens() for p in pairs], job["pairs"], seed=0) for i in step]
-    return [pairs[i] for i in order][: job["pairs"] * (1 + job["steps"] + job["profile"])]  # the first step is the warm-up
+    return [pairs[i] for i in order][
+        : job["pairs"] * (1 + job["steps"] + job["profile"])
+    ]  # the first step is the warm-up
 
 
 def base_model(job: dict, device: str):
@@ -79,7 +81,9 @@ class Stepwise(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         sys.stdin.readline()
         if state.global_step > self.job["steps"]:
-            activities = [getattr(ProfilerActivity, name) for name in ("CPU", "CUDA")[: 1 + torch.cuda.is_available()]]
+            activities = [
+                getattr(ProfilerActivity, name) for name in ("CPU", "CUDA")[: 1 + torch.cuda.is_available()]
+            ]
             self.profiler = profile(activities=activities).__enter__()
         self.began = time.perf_counter()
 
@@ -89,7 +93,13 @@ class Stepwise(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, step = time.perf_counter() - self.began, state.global_step - 1
-        figures = dict(loss=logs["loss"], seconds=seconds, memory_gib=peak(self.device), tokens=self.tokens(step), attention_seconds=0.0)
+        figures = dict(
+            loss=logs["loss"],
+            seconds=seconds,
+            memory_gib=peak(self.device),
+            tokens=self.tokens(step),
+            attention_seconds=0.0,
+        )
         if self.profiler:
             self.profiler.__exit__(None, None, None)
             figures["profile"] = shares(self.profiler.key_averages())
@@ -113,7 +123,10 @@ def attention_seconds(job: dict, trained, step: int) -> float:
     pair = encoded_pairs(job)[step]
     dtype, times = getattr(torch, job["precision"]), []
     attention.start_batch(attention.collate([pair]))
-    q, k, v = (torch.randn(1, h, pair.tokens(), size, dtype=dtype, device=job["device"], requires_grad=True) for h in (heads, few, few))
+    q, k, v = (
+        torch.randn(1, h, pair.tokens(), size, dtype=dtype, device=job["device"], requires_grad=True)
+        for h in (heads, few, few)
+    )
     for _ in range(4):
         began = time.perf_counter()
         attention.attention(trained, q, k, v, None)[0].sum().backward()
@@ -137,7 +150,9 @@ def peak(device) -> float:
 
 def lazyorpo(job: dict, pairs: list, built, folder: str):
     settings = settings_of(job)
-    arguments = training_arguments(settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder))
+    arguments = training_arguments(
+        settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder)
+    )
     trainer = OrpoTrainer(
         built, arguments, settings, pairs, tokens_per_batch=job["tokens_per_batch"],
         checkpointed_layers=10**6 if job["checkpointing"] else 0,
@@ -210,7 +225,11 @@ def main(job: dict) -> None:
     if job["method"] != "full":
         torch.manual_seed(0)
         built = model.add_adapters(built, settings_of(job))
-    say(parameters=sum(p.numel() for p in built.parameters()), pairs=len(pairs), mean_tokens=sum(p.tokens() for p in pairs) / len(pairs))
+    say(
+        parameters=sum(p.numel() for p in built.parameters()),
+        pairs=len(pairs),
+        mean_tokens=sum(p.tokens() for p in pairs) / len(pairs),
+    )
     with tempfile.TemporaryDirectory() as folder:
         {"lazyorpo": lazyorpo, "trl": trl}[job["system"]](job, pairs, built, folder).train()
 

@@ -73,7 +73,9 @@ class Kernels(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("prompt", "dtype"), [(SHORT - 10, torch.float32), (SHORT, torch.bfloat16)])
-def test_under_bfloat16_the_cpus_kernel_takes_short_pairs_in_float32_and_never_copies_a_key_for_its_heads(prompt, dtype):
+def test_under_bfloat16_the_cpus_kernel_takes_short_pairs_in_float32_and_never_copies_a_key_for_its_heads(
+    prompt, dtype
+):
     _, _, scorer = scored("llama")  # with fewer keys than queries
     (pair,) = random_pairs(1, seed=3, longest=5)
     pair = pair._replace(prompt=[7] * prompt)
@@ -159,7 +161,11 @@ def attend(q, k, v, scale, window):
 
 def reference(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, window):
     lengths_q, lengths_k = starts_q.diff().tolist(), starts_k.diff().tolist()
-    assert starts_q.dtype == starts_k.dtype == torch.int32 and max(lengths_q) <= longest_q and max(lengths_k) <= longest_k
+    assert (
+        starts_q.dtype == starts_k.dtype == torch.int32
+        and max(lengths_q) <= longest_q
+        and max(lengths_k) <= longest_k
+    )
     pieces = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
     return torch.cat([attend(*piece, scale, window) for piece in pieces])
 
@@ -242,14 +248,18 @@ class Operations(TorchDispatchMode):
 
 def test_a_row_in_two_calls_waits_for_no_copy_and_gathers_keys_and_values_once_a_layer(kernels, monkeypatch):
     _, _, scorer = scored("llama")
-    monkeypatch.setattr(attention, "_proven_kernel", lambda *args: lambda q, k, v, *rest: q * k.sum() + v.sum())
+    monkeypatch.setattr(
+        attention, "_proven_kernel", lambda *args: lambda q, k, v, *rest: q * k.sum() + v.sum()
+    )
     inputs = scorer.inputs(collate(random_pairs(3)))
     with Operations() as ran:
         scorer.model(**inputs)["logps"].sum().backward()
     layers = scorer.model.config.num_hidden_layers
     assert ran.count["index_select"] == 2 * layers + 1  # and the scored hidden states
     # A sort, a wait for the device, a tensor made of a list on the host.
-    assert not {"index_put", "index_put_", "_index_put_impl_", "_local_scalar_dense", "lift_fresh"} & set(ran.count)
+    assert not {"index_put", "index_put_", "_index_put_impl_", "_local_scalar_dense", "lift_fresh"} & set(
+        ran.count
+    )
 
 
 def test_a_window_that_hides_nothing_is_not_asked_of_a_kernel(kernels):
@@ -265,14 +275,46 @@ def test_a_window_that_hides_nothing_is_not_asked_of_a_kernel(kernels):
 # What torch has, or has not: each kernel is tried before it is believed.
 
 
-def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, window_size_left=None, window_size_right=None):
+def flash(
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    dropout,
+    causal,
+    debug,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+):
     assert (dropout, causal, debug) == (0.0, True, False) and window_size_right in (None, 0)
     window = None if window_size_left is None else window_size_left + 1
     return reference(q, k, v, cu_q, cu_k, max_q, max_k, scale, window), None
 
 
-def efficient(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask_type, compute_log_sumexp=False, *, scale=None, window_size=None):
-    assert (bias, dropout, mask_type, compute_log_sumexp) == (None, 0.0, 2, True) and q.shape[2] == k.shape[2] == v.shape[2]
+def efficient(
+    q,
+    k,
+    v,
+    bias,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    dropout,
+    mask_type,
+    compute_log_sumexp=False,
+    *,
+    scale=None,
+    window_size=None,
+):
+    assert (bias, dropout, mask_type, compute_log_sumexp) == (None, 0.0, 2, True) and q.shape[2] == k.shape[
+        2
+    ] == v.shape[2]
     return reference(q[0], k[0], v[0], cu_q, cu_k, max_q, max_k, scale, window_size)[None], None
 
 
@@ -346,7 +388,11 @@ def test_whatever_torch_has_or_lacks_the_row_is_right_and_the_reason_kept(first,
     torch.testing.assert_close(ours, true, rtol=1e-5, atol=2e-6)
     taken = "flash" if first is flash else "efficient" if other is efficient else "a pair at a time"
     (said,) = attention.kernels_taken()
-    assert said.split(";")[0] == taken and said.count("; not ") == ["flash", "efficient", "a pair at a time"].index(taken)
+    assert said.split(";")[0] == taken and said.count("; not ") == [
+        "flash",
+        "efficient",
+        "a pair at a time",
+    ].index(taken)
     assert all(len(why) > 15 for why in said.split("; not ")[1:])
 
 
@@ -366,7 +412,9 @@ def test_the_calls_fit_the_operations_of_the_torch_at_hand(few, window):
 def test_a_model_that_gives_no_numbers_is_told_before_it_is_trained():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data[:] = torch.nan
-    with pytest.raises(UserError, match="float32 overflows.*not finite; load its weights anew or choose another"):
+    with pytest.raises(
+        UserError, match="float32 overflows.*not finite; load its weights anew or choose another"
+    ):
         PairScorer(ScoringForward(model))
 
 
@@ -453,7 +501,11 @@ def test_a_kernel_that_is_first_tried_in_a_checkpointed_layer_is_judged_as_outsi
         def layer(*x):
             return attention.attention(None, *x, None)[0] * 2
 
-        out = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False) if checkpointed else layer(*inputs)
+        out = (
+            torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+            if checkpointed
+            else layer(*inputs)
+        )
         assert attention.kernels_taken() == ["reference"]
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
     for ours, plain in zip(*results, strict=True):

@@ -7,7 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lazyorpo_lib.fast import head
 from lazyorpo_lib.fast.head import token_logps
 
-CASES = [dict(), dict(softcap=5.0), dict(scale=0.25), dict(bias=True), dict(bias=True, softcap=3.0, scale=0.5)]
+CASES = [
+    dict(),
+    dict(softcap=5.0),
+    dict(scale=0.25),
+    dict(bias=True),
+    dict(bias=True, softcap=3.0, scale=0.5),
+]
 
 
 def reference(hidden, weight, targets, bias=None, softcap=0.0, scale=1.0):
@@ -63,13 +69,19 @@ def plain(hidden, weight, targets, bias=None, softcap=0.0, scale=1.0):
     logits = (logits if bias is None else logits + bias) * scale
     t = torch.tanh(logits / softcap) if softcap else logits
     logps = torch.log_softmax(softcap * t if softcap else logits, -1)
-    gradient = (torch.nn.functional.one_hot(targets, len(weight)) - logps.exp()) * scale * (1 - t * t if softcap else 1)
+    gradient = (
+        (torch.nn.functional.one_hot(targets, len(weight)) - logps.exp())
+        * scale
+        * (1 - t * t if softcap else 1)
+    )
     return logps.gather(1, targets[:, None])[:, 0], gradient.to(weight.dtype) @ weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_log_probabilities_are_those_of_the_plain_formula_to_the_bit_and_their_gradient_no_less_exact(case, dtype, monkeypatch):
+def test_log_probabilities_are_those_of_the_plain_formula_to_the_bit_and_their_gradient_no_less_exact(
+    case, dtype, monkeypatch
+):
     torch.manual_seed(0)
     m, h, v = 96, 48, 500
     monkeypatch.setattr(head, "BLOCK_BYTES", 32 * 4 * v)
@@ -78,7 +90,9 @@ def test_log_probabilities_are_those_of_the_plain_formula_to_the_bit_and_their_g
     hidden, weight = torch.randn(m, h).to(dtype).requires_grad_(), (torch.randn(v, h) / 4).to(dtype)
     targets = (hidden @ weight.T).argmax(1)  # likely tokens, as after some training: p is near 1
     with torch.no_grad():
-        blocks = [plain(hidden[i : i + 32], weight, targets[i : i + 32], bias, **case) for i in range(0, m, 32)]
+        blocks = [
+            plain(hidden[i : i + 32], weight, targets[i : i + 32], bias, **case) for i in range(0, m, 32)
+        ]
         logps, jacobian = (torch.cat(x) for x in zip(*blocks, strict=True))
         _, true = plain(hidden.double(), weight.double(), targets, bias, **case)
     ours = token_logps(hidden, weight, targets, bias=bias, **case)
@@ -116,7 +130,10 @@ def test_a_second_block_takes_no_more_memory_than_the_first(trained, monkeypatch
     monkeypatch.setattr(head, "BLOCK_BYTES", 128 * 4 * v)
     for m in (128, 512):
         hidden = torch.randn(m, 8, dtype=torch.bfloat16, requires_grad=True)
-        weight, targets = torch.randn(v, 8, dtype=torch.bfloat16, requires_grad=trained), torch.randint(v, (m,))
+        weight, targets = (
+            torch.randn(v, 8, dtype=torch.bfloat16, requires_grad=trained),
+            torch.randint(v, (m,)),
+        )
         with Peak(hidden, weight, targets) as peak:
             token_logps(hidden, weight, targets).sum().backward()
         peaks.append(peak.most / (128 * v))

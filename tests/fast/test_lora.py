@@ -44,7 +44,9 @@ def linear(bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_peft(bias, dropout, autocast, bound):
     x = torch.randn(2, 5, 24)
-    results = [outcome(adapted(linear(bias), dropout=dropout, fused=fused), x, autocast) for fused in (True, False)]
+    results = [
+        outcome(adapted(linear(bias), dropout=dropout, fused=fused), x, autocast) for fused in (True, False)
+    ]
     assert len(results[0]) == 4
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype

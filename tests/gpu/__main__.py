@@ -103,7 +103,9 @@ def chosen(names: list[str]) -> list[Part]:
             found = [p for p in PARTS if name in (p.name, p.name.split("/")[0])]
         if not found:
             known = ", ".join(dict.fromkeys(f"{p.number} {p.name.split('/')[0]}" for p in PARTS))
-            raise Wrong(f"There is no part {name!r}; give a number, a range such as 0-9, or a name of: {known}.")
+            raise Wrong(
+                f"There is no part {name!r}; give a number, a range such as 0-9, or a name of: {known}."
+            )
         wanted |= {p.name for p in found}
     return [p for p in PARTS if p.name in wanted or not names]
 
@@ -145,14 +147,26 @@ def measure(part: Part, small: bool, say) -> None:
     except Exception as error:
         traceback.print_exc()
         said = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:200]}"
-        say({"what": "end", "measured": said, "ok": False, "unit": "", "seconds": round(time.monotonic() - began, 2)})
+        say(
+            {
+                "what": "end",
+                "measured": said,
+                "ok": False,
+                "unit": "",
+                "seconds": round(time.monotonic() - began, 2),
+            }
+        )
 
 
 def started(part: Part, small: bool, seconds: float):
     """Run a part in a process of its own and give its checks as they come; after `seconds` it is killed."""
     command = [sys.executable, "-m", "tests.gpu", "--child", part.name, *["--small"] * small]
-    environment = os.environ | dict(part.environment) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    environment = (
+        os.environ | dict(part.environment) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
     def kill():  # with every process that it started
         with contextlib.suppress(ProcessLookupError):
@@ -189,7 +203,16 @@ def machine() -> dict:
     asked = [sys.executable, "-m", "tests.gpu", "--child", "facts"]
     facts = json.loads(subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout)
     facts["versions"] = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger-kernel", "datasets"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "trl",
+        "liger-kernel",
+        "datasets",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             facts["versions"][name] = version(name)
     asked = subprocess.run(["git", "describe", "--always", "--dirty"], stdout=subprocess.PIPE, text=True)
@@ -226,11 +249,19 @@ def run(parts: list[Part], small: bool, about: dict, minutes: float, file: Path)
             if "skip" not in check:
                 print(line(part.name, check), flush=True)
         told = verdict(checks)
-        row = {"number": part.number, "part": part.name, "verdict": told, "seconds": round(time.monotonic() - began, 1)}
+        row = {
+            "number": part.number,
+            "part": part.name,
+            "verdict": told,
+            "seconds": round(time.monotonic() - began, 1),
+        }
         if told == "SKIP":
             row["why"] = next(check["skip"] for check in checks if "skip" in check)
             print(f"SKIP {part.name}: {row['why']} in {row['seconds']:.1f} s", flush=True)
-        done.append(row | {"small": small, "commit": about["commit"], "checks": [c for c in checks if "skip" not in c]})
+        done.append(
+            row
+            | {"small": small, "commit": about["commit"], "checks": [c for c in checks if "skip" not in c]}
+        )
         if told != "SKIP" or part.name not in rows:
             rows[part.name] = done[-1]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +275,9 @@ def table(done: list[dict]) -> str:
     for row in done:
         good = sum(check["ok"] is not False for check in row["checks"])
         failed = [check["what"] for check in row["checks"] if check["ok"] is False]
-        said = row.get("why") or f"{good} of {len(row['checks'])}" + (f"; failed: {', '.join(failed)}" if failed else "")
+        said = row.get("why") or f"{good} of {len(row['checks'])}" + (
+            f"; failed: {', '.join(failed)}" if failed else ""
+        )
         rows.append(f"{row['number']:>2} {row['part']:27}{row['verdict']:6}{row['seconds']:7.1f}  {said}")
     return "\n".join(rows)
 
@@ -289,12 +322,22 @@ def child(name: str, small: bool) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", nargs="*", help="numbers, ranges, names; or pack FOLDER")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "tests/results")), help="folder of the JSON")
-    parser.add_argument("--minutes", type=float, help="what does not fit is skipped (default: 9; with --short 15)")
-    parser.add_argument("--small", action="store_true", help="the small form of every part; without CUDA it is taken anyway")
-    parser.add_argument("--short", action="store_true", help="what a Colab T4 is asked for; prints the JSON at the end")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT", "tests/results")), help="folder of the JSON"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="what does not fit is skipped (default: 9; with --short 15)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="the small form of every part; without CUDA it is taken anyway"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="what a Colab T4 is asked for; prints the JSON at the end"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -303,13 +346,18 @@ def main(arguments: list[str]) -> int:
         if options.part[:1] == ["pack"]:
             if len(options.part) != 2:
                 raise Wrong("pack takes one folder to unpack into, as in: python -m tests.gpu pack .site")
-            print(f"{options.part[1]}: {pack(Path(options.part[1]))} MiB; start with PYTHONPATH={options.part[1]}")
+            print(
+                f"{options.part[1]}: {pack(Path(options.part[1]))} MiB; start with PYTHONPATH={options.part[1]}"
+            )
             return 0
         parts = SHORT if options.short and not options.part else chosen(options.part)
         about = machine()
         small = options.small or about["device"] != "cuda"
         file = results_file(options.out, about)
-        print(f"{about['card']}, {about['memory_gib']:.1f} GiB, {about['versions']}, {about['commit']}", flush=True)
+        print(
+            f"{about['card']}, {about['memory_gib']:.1f} GiB, {about['versions']}, {about['commit']}",
+            flush=True,
+        )
         done = run(parts, small, about, options.minutes or (15 if options.short else 9), file)
     except Wrong as mistake:
         print(f"tests.gpu: {mistake}", file=sys.stderr)

@@ -52,7 +52,9 @@ class Skip(Exception):
     """Why a part cannot be run on this machine."""
 
 
-def check(what: str, measured, low=None, high=None, *, unit: str = "", ok: bool | None = None, expected: str = "") -> dict:
+def check(
+    what: str, measured, low=None, high=None, *, unit: str = "", ok: bool | None = None, expected: str = ""
+) -> dict:
     """One figure and what is expected of it; NaN is never within limits. Without limits and `ok` it is only told.
 
     Args:
@@ -86,7 +88,9 @@ def build(config, dtype, device: str = DEVICE, seed: int = 0):
     """Random weights of a shape, made on the device."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # a scorer writes its layout there
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype
+        )  # a scorer writes its layout there
 
 
 def build_four_bit(config, dtype):
@@ -100,9 +104,19 @@ def build_four_bit(config, dtype):
     for module in list(model.modules()):
         for name, layer in module.named_children():
             if type(layer) is torch.nn.Linear and layer is not head:
-                made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, True, "nf4", device="meta")
+                made = Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    dtype,
+                    True,
+                    "nf4",
+                    device="meta",
+                )
                 weight = torch.empty(layer.weight.shape, dtype=dtype, device=DEVICE).normal_(0, 0.02)
-                made.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(DEVICE)
+                made.weight = Params4bit(
+                    weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
+                ).to(DEVICE)
                 setattr(module, name, made)
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
@@ -126,7 +140,9 @@ def lora(model, **settings):
     return model
 
 
-def lengths(count: int, *, longest: int = 2048, prompt: int = 10**6, shrink: int = 1) -> list[tuple[int, int, int]]:
+def lengths(
+    count: int, *, longest: int = 2048, prompt: int = 10**6, shrink: int = 1
+) -> list[tuple[int, int, int]]:
     """(prompt, chosen, rejected) of real pairs, prompts cut, pairs of more than `longest` tokens left out, again and again."""
     rows = json.loads(Path(__file__).parents[1].joinpath("lengths.json").read_text())
     rows = [(min(p, prompt), c, r) for p, c, r in rows if min(p, prompt) + max(c, r) <= longest]
@@ -137,16 +153,30 @@ def lengths(count: int, *, longest: int = 2048, prompt: int = 10**6, shrink: int
 def pairs_of(triples, vocabulary: int, seed: int = 0) -> list[EncodedPair]:
     """Random tokens in the lengths of `triples`."""
     rng = random.Random(seed)
-    return [EncodedPair(i, *([rng.randrange(5, vocabulary) for _ in range(n)] for n in triple)) for i, triple in enumerate(triples)]
+    return [
+        EncodedPair(i, *([rng.randrange(5, vocabulary) for _ in range(n)] for n in triple))
+        for i, triple in enumerate(triples)
+    ]
 
 
 # Training.
 
 
-def trainer_of(model, pairs, folder, *, dtype, tokens=10**6, layers=0, rows=None, callbacks=(), **settings) -> OrpoTrainer:
-    quiet = dict(method="lora", save_every_steps=0, eval_pairs=0, pairs_per_step=4, learning_rate=1e-3, lr_schedule="constant")
+def trainer_of(
+    model, pairs, folder, *, dtype, tokens=10**6, layers=0, rows=None, callbacks=(), **settings
+) -> OrpoTrainer:
+    quiet = dict(
+        method="lora",
+        save_every_steps=0,
+        eval_pairs=0,
+        pairs_per_step=4,
+        learning_rate=1e-3,
+        lr_schedule="constant",
+    )
     settings = Settings(**(quiet | settings))
-    arguments = training_arguments(settings, dtype=dtype, device=DEVICE.split(":")[0], output_dir=Path(folder))
+    arguments = training_arguments(
+        settings, dtype=dtype, device=DEVICE.split(":")[0], output_dir=Path(folder)
+    )
     return OrpoTrainer(
         model, arguments, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=layers,
         on_row=(rows if rows is not None else []).append, callbacks=callbacks,
@@ -226,7 +256,9 @@ def clean() -> None:
 def cap(gib: float) -> None:
     """No more of the card's memory than this for the rest of the process."""
     if CUDA:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / torch.cuda.get_device_properties(0).total_memory))
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+        )
 
 
 @contextlib.contextmanager

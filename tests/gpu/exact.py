@@ -58,7 +58,12 @@ def plan(small: bool):
         yield same(f"{name}: stood in for", sum("cannot be simulated" in p.why for p in plans), 0)
     if CUDA:
         card = this_card()
-        yield check("this card in the planner's table", card.name if card else "none", ok=card is not None, expected="a card")
+        yield check(
+            "this card in the planner's table",
+            card.name if card else "none",
+            ok=card is not None,
+            expected="a card",
+        )
 
 
 # 2: attention
@@ -80,7 +85,9 @@ class _Operations(TorchDispatchMode):
 
 def _row(triples):
     """A batch whose tokens say what they are: 3 i prompt of pair i, 3 i + 1 chosen, 3 i + 2 rejected."""
-    return collate([EncodedPair(i, *([3 * i + side] * n for side, n in enumerate(t))) for i, t in enumerate(triples)])
+    return collate(
+        [EncodedPair(i, *([3 * i + side] * n for side, n in enumerate(t))) for i, t in enumerate(triples)]
+    )
 
 
 def _allowed(batch, window: int | None):
@@ -100,7 +107,9 @@ def _dense(q, k, v, allowed):
 def _with_gradients(function, inputs, grad):
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
-    return dict(zip("oqkv", [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))], strict=True))
+    return dict(
+        zip("oqkv", [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))], strict=True)
+    )
 
 
 def _inputs(heads: int, few: int, size: int, n: int, dtype):
@@ -148,7 +157,9 @@ def kernel(small: bool):
             paths = ", ".join(sorted(seen)) or "plain operations"
             flash = way == "natively" and HALF == torch.bfloat16 and dtype != torch.float32
             wanted = "_flash_attention_forward" if flash else "_efficient_attention_forward"
-            yield check(f"{name}, path", paths, ok=seen == {wanted} if CUDA else None, expected=wanted if CUDA else "")
+            yield check(
+                f"{name}, path", paths, ok=seen == {wanted} if CUDA else None, expected=wanted if CUDA else ""
+            )
     if CUDA and HALF == torch.bfloat16:
         yield from _speed()
 
@@ -163,10 +174,14 @@ def _speed():
     ways = {
         "the row's kernel": lambda q, k, v: attention.attention(None, q, k, v, None)[0],
         "a call for every answer": lambda q, k, v: attention._by_pairs(q, k, v, 0.0, None, None),
-        "dense mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2),
+        "dense mask": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, **options
+        ).transpose(1, 2),
     }
     attention.start_batch(batch)
-    times = {name: milliseconds(lambda way=way: _with_gradients(way, inputs, grad)) for name, way in ways.items()}
+    times = {
+        name: milliseconds(lambda way=way: _with_gradients(way, inputs, grad)) for name, way in ways.items()
+    }
     attention.start_batch(None)
     for name, ms in times.items():
         yield check(f"8 x 900 tokens: {name}", ms, unit="ms")
@@ -220,7 +235,9 @@ def _step(trainer, pairs) -> tuple[torch.Tensor, dict]:
     trainer.model.zero_grad()
     scale = _scale(trainer)
     loss = trainer.training_step(trainer.model, {"pairs": pairs}).detach().cpu()
-    return loss, {n: p.grad.float().cpu() / scale for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss, {
+        n: p.grad.float().cpu() / scale for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 def _worst(some: dict, truth: dict) -> float:
@@ -244,8 +261,18 @@ def equal(small: bool):
             for text, error in _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
                 errors.setdefault(text, []).append(error)
         for text, several in errors.items():
-            limits = {"1 - cosine": 1e-3, "split to split": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-            yield check(f"{kind}, {text}", largest(several), high=next(x for name, x in limits.items() if name in text))
+            limits = {
+                "1 - cosine": 1e-3,
+                "split to split": 1e-5,
+                "float32": 1e-4,
+                "bfloat16": 5e-2,
+                "float16": 1e-2,
+            }
+            yield check(
+                f"{kind}, {text}",
+                largest(several),
+                high=next(x for name, x in limits.items() if name in text),
+            )
         yield same(f"{kind}, layouts", ", ".join(sorted(rungs)), "shared")
 
 
@@ -258,8 +285,17 @@ def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
         halves = {} if kind == "mixtral" else HALVES
         for name, dtype in ({"float32": torch.float32} | halves).items():
             trainer = trainer_of(_copied(base, method, dtype), pairs, folder, dtype=dtype, **settings)
-            if CUDA or name == "float32":  # on a CPU short pairs are computed better in bfloat16 than the truth they are held against
-                rungs.add(" ".join([trainer.scorer.rung, *(f"({name}: {why})" for why in trainer.scorer.refused.values())]))
+            if (
+                CUDA or name == "float32"
+            ):  # on a CPU short pairs are computed better in bfloat16 than the truth they are held against
+                rungs.add(
+                    " ".join(
+                        [
+                            trainer.scorer.rung,
+                            *(f"({name}: {why})" for why in trainer.scorer.refused.values()),
+                        ]
+                    )
+                )
             loss, grads = _step(trainer, pairs)
             yield f"loss, {name}", difference(loss, truth[0])
             yield f"gradients, {name}", difference(grads, truth[1])
@@ -279,7 +315,9 @@ def _cpu_step(base, method, pairs, folder, settings):
     given = Settings(save_every_steps=0, eval_pairs=0, **settings)
     arguments = training_arguments(given, dtype=torch.float32, device="cpu", output_dir=Path(folder))
     with patch.object(attention, "LADDER", attention.LADDER[-1:]):
-        trainer = OrpoTrainer(_copied(base, method, torch.float32), arguments, given, pairs, tokens_per_batch=10**6)
+        trainer = OrpoTrainer(
+            _copied(base, method, torch.float32), arguments, given, pairs, tokens_per_batch=10**6
+        )
     return _step(trainer, pairs)
 
 
@@ -327,10 +365,14 @@ def fp16(small: bool):
         for dtype in (torch.float32, half):
             rows = []
             model = _copied(base, "lora", dtype)
-            trainer_of(model, pairs, folder, dtype=dtype, rows=rows, max_steps=steps, learning_rate=2e-4).train()
+            trainer_of(
+                model, pairs, folder, dtype=dtype, rows=rows, max_steps=steps, learning_rate=2e-4
+            ).train()
             losses.append(torch.tensor([row["loss"] for row in rows]))
         apart = largest((losses[1] - losses[0]).abs() / losses[0])
-        yield check(f"loss of {steps} steps in {str(half).removeprefix('torch.')} against float32", apart, high=0.02)
+        yield check(
+            f"loss of {steps} steps in {str(half).removeprefix('torch.')} against float32", apart, high=0.02
+        )
         yield from _strikes(base, pairs, folder, half)
         with torch.no_grad():
             broken = _copied(base, "lora", half)
@@ -341,7 +383,10 @@ def fp16(small: bool):
 def _strikes(base, pairs, folder, half):
     """Twelve steps, the fourth with an overflow (float16 alone has one), one with a pair that is NaN."""
     bad = len(pairs) - 1
-    pairs = [*pairs[:47], pairs[bad]._replace(index=bad, prompt=[TINY["vocab_size"] - 1, *pairs[bad].prompt])][:48]
+    pairs = [
+        *pairs[:47],
+        pairs[bad]._replace(index=bad, prompt=[TINY["vocab_size"] - 1, *pairs[bad].prompt]),
+    ][:48]
     model = _copied(base, "lora", half)
     trainer = trainer_of(model, pairs, folder, dtype=half, epochs=1.0)
     with torch.no_grad():
@@ -375,7 +420,9 @@ def _said(what: str, act) -> dict:
 
 def qlora(small: bool):
     """From a file in 16 bit to 4 bit on the card: memory, the fused layers against PEFT's, training, merging."""
-    shape = config("llama-3-8b", small, num_hidden_layers=2 if small else 8, **(dict(hidden_size=256) if small else {}))
+    shape = config(
+        "llama-3-8b", small, num_hidden_layers=2 if small else 8, **(dict(hidden_size=256) if small else {})
+    )
     with tempfile.TemporaryDirectory() as folder:
         stored = build(shape, torch.bfloat16)
         stored.save_pretrained(f"{folder}/base", max_shard_size="2GB")
@@ -392,7 +439,9 @@ def qlora(small: bool):
         trainer = trainer_of(model, pairs, folder, dtype=dtype, rows=rows, method="qlora", max_steps=20)
         trainer.train()
         yield check("loss after 20 steps, of the first", rows[-1]["loss"] / rows[0]["loss"], high=0.99)
-        yield check("merged against with its adapter", _merged(model, settings, Path(folder, "model")), high=1e-2)
+        yield check(
+            "merged against with its adapter", _merged(model, settings, Path(folder, "model")), high=1e-2
+        )
 
 
 def _loading(settings, shape, folder):
@@ -415,11 +464,15 @@ def _loading(settings, shape, folder):
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     yield check("host memory while loading, of the largest file", (max(resident) - before) / shard, high=1.2)
     known = planner.measured_lengths(pairs_of([(300, 300, 300)], 500))
-    plan = next(m for m in planner.make_plan(shape, settings, this_machine(), known).methods if m.method == "qlora")
+    plan = next(
+        m for m in planner.make_plan(shape, settings, this_machine(), known).methods if m.method == "qlora"
+    )
     adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     planned = plan.parts["weights"] * GIB + adapters
     yield check("weights as planned", planned / torch.cuda.memory_allocated(), 0.97, 1.03)
-    yield check("card while loading, of the planned weights", torch.cuda.max_memory_allocated() / planned, high=1.15)
+    yield check(
+        "card while loading, of the planned weights", torch.cuda.max_memory_allocated() / planned, high=1.15
+    )
     del model
     clean()
 
@@ -440,7 +493,9 @@ def _fused_against_peft(model, dtype) -> float:
         with torch.autocast(DEVICE.split(":")[0], dtype):
             logits = model(ids, use_cache=False).logits
         (torch.log_softmax(logits.float(), -1)[0, :-1].gather(1, ids[0, 1:, None]).sum()).backward()
-        results.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
         model.zero_grad(set_to_none=True)
     fuse(model)
     return largest(difference(*(r[k] for r in results)) for k in (0, 1))
@@ -477,14 +532,19 @@ def resume(small: bool):
     """A run that goes on from step 5 against one that was never interrupted."""
     dtype = HALF if CUDA else torch.float32
     shape = config("smollm2-135m", small, num_hidden_layers=2 if small else 6, vocab_size=TINY["vocab_size"])
-    base, pairs = build(shape, torch.float32), pairs_of(lengths(48, longest=400, shrink=8 if small else 1), TINY["vocab_size"])
+    base, pairs = (
+        build(shape, torch.float32),
+        pairs_of(lengths(48, longest=400, shrink=8 if small else 1), TINY["vocab_size"]),
+    )
     optimizers = ("adamw", "adamw_8bit", "paged_adamw_32bit") if CUDA and _has("bitsandbytes") else ("adamw",)
     for exact, optimizer in [(True, name) for name in optimizers] + [(False, "adamw")]:
         torch.use_deterministic_algorithms(exact, warn_only=True)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole, _ = _run(base, pairs, f"{folder}/a", dtype, optimizer=optimizer)
-            again, trainer = _run(base, pairs, f"{folder}/b", dtype, Path(folder, "a", "checkpoint-5"), optimizer=optimizer)
+            again, trainer = _run(
+                base, pairs, f"{folder}/b", dtype, Path(folder, "a", "checkpoint-5"), optimizer=optimizer
+            )
             apart = largest((whole[n] - again[n]).abs().max() for n in whole)
             if exact:
                 yield same(f"{optimizer}, deterministic: largest difference of a weight", apart, 0.0)
@@ -494,7 +554,9 @@ def resume(small: bool):
                 yield check(f"{optimizer}: largest difference of a weight", apart, high=3 * noise)
             if optimizer.startswith("paged"):  # some 2 MB of managed memory: no card is harmed by so little
                 states = [s["state1"] for s in trainer.optimizer.state.values() if s["state1"].numel() >= 1e5]
-                yield same("paged state after going on", {getattr(s, "is_paged", False) for s in states}, {True})
+                yield same(
+                    "paged state after going on", {getattr(s, "is_paged", False) for s in states}, {True}
+                )
     torch.use_deterministic_algorithms(False)
 
 
@@ -527,7 +589,9 @@ def oom(small: bool):
         cap(4.0)
         trainer, model = run(folder, 30_000)
         left = _left_by_failures(trainer)
-        yield check("weights after 8 steps against those without a cap", difference(trained(model), truth), high=1e-3)
+        yield check(
+            "weights after 8 steps against those without a cap", difference(trained(model), truth), high=1e-3
+        )
         yield check("notes of less memory", len(trainer.oom_notes), low=1)
         yield check("left allocated by a failed try", max(left, default=0.0), high=1.0, unit="MiB")
         yield from _capped_looks(trainer, model)
@@ -580,7 +644,12 @@ def twice(small: bool):
     alive, seen, load = [], [], models.load_for_training
 
     def loading(*args, **kwargs):
-        alive.append((sum(model() is not None for model in seen), torch.cuda.memory_allocated() / 2**20 if CUDA else 0.0))
+        alive.append(
+            (
+                sum(model() is not None for model in seen),
+                torch.cuda.memory_allocated() / 2**20 if CUDA else 0.0,
+            )
+        )
         return load(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(models, "load_for_training", loading):
@@ -589,7 +658,17 @@ def twice(small: bool):
             build(config("smollm2-135m", vocab_size=512), torch.float32).save_pretrained(base)
             models.load_tokenizer(models.TINY_MODEL).save_pretrained(base)
         for k, way in enumerate(way for way in ways for _ in range(2)):
-            given = dict(preset="tiny", base_model=base, output_dir=f"{folder}/{k}", max_steps=2, eval_pairs=2, answers=0) | way
+            given = (
+                dict(
+                    preset="tiny",
+                    base_model=base,
+                    output_dir=f"{folder}/{k}",
+                    max_steps=2,
+                    eval_pairs=2,
+                    answers=0,
+                )
+                | way
+            )
             run = runs.execute(*resolve([("flag", given)])[:2], show=lambda text: None)
             seen.append(weakref.ref(run.model))
             _failed_cell(run)
@@ -601,7 +680,9 @@ def twice(small: bool):
         yield check("memory at the next load", max(mib for _, mib in alive), high=10.0, unit="MiB")
     for way, first, second in zip(ways, peaks[::2], peaks[1::2], strict=True):
         limits = (0.98, 1.02) if CUDA else (None, None)  # the host's memory has a history
-        yield check(f"{'+'.join(way.values())}: second peak, of the first", second / max(first, 1e-9), *limits)
+        yield check(
+            f"{'+'.join(way.values())}: second peak, of the first", second / max(first, 1e-9), *limits
+        )
 
 
 def _failed_cell(run) -> None:
@@ -649,7 +730,10 @@ def probe(small: bool):
 def answers(small: bool):
     """Prompts answered together and one by one: the same texts."""
     tokenizer = models.load_tokenizer(models.TINY_MODEL)
-    base = build(config("smollm2-135m", small, num_hidden_layers=2 if small else 8, vocab_size=len(tokenizer)), torch.float32)
+    base = build(
+        config("smollm2-135m", small, num_hidden_layers=2 if small else 8, vocab_size=len(tokenizer)),
+        torch.float32,
+    )
     with torch.no_grad():  # larger than the usual start: fewer near ties between the next tokens
         for weight in base.parameters():
             if weight.dim() > 1:
@@ -663,6 +747,10 @@ def answers(small: bool):
         seconds = time.perf_counter() - began
         alone = [evaluate.answers(model, tokenizer, [p], max_tokens=tokens, end_ids=[2])[0] for p in prompts]
         name = str(dtype).removeprefix("torch.")
-        yield check(f"{name}: texts equal", sum(a == b for a, b in zip(together, alone, strict=True)) / count, low=least)
+        yield check(
+            f"{name}: texts equal",
+            sum(a == b for a, b in zip(together, alone, strict=True)) / count,
+            low=least,
+        )
         yield check(f"{name}: different texts among them", len(set(together)) / count, low=0.2)
         yield check(f"{name}: tokens a second", count * tokens / seconds)

@@ -47,7 +47,9 @@ def env(small: bool):
     speed = 2 * 4 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
     yield check("copy", speed, 0.85 * card.bandwidth if card else None, unit="GB/s")
     one = torch.zeros(1, device=DEVICE)
-    yield check("empty launch", 1e3 * milliseconds(lambda: one.zero_(), 2000), high=8.0 if CUDA else None, unit="us")
+    yield check(
+        "empty launch", 1e3 * milliseconds(lambda: one.zero_(), 2000), high=8.0 if CUDA else None, unit="us"
+    )
     if CUDA:
         free, total = torch.cuda.mem_get_info()
         yield check("free memory", (free + torch.cuda.memory_reserved()) / GIB, unit="GiB")
@@ -67,7 +69,9 @@ def _planned(shape, settings: Settings, machine, pairs):
 
     first = plan(settings)
     tokens = max(1, first.tokens_per_batch // cost) * cost
-    return plan(dataclasses.replace(settings, tokens_per_batch=tokens, checkpointed_layers=first.checkpointed_layers))
+    return plan(
+        dataclasses.replace(settings, tokens_per_batch=tokens, checkpointed_layers=first.checkpointed_layers)
+    )
 
 
 def _built(shape, method: str, dtype):
@@ -85,7 +89,9 @@ def peaks(small: bool, name: str, method: str, limit: str = "", expandable: bool
     triples = [(1024, 1024, 1024)] if method == "qlora" else [_mean()] * 16
     triples = [tuple(n // 8 for n in t) for t in triples] if small else triples
     pairs = pairs_of(triples, shape.vocab_size)
-    settings = Settings(method=method, save_every_steps=0, eval_pairs=0, pairs_per_step=min(8, len(pairs)), max_steps=2)
+    settings = Settings(
+        method=method, save_every_steps=0, eval_pairs=0, pairs_per_step=min(8, len(pairs)), max_steps=2
+    )
     with as_t4() if limit == "T4" else contextlib.nullcontext(), tempfile.TemporaryDirectory() as folder:
         machine = card or this_machine()
         plan = _planned(shape, settings, machine, pairs)
@@ -115,10 +121,17 @@ def _mean() -> tuple[int, int, int]:
 def _memory(plan, expandable: bool, most: float | None):
     allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     yield check("allocated at the peak", allocated, high=most, unit="GiB")
-    yield check("planned without framework, of allocated", (plan.peak_gib - plan.parts["framework"]) / allocated, 0.93, 1.03)
+    yield check(
+        "planned without framework, of allocated",
+        (plan.peak_gib - plan.parts["framework"]) / allocated,
+        0.93,
+        1.03,
+    )
     yield check("reserved, of allocated", reserved / allocated, high=1.1 if expandable else None)
     free, total = torch.cuda.mem_get_info()
-    yield check("context, and what others hold", (total - free - torch.cuda.memory_reserved()) / GIB, unit="GiB")
+    yield check(
+        "context, and what others hold", (total - free - torch.cuda.memory_reserved()) / GIB, unit="GiB"
+    )
 
 
 # 11: the article's run
@@ -160,7 +173,9 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
     shape = config(name, small)
     dtype = HALF if CUDA else torch.float32
     pairs = pairs_of(lengths(4 * (steps + 4), prompt=128, shrink=8 if small else 1), shape.vocab_size)
-    settings = Settings(method=method, pairs_per_step=4, eval_pairs=0, save_every_steps=0, max_steps=ARTICLE, epochs=10**4)
+    settings = Settings(
+        method=method, pairs_per_step=4, eval_pairs=0, save_every_steps=0, max_steps=ARTICLE, epochs=10**4
+    )
     made = planner.make_plan(shape, settings, this_machine(), planner.measured_lengths(pairs), dtype=dtype)
     plan = next(m for m in made.methods if m.method == method)
     clock, profiled, rows = Clock(first, steps), _Profiled(steps, steps + 4), []
@@ -193,9 +208,17 @@ def trl(small: bool, name: str, checkpointed: bool):
             build(config("smollm2-135m", small), torch.float32).save_pretrained(model)
             models.load_tokenizer(models.TINY_MODEL).save_pretrained(model)
         rows = [(max(1, p - 20), c, r) for p, c, r in lengths(80, longest=700, shrink=8 if small else 1)]
-        texts = [dict(zip(("prompt", "chosen", "rejected"), (_letters(k, n) for n in row), strict=True)) for k, row in enumerate(rows)]
+        texts = [
+            dict(zip(("prompt", "chosen", "rejected"), (_letters(k, n) for n in row), strict=True))
+            for k, row in enumerate(rows)
+        ]
         Path(home, "pairs.json").write_text(json.dumps(texts))
-        steps = ["--steps", "1" if small else "12", "--precision", str(HALF).removeprefix("torch.") if CUDA else "float32"]
+        steps = [
+            "--steps",
+            "1" if small else "12",
+            "--precision",
+            str(HALF).removeprefix("torch.") if CUDA else "float32",
+        ]
         command = [sys.executable, "-m", "tests.benchmarks", "--model", model, "--dataset", f"{home}/pairs.json", "--out", f"{home}/out",
                    "--tokens-per-batch", "8192", *["--checkpointing"] * checkpointed, *steps]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"HF_HOME": home}, capture_output=True, text=True)
@@ -210,13 +233,19 @@ def _letters(k: int, n: int) -> str:
 
 
 def _against_trl(results: dict, held: bool):
-    theirs, same_loss, ours = (results[name] for name in ("TRL", "LazyORPO, prompt+answer", "LazyORPO, answer"))
+    theirs, same_loss, ours = (
+        results[name] for name in ("TRL", "LazyORPO, prompt+answer", "LazyORPO, answer")
+    )
     apart = largest(abs(a / b - 1) for a, b in zip(same_loss["losses"], theirs["losses"], strict=True))
     yield check("prompt+answer, loss apart from TRL's", apart, high=0.01)
     yield check("TRL", theirs["pairs_per_second"], unit="pairs/s")
     for what, r in (("prompt+answer", same_loss), ("answer", ours)):
         held = held and what == "answer"
-        yield check(f"{what}, pairs/s of TRL's", r["pairs_per_second"] / theirs["pairs_per_second"], low=3.0 if held else None)
+        yield check(
+            f"{what}, pairs/s of TRL's",
+            r["pairs_per_second"] / theirs["pairs_per_second"],
+            low=3.0 if held else None,
+        )
         ratio = r["peak_gib_above_model"] / max(theirs["peak_gib_above_model"], 1e-9)
         yield check(f"{what}, memory above the model of TRL's", ratio, high=0.4 if held else None)
 
@@ -240,7 +269,9 @@ class _Waits(TrainerCallback):
         if state.global_step == self.last:
             torch.cuda.set_sync_debug_mode("default")
             self.caught.__exit__(None, None, None)
-            self.places = [f"{Path(w.filename).name}:{w.lineno}" for w in self.seen if "synchroniz" in str(w.message)]
+            self.places = [
+                f"{Path(w.filename).name}:{w.lineno}" for w in self.seen if "synchroniz" in str(w.message)
+            ]
 
 
 def syncs(small: bool):
@@ -253,7 +284,9 @@ def syncs(small: bool):
             callbacks=[waits, profiled], max_steps=10, log_every_steps=1000,
         )  # fmt: skip
         trainer.train()
-    yield check(f"waits a step ({', '.join(sorted(set(waits.places))) or 'none'})", len(waits.places) / 4, high=1.0)
+    yield check(
+        f"waits a step ({', '.join(sorted(set(waits.places))) or 'none'})", len(waits.places) / 4, high=1.0
+    )
     yield check("launches a layer and micro-batch", profiled.launches / 16 / shape.num_hidden_layers)
     yield check("card idle", 1 - profiled.busy)
 
@@ -283,7 +316,11 @@ def liger(small: bool):
         yield same(f"{name}: layouts", rungs, ["shared", "shared"])
         yield check(f"{name}: loss apart", difference(losses[1], losses[0]), high=1e-2)
         yield check(f"{name}: speed of that without", seconds[0] / seconds[1], low=1.1)
-        yield same(f"{name}: plans afterwards", len(planner.plan_cards(config(name), Settings(), known)), len(planner.CARDS))
+        yield same(
+            f"{name}: plans afterwards",
+            len(planner.plan_cards(config(name), Settings(), known)),
+            len(planner.CARDS),
+        )
 
 
 # 16: the demo
@@ -327,13 +364,28 @@ def ddp(small: bool):
         raise Skip("needs two cards")
     with tempfile.TemporaryDirectory() as home:
         flags = ["--preset=tiny", "--precision=float32", "--tokens-per-batch=150"]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lazyorpo_lib"]
-        ways = {"one card": ["-m", "lazyorpo_lib"], "torchrun": torchrun, "notebook_launcher": ["-c", NOTEBOOK]}
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "lazyorpo_lib",
+        ]
+        ways = {
+            "one card": ["-m", "lazyorpo_lib"],
+            "torchrun": torchrun,
+            "notebook_launcher": ["-c", NOTEBOOK],
+        }
         weights = {}
         for name, command in ways.items():
             cards = {"CUDA_VISIBLE_DEVICES": "0"} if name == "one card" else {}
             done = subprocess.run(
-                [sys.executable, *command, *flags, f"--output-dir={home}/{name}"], env=os.environ | cards, stderr=subprocess.PIPE, text=True
+                [sys.executable, *command, *flags, f"--output-dir={home}/{name}"],
+                env=os.environ | cards,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             if done.returncode:
                 raise RuntimeError(f"{name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")

@@ -20,9 +20,14 @@ import pytest
 
 HOME = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-TROUBLE = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
+TROUBLE = (
+    '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
+)
 LAB_SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},  # every cell is in the page, seen or not
+    "notebook-extension/tracker": {
+        "windowingMode": "none",
+        "autoStartDefaultKernel": True,
+    },  # every cell is in the page, seen or not
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 HOSTILE = "<script>window.hostile = 1</script><img src=nowhere onerror='window.hostile = 2'>"
@@ -31,7 +36,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("browser"),  # all in one process: they look at the same two runs
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-    pytest.mark.skipif(find_spec("playwright") is None, reason="Playwright's Python package is not installed"),
+    pytest.mark.skipif(
+        find_spec("playwright") is None, reason="Playwright's Python package is not installed"
+    ),
     pytest.mark.skipif(find_spec("jupyterlab") is None, reason="JupyterLab is not installed"),
 ]
 
@@ -56,7 +63,9 @@ class Notebook:
                 if self.running():
                     return
                 self.page.wait_for_timeout(100)
-            self.page.keyboard.press("Escape")  # a menu opened before JupyterLab was ready holds entries that do nothing
+            self.page.keyboard.press(
+                "Escape"
+            )  # a menu opened before JupyterLab was ready holds entries that do nothing
         raise TimeoutError("JupyterLab runs no cell")
 
     def run_all_to_the_end(self, seconds: float) -> None:
@@ -106,12 +115,15 @@ def jupyter_lab(folder: Path, **environment: str):
     """The main notebook, opened in a JupyterLab of its own that knows nothing of the user's."""
     from playwright.sync_api import sync_playwright
 
-    shutil.copytree(HOME / "lazyorpo_lib", folder / "lazyorpo_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        HOME / "lazyorpo_lib", folder / "lazyorpo_lib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (folder / "notebooks").mkdir()
     for name in ("requirements.txt", "notebooks/LazyORPO.ipynb"):
         shutil.copy(HOME / name, folder / name)
     homes = {
-        name: str(folder / ".jupyter" / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR")
+        name: str(folder / ".jupyter" / name.lower())
+        for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR")
     }
     for name, content in LAB_SETTINGS.items():
         path = Path(homes["JUPYTERLAB_SETTINGS_DIR"], "@jupyterlab", name + ".jupyterlab-settings")
@@ -136,8 +148,12 @@ def jupyter_lab(folder: Path, **environment: str):
             page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
             # Where a cell is run before the notebook's kernel has come, JupyterLab asks which one to take: the one it offers.
-            page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click())
-            page.on("dialog", lambda dialog: dialog.accept())  # the browser's own: leave a notebook that is not saved?
+            page.add_locator_handler(
+                page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click()
+            )
+            page.on(
+                "dialog", lambda dialog: dialog.accept()
+            )  # the browser's own: leave a notebook that is not saved?
             page.goto(f"{address}lab/tree/notebooks/LazyORPO.ipynb?token={token}")
             notebook = Notebook(page)
             notebook.ready()
@@ -170,7 +186,11 @@ def seen(tmp_path_factory):
     other = shutil.copytree(locate("tiny-random"), folder / "another-model")
     pairs = folder / "pairs.jsonl"
     pairs.write_text(
-        "".join(json.dumps(dict(prompt=f"{HOSTILE} {i}?", chosen=f"{HOSTILE} yes", rejected=f"no {HOSTILE}")) + "\n" for i in range(40))
+        "".join(
+            json.dumps(dict(prompt=f"{HOSTILE} {i}?", chosen=f"{HOSTILE} yes", rejected=f"no {HOSTILE}"))
+            + "\n"
+            for i in range(40)
+        )
     )
     with jupyter_lab(folder, LAZYORPO_DATASET=str(pairs)) as notebook:
         seen, page = {"changed": CHANGED | {"base_model": str(other)}, "pictures": []}, notebook.page
@@ -204,7 +224,9 @@ def test_what_is_changed_in_the_panel_is_what_the_next_run_trains_with(seen):
 
 
 def test_the_live_picture_moves_while_training_runs(seen):
-    assert len(seen["pictures"]) >= 4  # the first run's, this one's first and last, and at least one between them
+    assert (
+        len(seen["pictures"]) >= 4
+    )  # the first run's, this one's first and last, and at least one between them
     assert all(picture.startswith("data:image/png;base64,") for picture in seen["pictures"])
 
 
@@ -221,9 +243,16 @@ def take_screenshots(target: Path) -> None:
     """The panel, the live picture and five answers of a demo run, each below 300 kB."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder), LAZYORPO_PRESET="demo", LAZYORPO_ANSWERS="5") as notebook:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        jupyter_lab(Path(folder), LAZYORPO_PRESET="demo", LAZYORPO_ANSWERS="5") as notebook,
+    ):
         notebook.run_all_to_the_end(1800)
-        for name, code in {"panel": "panel.show()", "training": "run.train()", "answers": "show.answers(run)"}.items():
+        for name, code in {
+            "panel": "panel.show()",
+            "training": "run.train()",
+            "answers": "show.answers(run)",
+        }.items():
             path = target / f"notebook-{name}.png"
             cell = notebook.cell(code)
             cell.scroll_into_view_if_needed()

@@ -23,7 +23,9 @@ MAIN, STANDALONE, BY_HAND, VERSUS = (
     NOTEBOOKS / f"{n}.ipynb" for n in ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo")
 )
 CELL_LINES, PARAMETER_LINES = 12, 15
-every_notebook = pytest.mark.parametrize("path", [MAIN, STANDALONE, BY_HAND, VERSUS], ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize(
+    "path", [MAIN, STANDALONE, BY_HAND, VERSUS], ids=lambda path: path.stem
+)
 
 
 def read(path):
@@ -48,7 +50,9 @@ def test_it_is_valid_with_readable_ids_and_the_plain_kernel(path):
     assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in nb["cells"]]
     assert len(set(ids)) == len(ids)
-    assert all(re.fullmatch(r"[a-z][a-z0-9-]{2,20}", i) and not re.fullmatch(r"[0-9a-f-]+", i) for i in ids), ids
+    assert all(
+        re.fullmatch(r"[a-z][a-z0-9-]{2,20}", i) and not re.fullmatch(r"[0-9a-f-]+", i) for i in ids
+    ), ids
     assert nb["metadata"]["kernelspec"]["name"] == "python3"
     assert nb["metadata"]["language_info"] == {"name": "python"}
     assert "widgets" not in nb["metadata"]
@@ -145,8 +149,17 @@ def test_a_parameter_is_in_colabs_grammar_and_holds_its_default(line):
 def test_no_other_cell_assigns_a_setting():
     for path in (MAIN, STANDALONE):
         for cell, code in code_of(path).items():
-            stored = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            imported = {a.asname or a.name for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) for a in n.names}
+            stored = {
+                n.id
+                for n in ast.walk(ast.parse(code))
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            imported = {
+                a.asname or a.name
+                for n in ast.walk(ast.parse(code))
+                if isinstance(n, ast.ImportFrom)
+                for a in n.names
+            }
             assert cell == "params" or not (stored | imported) & FIELDS.keys(), cell
 
 
@@ -163,9 +176,20 @@ ARTIFACTS = {
 def execute(path, *arguments, cwd, **environment):
     """`jupyter execute`, or papermill where arguments are given; the executed notebook."""
     done = cwd / f"executed-{len(list(cwd.glob('executed-*')))}.ipynb"
-    command = ["papermill", "--no-progress-bar", path, done, *arguments] if arguments else ["jupyter", "execute", path, f"--output={done}"]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT | environment | {"HF_TOKEN": PLANTED}
-    ran = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    command = (
+        ["papermill", "--no-progress-bar", path, done, *arguments]
+        if arguments
+        else ["jupyter", "execute", path, f"--output={done}"]
+    )
+    env = (
+        {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | ENVIRONMENT
+        | environment
+        | {"HF_TOKEN": PLANTED}
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert not files_holding(cwd, PLANTED)
     return nbformat.read(done, 4)
@@ -209,7 +233,10 @@ def test_an_interrupt_in_a_kernel_ends_the_step_saves_and_the_cells_below_still_
 
     from lazyorpo_lib.results.live import show_progress
 
-    folder, settings = tmp_path / "run", dict(preset="tiny", max_steps=50_000, max_pairs=0, save_every_steps=0, eval_pairs=0)
+    folder, settings = (
+        tmp_path / "run",
+        dict(preset="tiny", max_steps=50_000, max_pairs=0, save_every_steps=0, eval_pairs=0),
+    )
     code = f"""
 import signal, sys
 sys.path[:0] = [{str(NOTEBOOKS.parent)!r}]
@@ -231,12 +258,16 @@ run.train()
             time.sleep(0.1)
         show_progress(folder)  # as a second kernel would, while training goes on
         manager.interrupt_kernel()
-        said = iter(lambda: client.get_shell_msg(timeout=60), None)  # a kernel slow to start may answer its first question twice
+        said = iter(
+            lambda: client.get_shell_msg(timeout=60), None
+        )  # a kernel slow to start may answer its first question twice
         replies = [next(r for r in said if r["parent_header"]["msg_id"] in asked) for _ in asked]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert [(r["parent_header"]["msg_id"], r["content"]["status"]) for r in replies] == [(i, "ok") for i in asked], replies
+    assert [(r["parent_header"]["msg_id"], r["content"]["status"]) for r in replies] == [
+        (i, "ok") for i in asked
+    ], replies
     (checkpoint,) = folder.glob("checkpoint-*")
     steps = [row["step"] for row in read_rows(folder / "history.jsonl")]
     assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1)) and (folder / "model").is_dir()
@@ -259,7 +290,12 @@ def test_papermill_from_another_folder_with_flags_and_yaml(tmp_path):
 @pytest.mark.slow
 def test_papermill_lists_the_parameters(tmp_path):
     pytest.importorskip("papermill")
-    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(MAIN)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(MAIN)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert all(line.split(" = ")[0] + ": " in done.stdout for line in parameter_lines()), done.stdout
 
 
@@ -267,6 +303,8 @@ def test_papermill_lists_the_parameters(tmp_path):
 def test_the_standalone_notebook_runs_where_there_is_nothing_else(tmp_path):
     shutil.copy(STANDALONE, tmp_path)
     run = tmp_path / "run"
-    done = execute(tmp_path / STANDALONE.name, cwd=tmp_path, LAZYORPO_OUTPUT_DIR=str(run), LAZYORPO_MAX_STEPS="2")
+    done = execute(
+        tmp_path / STANDALONE.name, cwd=tmp_path, LAZYORPO_OUTPUT_DIR=str(run), LAZYORPO_MAX_STEPS="2"
+    )
     assert "digest" in printed(done, "bundle")
     assert ARTIFACTS <= {item.name for item in run.iterdir()}

@@ -157,7 +157,10 @@ def test_without_ipywidgets_the_panel_is_a_table(monkeypatch, capsys):
     panel.show()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(FIELDS) + 1
-    assert [line.split() for line in lines if line.startswith(("epochs ", "seed "))] == [["epochs", "2.0", "cell"], ["seed", "3", "panel"]]
+    assert [line.split() for line in lines if line.startswith(("epochs ", "seed "))] == [
+        ["epochs", "2.0", "cell"],
+        ["seed", "3", "panel"],
+    ]
 
 
 def test_a_broken_ipywidgets_is_as_good_as_none(tmp_path):
@@ -204,7 +207,12 @@ def test_a_wrong_entry_stands_in_the_form_as_text_and_is_escaped(form):
 
 
 def test_a_wrong_value_in_the_cell_does_not_break_the_form(form):
-    for name, value in {"method": "magic", "liger_kernel": "perhaps", "seed": "x", "dataset": object()}.items():
+    for name, value in {
+        "method": "magic",
+        "liger_kernel": "perhaps",
+        "seed": "x",
+        "dataset": object(),
+    }.items():
         assert "must be" in Panel({name: value}).status.value
 
 

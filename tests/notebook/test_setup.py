@@ -73,7 +73,9 @@ def test_a_local_or_development_version_is_new_enough(wishes, monkeypatch):
 def test_pip_gets_exactly_the_missing_and_no_upgrade(wishes):
     wishes("")
     setup.install(["a>=1", "b>=2"])
-    assert wishes.commands == [[sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]]
+    assert wishes.commands == [
+        [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]
+    ]
 
 
 def test_a_failing_pip_is_one_sentence(wishes):
@@ -171,7 +173,9 @@ def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
 @pytest.fixture
 def run(tmp_path):
     own = ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model")
-    folder = take(tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp")
+    folder = take(
+        tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp"
+    )
     for name in (*own, "their notes"):
         (folder / name).mkdir(parents=True)
         (folder / name / "weights").write_text(name)
@@ -232,7 +236,9 @@ def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, mon
     monkeypatch.setattr(setup.shutil, "copytree", copytree)
     assert not mirror(run, tmp_path / "drive")
     assert "No space left on device" in capsys.readouterr().out
-    assert not [c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")]
+    assert not [
+        c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")
+    ]
     monkeypatch.undo()
     assert mirror(run, tmp_path / "drive")
     assert not [c for c in names(tmp_path / "drive") if c.endswith(".tmp")]

@@ -23,7 +23,11 @@ def a_run(prompt="Hi", chosen="<b>Yes</b>\n🙂", rejected="No", nll_over="answe
 
 def test_a_table_escapes_every_cell_and_reads_as_text():
     shown = show.table(("name", "<i>"), [("a<script>", 1)])
-    assert "<script>" not in shown._repr_html_() and "a&lt;script&gt;" in shown.html and "&lt;i&gt;" in shown.html
+    assert (
+        "<script>" not in shown._repr_html_()
+        and "a&lt;script&gt;" in shown.html
+        and "&lt;i&gt;" in shown.html
+    )
     assert repr(shown) == "name | <i>\na<script> | 1"
 
 
@@ -60,7 +64,9 @@ def test_a_finished_or_unanswered_run_is_a_sentence():
         assert shown.text == shown.html and shown.text.endswith(".")
 
 
-@pytest.mark.parametrize("count,text", [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")])
+@pytest.mark.parametrize(
+    "count,text", [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")]
+)
 def test_sizes_read_well(count, text):
     assert show.size(count) == text
 

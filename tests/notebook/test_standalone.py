@@ -12,7 +12,9 @@ from notebooks.make_standalone import HOME, STANDALONE, bundled, cell_text, dige
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the standalone notebook is made from."""
-    shutil.copytree(HOME / "lazyorpo_lib", tmp_path / "lazyorpo_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        HOME / "lazyorpo_lib", tmp_path / "lazyorpo_lib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "notebooks").mkdir()
     for name in ("requirements.txt", "notebooks/LazyORPO.ipynb"):
         shutil.copy(HOME / name, tmp_path / name)
@@ -27,7 +29,9 @@ def test_the_same_files_give_the_same_bytes(checkout):
     assert notebook(checkout) == notebook()
 
 
-@pytest.mark.parametrize("name", ["lazyorpo_lib/orpo/loss.py", "lazyorpo_lib/demo/pairs.jsonl", "requirements.txt"])
+@pytest.mark.parametrize(
+    "name", ["lazyorpo_lib/orpo/loss.py", "lazyorpo_lib/demo/pairs.jsonl", "requirements.txt"]
+)
 def test_any_changed_line_makes_it_stale(checkout, name):
     before = notebook(checkout)
     with open(checkout / name, "a") as file:

@@ -27,7 +27,9 @@ def test_a_row_of_two_pairs_is_what_the_docstring_shows():
     for name in ("input_ids", "position_ids"):
         shown = re.search(rf"{name} +([\d ]+)", collate.__doc__)[1].split()
         assert getattr(batch, name).tolist() == [[int(n) for n in shown]]
-    targets, sources = re.search(r"targets +([\d ]+), predicted from the hidden states at ([\d ]+)", collate.__doc__).groups()
+    targets, sources = re.search(
+        r"targets +([\d ]+), predicted from the hidden states at ([\d ]+)", collate.__doc__
+    ).groups()
     assert batch.targets.tolist() == [int(n) for n in targets.split()]
     assert batch.hidden_index.tolist() == [int(n) for n in sources.split()]
 
@@ -52,7 +54,9 @@ def test_every_scored_token_is_predicted_from_the_token_before_it_in_its_own_tex
         for segment, answer in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
             sources = batch.hidden_index[batch.segment == segment]
             assert tokens[sources].tolist() == [pair.prompt[-1], *answer[:-1]]
-            assert positions[sources].tolist() == list(range(len(pair.prompt) - 1, len(pair.prompt) + len(answer) - 1))
+            assert positions[sources].tolist() == list(
+                range(len(pair.prompt) - 1, len(pair.prompt) + len(answer) - 1)
+            )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,11 +79,17 @@ def test_a_pair_longer_than_the_budget_is_a_batch_of_its_own(pairs):
     assert split_by_tokens(pairs, 1) == [[p] for p in sorted(pairs, key=lambda p: (-p.tokens(), p.index))]
 
 
-@pytest.mark.parametrize("count,step,world", [(24, 4, 1), (25, 4, 1), (26, 8, 2), (25, 8, 2), (7, 7, 4), (9, 8, 2)])
+@pytest.mark.parametrize(
+    "count,step,world", [(24, 4, 1), (25, 4, 1), (26, 8, 2), (25, 8, 2), (7, 7, 4), (9, 8, 2)]
+)
 def test_every_pair_comes_once_an_epoch_over_all_ranks(count, step, world):
     lengths = [10 + i % 7 for i in range(count)]
     ranks = [list(StepSampler(lengths, step, seed=3, rank=r, world=world)) for r in range(world)]
-    assert len({len(r) for r in ranks}) == 1 == len({len(ranks[0]), len(StepSampler(lengths, step, seed=3, world=world))})
+    assert (
+        len({len(r) for r in ranks})
+        == 1
+        == len({len(ranks[0]), len(StepSampler(lengths, step, seed=3, world=world))})
+    )
     assert sorted(i for rank in ranks for s in rank for i in s) == list(range(count))
     assert all(s for rank in ranks for s in rank)
 
@@ -138,14 +148,19 @@ class Copies(TorchDispatchMode):
 def test_every_chosen_lies_before_every_rejected_and_what_a_rejected_sees_is_gathered(pairs):
     batch = collate(pairs)
     row, ends = batch.input_ids[0], batch.starts.tolist()
-    assert row.tolist() == [t for p in pairs for t in (*p.prompt, *p.chosen)] + [t for p in pairs for t in p.rejected]
+    assert row.tolist() == [t for p in pairs for t in (*p.prompt, *p.chosen)] + [
+        t for p in pairs for t in p.rejected
+    ]
     assert row[batch.keys].tolist() == [t for p in pairs for t in (*p.prompt, *p.rejected)]
     sizes = [
         [len(p.prompt) + len(p.chosen) for p in pairs],
         [len(p.rejected) for p in pairs],
         [len(p.prompt) + len(p.rejected) for p in pairs],
     ]
-    assert ends == [list(itertools.accumulate(n, initial=0)) for n in sizes] and batch.starts.dtype == torch.int32
+    assert (
+        ends == [list(itertools.accumulate(n, initial=0)) for n in sizes]
+        and batch.starts.dtype == torch.int32
+    )
     for pair, span in zip(pairs, batch.spans, strict=True):
         assert row[span.start :][: span.prompt + span.chosen].tolist() == [*pair.prompt, *pair.chosen]
         assert row[span.rejected_start :][: span.rejected].tolist() == list(pair.rejected)

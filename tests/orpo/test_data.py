@@ -129,7 +129,13 @@ def test_shape_is_recognised(name):
 
 
 def test_columns_map_anything():
-    row = {"q": "Why?", "best of two": "Yes", "worst": [A("No")], "sys": "Be kind.", "chosen": "something else"}
+    row = {
+        "q": "Why?",
+        "best of two": "Yes",
+        "worst": [A("No")],
+        "sys": "Be kind.",
+        "chosen": "something else",
+    }
     pairs, _, _ = cleaned([row], columns=" prompt = q, chosen=best of two ,rejected=worst,system=sys")
     assert pairs == [Pair(0, (S("Be kind."), U("Why?")), "Yes", "No")]
 
@@ -144,7 +150,9 @@ def test_bad_mapping_is_the_users_mistake(columns):
 
 
 def test_mapped_column_that_does_not_exist_names_those_that_do():
-    with pytest.raises(UserError, match="chosen=best, but the columns found are 'prompt', 'chosen', 'rejected'"):
+    with pytest.raises(
+        UserError, match="chosen=best, but the columns found are 'prompt', 'chosen', 'rejected'"
+    ):
         cleaned([GOOD], columns="prompt=prompt,chosen=best,rejected=rejected")
 
 
@@ -194,7 +202,12 @@ def test_bad_row_is_dropped_with_its_reason(row, reason):
     with pytest.raises(BadRow, match=f"^{reason}$"):
         to_pair(0, row)
     pairs, report, dropped = cleaned([GOOD, row])
-    assert ([pair.index for pair in pairs], report.read, report.kept, report.dropped) == ([0], 2, 1, {reason: 1})
+    assert ([pair.index for pair in pairs], report.read, report.kept, report.dropped) == (
+        [0],
+        2,
+        1,
+        {reason: 1},
+    )
     assert [(drop["index"], drop["reason"]) for drop in dropped] == [(1, reason)]
     json.dumps(dropped, allow_nan=False, ensure_ascii=False).encode()
 
@@ -242,7 +255,13 @@ def test_report_figures_and_a_pair_dropped_by_the_caller():
     assert (figures["read"], figures["kept"], figures["dropped"]) == (100, 90, {"overlong": 10})
     assert figures["chosen_longer"] == pytest.approx(40 / 90)
     assert figures["shapes"] == {"prompt": 90}
-    assert dropped[0]["row"] == {"index": 90, "prompt": [U("p" * 10)], "chosen": "c" * 91, "rejected": "r" * 50, "shape": "prompt"}
+    assert dropped[0]["row"] == {
+        "index": 90,
+        "prompt": [U("p" * 10)],
+        "chosen": "c" * 91,
+        "rejected": "r" * 50,
+        "shape": "prompt",
+    }
     json.dumps(figures, allow_nan=False)
 
 
@@ -283,7 +302,9 @@ def test_no_prompt_crosses_and_row_order_does_not_matter():
     asked = {pairs[i].prompt[0]["content"] for i in held_out}
     assert asked.isdisjoint(pairs[i].prompt[0]["content"] for i in train)
     shuffled = pairs[::-1]
-    assert {shuffled[i].index for i in split_held_out(shuffled, 40, 7)[1]} == {pairs[i].index for i in held_out}
+    assert {shuffled[i].index for i in split_held_out(shuffled, 40, 7)[1]} == {
+        pairs[i].index for i in held_out
+    }
     assert split_held_out(pairs, 40, 8)[1] != held_out
 
 
@@ -293,7 +314,9 @@ def test_white_space_does_not_let_a_prompt_cross():
     assert set(range(10)) <= set(train) or set(range(10)) <= set(held_out)
 
 
-@pytest.mark.parametrize(("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)])
+@pytest.mark.parametrize(
+    ("count", "asked", "held"), [(320, 64, 64), (100, 64, 20), (9, 64, 1), (4, 64, 0), (50, 0, 0), (0, 5, 0)]
+)
 def test_at_most_a_fifth_is_held_out(count, asked, held):
     assert len(split_held_out(numbered(count, 10**6), asked, 42)[1]) == held
 
@@ -335,7 +358,10 @@ def test_parquet_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    many = [{"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None} for n in range(1000)]
+    many = [
+        {"chosen": [U(f"Why {n}?"), A("Yes")], "rejected": [U(f"Why {n}?"), A("No")], "score": None}
+        for n in range(1000)
+    ]
     pq.write_table(pa.Table.from_pylist(many), tmp_path / "a.parquet")
     pairs, report = clean(open_rows(str(tmp_path / "a.parquet")))
     assert [pair.prompt[0]["content"] for pair in pairs] == [f"Why {n}?" for n in range(1000)]
@@ -459,7 +485,9 @@ def hub_errors():
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    gated = DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub. You must be authenticated to access it.")
+    gated = DatasetNotFoundError(
+        "Dataset 'o/n' is a gated dataset on the Hub. You must be authenticated to access it."
+    )
     missing = DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be accessed.")
     missing.__cause__ = http_error("RepositoryNotFoundError", 401)
     slow = RuntimeError("hf_PLANTEDsecret")
@@ -476,8 +504,14 @@ def hub_errors():
         (OfflineModeIsEnabled("offline"), "choose demo"),
         (LocalEntryNotFoundError("not cached"), "cannot be reached"),
         (slow, "cannot be reached"),
-        (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "no code of a dataset is ever run"),
-        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"), "among: .'a', 'b'."),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found n.py"),
+            "no code of a dataset is ever run",
+        ),
+        (
+            ValueError("Config name is missing.\nPlease pick one among: ['a', 'b'] hf_PLANTEDsecret"),
+            "among: .'a', 'b'.",
+        ),
         (OSError(28, "No space left on device"), "No space left on device"),
     ]
 
@@ -519,7 +553,12 @@ def test_real_multi_turn_sample():
 
 def test_importing_it_loads_nothing_heavy():
     code = "import sys, lazyorpo_lib.orpo.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )
 
 
 MILLION = """

@@ -19,7 +19,9 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 
 
 def cases(count):
-    return settings(max_examples=count * SCALE, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    return settings(
+        max_examples=count * SCALE, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
 
 
 # Few different texts, so that duplicates, contradictions and agreeing prompts happen.
@@ -52,7 +54,9 @@ said = st.sampled_from(["a", "b", "c", "d e", "d  e", *TEXTS])
 
 
 def turns(pattern):
-    return st.tuples(*(said.map(lambda text, role=role: {"role": role, "content": text}) for role in pattern)).map(list)
+    return st.tuples(
+        *(said.map(lambda text, role=role: {"role": role, "content": text}) for role in pattern)
+    ).map(list)
 
 
 PROMPT = st.sampled_from([["user"], ["system", "user"], ["user", "assistant", "user"]]).flatmap(turns)
@@ -98,14 +102,19 @@ def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values)
 @given(st.lists(row, max_size=3))
 def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
     once = list(clean(list(enumerate([GOOD, *values])))[0])
-    again = [(pair.index, {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}) for pair in once]
+    again = [
+        (pair.index, {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected})
+        for pair in once
+    ]
     pairs, report = clean(again)
     assert list(pairs) == once
     assert report.kept == len(once)
 
 
 @cases(800)
-@given(st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc")), max_size=12))
+@given(
+    st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from("abc"), st.sampled_from("abc")), max_size=12)
+)
 def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
     rows = [(i, {"prompt": p, "chosen": a, "rejected": b}) for i, (p, a, b) in enumerate(values)]
     kept = [(pair.prompt[0]["content"], pair.chosen, pair.rejected) for pair in clean(rows)[0]]
@@ -114,7 +123,15 @@ def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
 
 
 @cases(1000)
-@given(any_json | st.sampled_from(WRONG) | st.decimals() | st.complex_numbers() | st.sets(st.integers()) | st.datetimes(), st.integers())
+@given(
+    any_json
+    | st.sampled_from(WRONG)
+    | st.decimals()
+    | st.complex_numbers()
+    | st.sets(st.integers())
+    | st.datetimes(),
+    st.integers(),
+)
 def test_any_object_becomes_json(value, number):
     safe = json_safe({"value": value, number: datetime.timedelta(1), b"\xff": Pair(number, (), "\ud800", "")})
     assert json.loads(json.dumps(safe, allow_nan=False, ensure_ascii=False).encode()) == safe

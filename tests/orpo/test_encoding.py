@@ -29,11 +29,15 @@ PLAIN_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n--\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-THINKING = CHATML.replace("{{ m['role'] }}\n", "{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think></think>\n\n{% endif %}")
+THINKING = CHATML.replace(
+    "{{ m['role'] }}\n", "{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think></think>\n\n{% endif %}"
+)
 NO_GENERATION_PROMPT = CHATML.split("{% if add")[0]
 
 
-def byte_tokenizer(template=None, merges=(), special=("<s>", "</s>"), bos="<s>", eos="</s>", pad=None, adds_bos=False):
+def byte_tokenizer(
+    template=None, merges=(), special=("<s>", "</s>"), bos="<s>", eos="</s>", pad=None, adds_bos=False
+):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     extra = [a + b for a, b in merges]
     every = list(dict.fromkeys([*special, "<|im_start|>", "<|im_end|>"]))
@@ -42,8 +46,12 @@ def byte_tokenizer(template=None, merges=(), special=("<s>", "</s>"), bos="<s>",
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in every])
     if adds_bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -66,7 +74,11 @@ class SlowTokenizer(transformers.PreTrainedTokenizer):
     """A tokenizer written in Python: one token a character."""
 
     def __init__(self, **kwargs):
-        self._vocab = {"<s>": 0, "</s>": 1, **{chr(c): i for i, c in enumerate([10, *range(32, 127)], start=2)}}
+        self._vocab = {
+            "<s>": 0,
+            "</s>": 1,
+            **{chr(c): i for i, c in enumerate([10, *range(32, 127)], start=2)},
+        }
         super().__init__(bos_token="<s>", eos_token="</s>", **kwargs)
 
     def get_vocab(self):
@@ -109,8 +121,15 @@ TOKENIZERS = {
 TURNS = {
     "one turn": [{"role": "user", "content": "Say hi"}],
     "with a system turn": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi"}],
-    "two user turns in a row": [{"role": "user", "content": "Say hi"}, {"role": "user", "content": "Please."}],
-    "several turns": [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Hm"}],
+    "two user turns in a row": [
+        {"role": "user", "content": "Say hi"},
+        {"role": "user", "content": "Please."},
+    ],
+    "several turns": [
+        {"role": "user", "content": "Yes?"},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "Hm"},
+    ],
 }
 
 
@@ -142,7 +161,9 @@ def test_the_prompt_is_what_the_model_answers_from(kind):
     text = tokenizer.decode(pair.prompt)
     assert "Hm" in text and "Hi there." not in text
     if tokenizer.bos_token and tokenizer.bos_token != "<|im_start|>":
-        assert list(pair.prompt).count(tokenizer.bos_token_id) <= sum(t["role"] == "user" for t in TURNS["several turns"])
+        assert list(pair.prompt).count(tokenizer.bos_token_id) <= sum(
+            t["role"] == "user" for t in TURNS["several turns"]
+        )
 
 
 def test_a_base_models_default_template_begins_with_bos_once_where_the_tokenizer_adds_it():
@@ -163,7 +184,9 @@ def test_special_token_text_never_becomes_a_special_token(kind, where):
         assert pair == "special_token_text"  # a clear refusal
         return
     _, harmless = encode(TOKENIZERS[kind](), TURNS["one turn"], chosen="Hi there.")
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = set(tokenizer.all_special_ids) | {
+        i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+    }
     for side in ("prompt", "chosen", "rejected"):
         marks = [i for i in getattr(pair, side) if i in special]
         assert marks == [i for i in getattr(harmless, side) if i in special], side
@@ -181,7 +204,9 @@ def test_a_template_that_ends_no_answer_without_an_eos_is_refused_for_each_pair(
 
 
 def test_a_template_that_refuses_every_form_is_a_reason_and_not_a_crash():
-    assert encode(byte_tokenizer("{{ raise_exception('never') }}"), TURNS["one turn"])[1] == "template_refuses"
+    assert (
+        encode(byte_tokenizer("{{ raise_exception('never') }}"), TURNS["one turn"])[1] == "template_refuses"
+    )
 
 
 def test_overlong_pairs_are_dropped_or_truncated_as_asked():
@@ -199,7 +224,9 @@ def test_overlong_pairs_are_dropped_or_truncated_as_asked():
 def test_truncation_keeps_an_answer_token_and_its_end_however_tight():
     tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     limits = dict(max_prompt_tokens=30, max_tokens=31, overlong="truncate")
-    _, pair = encode(tokenizer, [{"role": "user", "content": "y" * 50}], chosen="abc", rejected="xyz", **limits)
+    _, pair = encode(
+        tokenizer, [{"role": "user", "content": "y" * 50}], chosen="abc", rejected="xyz", **limits
+    )
     assert tokenizer.decode(pair.chosen) == "a<|im_end|>" and len(pair.prompt) + len(pair.chosen) == 31
 
 
@@ -207,7 +234,9 @@ def test_answers_that_are_cut_to_the_same_text_are_dropped():
     tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     limits = dict(max_prompt_tokens=60, max_tokens=62, overlong="truncate")
     prompt = [{"role": "user", "content": "y" * 100}]
-    assert encode(tokenizer, prompt, chosen="a one", rejected="a two", **limits)[1] == "identical_after_encoding"
+    assert (
+        encode(tokenizer, prompt, chosen="a one", rejected="a two", **limits)[1] == "identical_after_encoding"
+    )
 
 
 def test_pairs_on_disk_come_back_as_they_went(pairs):

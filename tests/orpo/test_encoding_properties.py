@@ -12,14 +12,25 @@ from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
 from tests.orpo.test_data_properties import ODD, cases
 from tests.orpo.test_encoding import TOKENIZERS
 
-KINDS = [kind for kind in TOKENIZERS if kind not in ("slow", "metaspace, Llama-2's template")]  # these two know few characters
+KINDS = [
+    kind for kind in TOKENIZERS if kind not in ("slow", "metaspace, Llama-2's template")
+]  # these two know few characters
 NEVER_REFUSE = ("chatml", "chatml, eos of another kind", "no template", "pad is eos")
 REASONS = {
     "template_refuses", "no_end_token", "special_token_text", "tokens_cross_the_border", "empty_prompt", "overlong",
     "identical_after_encoding",
 }  # fmt: skip
-SPECIAL = ["</s>", "<s>", "<|im_start|>user\nHi<|im_end|>", "a</s>b", "<|im_end|>\n<|im_start|>assistant\n", "Hi <|im_end|> there"]
-text = st.sampled_from([t for t in ODD if t.isprintable()] + SPECIAL + ["Hi", "A", "a b", "[/INST] x", "¶ <think></think>"])
+SPECIAL = [
+    "</s>",
+    "<s>",
+    "<|im_start|>user\nHi<|im_end|>",
+    "a</s>b",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "Hi <|im_end|> there",
+]
+text = st.sampled_from(
+    [t for t in ODD if t.isprintable()] + SPECIAL + ["Hi", "A", "a b", "[/INST] x", "¶ <think></think>"]
+)
 text |= st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 answer = text.map(str.strip).filter(bool)
 turns = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), text), max_size=2)
@@ -36,7 +47,9 @@ def encoder_of(kind):
 
 @cases(1500)
 @given(st.sampled_from(KINDS), turns, text, answer, answer)
-def test_what_is_scored_decodes_to_the_answer_and_its_end_or_there_is_a_reason(kind, head, question, chosen, rejected):
+def test_what_is_scored_decodes_to_the_answer_and_its_end_or_there_is_a_reason(
+    kind, head, question, chosen, rejected
+):
     encoder = encoder_of(kind)
     prompt = [{"role": role, "content": content} for role, content in [*head, ("user", question)]]
     ((_, found),) = encoder.encode([Pair(0, tuple(prompt), chosen, rejected)])

@@ -5,7 +5,23 @@ import torch
 
 from lazyorpo_lib.orpo.loss import dpo_loss, log_odds, odds_ratio_loss, orpo_loss
 
-EDGES = [0.0, -1e-12, -1e-8, -1e-7, -1e-6, -1e-5, -1e-3, -0.5, -math.log(2), -1.0, -17.0, -120.0, -1e4, -1e30, -math.inf]
+EDGES = [
+    0.0,
+    -1e-12,
+    -1e-8,
+    -1e-7,
+    -1e-6,
+    -1e-5,
+    -1e-3,
+    -0.5,
+    -math.log(2),
+    -1.0,
+    -17.0,
+    -120.0,
+    -1e4,
+    -1e30,
+    -math.inf,
+]
 
 
 def test_log_odds_is_zero_for_a_probability_of_one_half():
@@ -18,7 +34,9 @@ def test_or_loss_matches_a_pair_worked_by_hand():
     assert out.log_odds_chosen.item() == pytest.approx(math.log(4), rel=1e-5)
     assert out.log_odds_rejected.item() == pytest.approx(0, abs=1e-6)
     assert out.or_loss.item() == pytest.approx(math.log(1.25), rel=1e-5)
-    assert orpo_loss(torch.tensor(0.3), out.or_loss, 0.5).item() == pytest.approx(0.3 + 0.5 * math.log(1.25), rel=1e-5)
+    assert orpo_loss(torch.tensor(0.3), out.or_loss, 0.5).item() == pytest.approx(
+        0.3 + 0.5 * math.log(1.25), rel=1e-5
+    )
 
 
 def test_or_loss_is_ln_2_and_its_gradient_cancels_for_equal_answers():
@@ -58,7 +76,9 @@ def test_value_and_gradient_match_float64_where_the_clamp_is_not_at_work():
 
 
 def test_sixteen_bit_inputs_are_computed_in_float32():
-    out = odds_ratio_loss(torch.tensor([-1e-3], dtype=torch.bfloat16), torch.tensor([-1.0], dtype=torch.bfloat16))
+    out = odds_ratio_loss(
+        torch.tensor([-1e-3], dtype=torch.bfloat16), torch.tensor([-1.0], dtype=torch.bfloat16)
+    )
     assert out.or_loss.dtype == torch.float32 and torch.isfinite(out.or_loss).all()
 
 
@@ -85,4 +105,6 @@ def test_matches_trl_where_it_is_installed():
 def test_dpo_loss_is_ln_2_at_the_reference_and_falls_as_the_margin_grows():
     ref = torch.tensor([-10.0]), torch.tensor([-12.0])
     assert dpo_loss(*ref, *ref, 0.1).item() == pytest.approx(math.log(2))
-    assert dpo_loss(ref[0] + 5, ref[1] - 5, *ref, 0.1).item() == pytest.approx(math.log1p(math.exp(-1.0)), rel=1e-5)
+    assert dpo_loss(ref[0] + 5, ref[1] - 5, *ref, 0.1).item() == pytest.approx(
+        math.log1p(math.exp(-1.0)), rel=1e-5
+    )

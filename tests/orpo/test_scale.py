@@ -33,7 +33,14 @@ if __name__ == "__main__":
 
 def launched_with(way):
     """The environment that `accelerate launch --config_file configs/<way>.yaml` gives its processes, but for the addresses."""
-    arguments = ["--config_file", str(ROOT / "configs" / f"{way}.yaml"), "--num_processes", "2", "-m", "lazyorpo_lib"]
+    arguments = [
+        "--config_file",
+        str(ROOT / "configs" / f"{way}.yaml"),
+        "--num_processes",
+        "2",
+        "-m",
+        "lazyorpo_lib",
+    ]
     parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     parsed.deepspeed_fields_from_accelerate_config = ""
     given = prepare_deepspeed_cmd_env(parsed)[1] if parsed.use_deepspeed else prepare_multi_gpu_env(parsed)
@@ -42,7 +49,9 @@ def launched_with(way):
 
 def started(*command, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -74,18 +83,33 @@ def same_run(a, b):
 def test_two_processes_train_what_one_trains(way, one, tmp_path):
     if way.startswith("zero") and not find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.two_processes", str(tmp_path), way]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "tests.two_processes",
+        str(tmp_path),
+        way,
+    ]
     started(*command, **launched_with(way), DS_ACCELERATOR="cpu")
     weights, run = one
     for what in WAYS if way == "ddp" else ("lora", "full"):
         two = torch.load(tmp_path / f"{what}.pt", weights_only=True)
         assert difference(two["through"], weights[what]) < 1e-5
         assert difference(two["resumed"], weights[what]) < 1e-5
-    assert sharding_of(tmp_path / "lora" / "checkpoint-2") == {"ddp": "", "fsdp2": "FSDP"}.get(way, "DeepSpeed")
+    assert sharding_of(tmp_path / "lora" / "checkpoint-2") == {"ddp": "", "fsdp2": "FSDP"}.get(
+        way, "DeepSpeed"
+    )
     assert torch.load(tmp_path / "stopped.pt", weights_only=True) == [1, 1]
     same_run(tmp_path / "run", run)
     if way == "ddp":  # whose checkpoints fit any number of processes
-        assert difference(train(tmp_path / "alone", "lora", tmp_path / "lora" / "checkpoint-2"), weights["lora"]) < 1e-5
+        assert (
+            difference(train(tmp_path / "alone", "lora", tmp_path / "lora" / "checkpoint-2"), weights["lora"])
+            < 1e-5
+        )
 
 
 def test_a_notebook_starts_two_processes(one, tmp_path):
@@ -93,6 +117,9 @@ def test_a_notebook_starts_two_processes(one, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"output_dir": tmp_path / "run"}).items()]
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in (TINY | {"output_dir": tmp_path / "run"}).items()
+    ]
     assert started("-c", NOTEBOOK, port, *flags).stdout.count("Everything is in") == 1
     same_run(tmp_path / "run", one[1])

@@ -31,7 +31,14 @@ from tests.architectures import tiny_model
 from tests.conftest import bitsandbytes_on_the_cpu, booby_trap, random_pairs
 
 SETTINGS = dict(
-    method="lora", pairs_per_step=8, learning_rate=1e-2, save_every_steps=0, eval_pairs=0, lora_rank=4, lora_alpha=8, max_steps=4
+    method="lora",
+    pairs_per_step=8,
+    learning_rate=1e-2,
+    save_every_steps=0,
+    eval_pairs=0,
+    lora_rank=4,
+    lora_alpha=8,
+    max_steps=4,
 )
 
 
@@ -99,7 +106,9 @@ def pair_table64(logps, batch):
     """`pair_table`, in float64 throughout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)
-        patch.setattr(torch, "zeros", lambda *shape, device: torch.full(shape, 0.0, dtype=torch.float64, device=device))
+        patch.setattr(
+            torch, "zeros", lambda *shape, device: torch.full(shape, 0.0, dtype=torch.float64, device=device)
+        )
         return module.pair_table(logps, batch)
 
 
@@ -130,7 +139,11 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.counter.reads += function is Tensor.tolist
-        made = function in (torch.tensor, torch.as_tensor) and kwargs.get("device") and not isinstance(args[0], Tensor)
+        made = (
+            function in (torch.tensor, torch.as_tensor)
+            and kwargs.get("device")
+            and not isinstance(args[0], Tensor)
+        )
         moved = (
             function is Tensor.to and not args[0].is_floating_point() and not kwargs.get("non_blocking")
         )  # torch moves norms, to where they are
@@ -148,11 +161,15 @@ def test_the_counter_of_host_reads_counts_them():
     assert (found.reads, found.copies) == (3, 2)
 
 
-@pytest.mark.parametrize("log_every,reads", [(1000, 1), (1, 2)])  # the Trainer's own sum of losses is the second
+@pytest.mark.parametrize(
+    "log_every,reads", [(1000, 1), (1, 2)]
+)  # the Trainer's own sum of losses is the second
 def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path, log_every, reads):
     counts = []
     for steps in (2, 6):
-        trainer = make(tmp_path, random_pairs(48), max_steps=steps, log_every_steps=log_every, tokens_per_batch=60)
+        trainer = make(
+            tmp_path, random_pairs(48), max_steps=steps, log_every_steps=log_every, tokens_per_batch=60
+        )
         with HostReads() as found:
             trainer.train()
         counts.append((found.reads, found.copies))
@@ -170,7 +187,9 @@ def test_the_norms_of_the_two_terms_are_those_of_their_gradients(tmp_path, nll_o
     logps.requires_grad_()
     column = dict(zip(SUMS, (table := pair_table64(logps, batch)).T, strict=True))
     terms = column["nll"].sum() / 50, 0.3 * column["or_loss"].sum() / 9
-    true = torch.stack([torch.autograd.grad(term, logps, retain_graph=True)[0].square().sum() for term in terms])
+    true = torch.stack(
+        [torch.autograd.grad(term, logps, retain_graph=True)[0].square().sum() for term in terms]
+    )
     found = trainer._term_norms(table.detach(), batch.lengths.double(), 50, 9)
     torch.testing.assert_close(found, true, rtol=1e-6, atol=0)
 
@@ -181,8 +200,12 @@ def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
     make(tmp_path, random_pairs(16), rows=rows, objective=objective, or_weight=0.3).train()
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["nll"] + (0.3 * row["or_loss"] if objective == "orpo" else 0), rel=1e-5)
-        assert row["log_odds_ratio"] == pytest.approx(row["log_odds_chosen"] - row["log_odds_rejected"], rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            row["nll"] + (0.3 * row["or_loss"] if objective == "orpo" else 0), rel=1e-5
+        )
+        assert row["log_odds_ratio"] == pytest.approx(
+            row["log_odds_chosen"] - row["log_odds_rejected"], rel=1e-5
+        )
         assert row["pairs_per_second"] > 0 and row["memory_gib"] > 0 and row["grad_norm"] > 0
 
 
@@ -194,7 +217,10 @@ def test_training_on_few_pairs_parts_their_log_odds(tmp_path):
 
 
 def test_resuming_in_the_middle_of_an_epoch_is_exact_with_dropout_on(tmp_path):
-    pairs, options = random_pairs(40), dict(max_steps=8, lora_dropout=0.3, save_every_steps=3, keep_checkpoints=5)
+    pairs, options = (
+        random_pairs(40),
+        dict(max_steps=8, lora_dropout=0.3, save_every_steps=3, keep_checkpoints=5),
+    )
     whole, rows = make(tmp_path / "a", pairs, **options), []
     whole.train()
     resumed = make(tmp_path / "b", pairs, rows=rows, **options)
@@ -246,8 +272,14 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkey
     def fill_the_disk(*args, **kwargs):
         if trainer.state.global_step == 4:
             room = (tmp_path / "checkpoint-2" / file).stat().st_size // 2
-            if file == "trainer_state.json":  # the small one that Python itself writes: the large ones must pass
-                monkeypatch.setattr(trainer.state, "save_to_json", lambda path: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+            if (
+                file == "trainer_state.json"
+            ):  # the small one that Python itself writes: the large ones must pass
+                monkeypatch.setattr(
+                    trainer.state,
+                    "save_to_json",
+                    lambda path: os.write(os.open("/dev/full", os.O_WRONLY), b"x"),
+                )
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         save(*args, **kwargs)
@@ -258,11 +290,15 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkey
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (tmp_path / ".saving").exists()
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (
+        tmp_path / ".saving"
+    ).exists()
 
 
 @pytest.mark.parametrize("minutes,steps", [(10, []), (2.5, [3, 6]), (0, [])])
-def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(tmp_path, monkeypatch, minutes, steps):
+def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(
+    tmp_path, monkeypatch, minutes, steps
+):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
     trainer = make(tmp_path, random_pairs(80), max_steps=7, save_every_minutes=minutes, keep_checkpoints=9)
@@ -270,7 +306,9 @@ def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(
     def minute(step):
         clock.now += 60
 
-    trainer.callback_handler.callbacks.insert(0, On(step_begin=minute, save=lambda step: minute(step) or minute(step)))
+    trainer.callback_handler.callbacks.insert(
+        0, On(step_begin=minute, save=lambda step: minute(step) or minute(step))
+    )
     trainer.train()  # a minute a step, two to write a checkpoint, which do not count
     assert [int(c.name.split("-")[1]) for c in checkpoints.complete(tmp_path)] == steps
 
@@ -292,7 +330,9 @@ def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, mo
     resumed = make(tmp_path / "b", random_pairs(40), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     states = list(resumed.optimizer.optimizer.state.values())
-    assert states and all(getattr(state[name], "is_paged", False) for state in states for name in ("state1", "state2"))
+    assert states and all(
+        getattr(state[name], "is_paged", False) for state in states for name in ("state1", "state2")
+    )
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
 
@@ -316,7 +356,9 @@ def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, s
     assert [c.name for c in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"])
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"]
+)
 def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, saved, file):
     checkpoint = shutil.copytree(saved / "checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / file).write_bytes(booby_trap(tmp_path / "sprung"))
@@ -331,7 +373,9 @@ def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, saved, file):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("other,reason", [([0, 0, 0], ""), ([1, 0, 0], "another process"), ([1, 1, 1], "another process")])
+@pytest.mark.parametrize(
+    "other,reason", [([0, 0, 0], ""), ([1, 0, 0], "another process"), ([1, 1, 1], "another process")]
+)
 def test_a_stop_that_one_process_was_asked_for_ends_the_step_of_all(tmp_path, monkeypatch, other, reason):
     told = []
 
@@ -343,7 +387,12 @@ def test_a_stop_that_one_process_was_asked_for_ends_the_step_of_all(tmp_path, mo
     stop, control = Stop(tmp_path / "STOP"), TrainerControl()
     args = types.SimpleNamespace(world_size=2, device="cpu")
     stop.on_step_end(args, TrainerState(global_step=1, max_steps=9), control)
-    assert told == [[0, 0, 0]] and stop.reason.startswith(reason) and stop.asked == bool(other[1]) and stop.hurried == bool(other[2])
+    assert (
+        told == [[0, 0, 0]]
+        and stop.reason.startswith(reason)
+        and stop.asked == bool(other[1])
+        and stop.hurried == bool(other[2])
+    )
     assert control.should_training_stop == control.should_save == bool(other[0])
     (tmp_path / "STOP").touch()
     stop.on_step_end(args, TrainerState(global_step=2, max_steps=9), control)
@@ -393,7 +442,14 @@ def test_a_step_repeated_after_out_of_memory_counts_its_work_once(tmp_path):
     tokens = []
     for fails in (False, True):
         rows, pairs = [], random_pairs(8)
-        trainer = make(tmp_path, pairs, rows=rows, max_steps=1, tokens_per_batch=max(p.tokens() for p in pairs), warmup_steps=0)
+        trainer = make(
+            tmp_path,
+            pairs,
+            rows=rows,
+            max_steps=1,
+            tokens_per_batch=max(p.tokens() for p in pairs),
+            warmup_steps=0,
+        )
         inner, calls = trainer.scorer.forward.original, []
 
         def forward(*args, inner=inner, calls=calls, fails=fails, **kwargs):
@@ -426,7 +482,10 @@ def test_out_of_memory_in_evaluation_shrinks_its_batches_and_changes_no_figure(t
         torch.testing.assert_close(trainer.pair_tables(pairs), whole, rtol=1e-5, atol=1e-5)
     assert trainer.tokens_per_batch == 10**6 and trainer.model.training, "training's own budget stays"
     most = 5
-    with warnings.catch_warnings(), pytest.raises(UserError, match="evaluating a single pair .*lower max_tokens"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(UserError, match="evaluating a single pair .*lower max_tokens"),
+    ):
         warnings.simplefilter("ignore")
         trainer.pair_tables(pairs)
 
@@ -451,7 +510,9 @@ def test_out_of_memory_of_dpos_reference_shrinks_its_batches(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(tmp_path, optimizer):
+def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(
+    tmp_path, optimizer
+):
     if optimizer == "adamw_8bit":
         bitsandbytes_on_the_cpu()
     results, zeros_like = [], torch.zeros_like
@@ -516,7 +577,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(tmp_pat
         trainer.train()
     (bad,) = trainer.bad_steps
     assert 3 in bad["rows"] and len(bad["rows"]) == 8
-    assert [row["step"] for row in rows if row["loss"] != row["loss"]] == [bad["step"]], "the log hides no NaN"
+    assert [row["step"] for row in rows if row["loss"] != row["loss"]] == [bad["step"]], (
+        "the log hides no NaN"
+    )
     resumed = make(tmp_path / "b", pairs, **options | dict(max_steps=3))
     monkeypatch.undo()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -573,13 +636,18 @@ def same(a, b):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_float16_with_a_scaled_loss_trains_as_float32_does(tmp_path, method):
-    rows, options = {16: [], 32: []}, dict(max_steps=12, method=method, learning_rate=3e-3, lr_schedule="constant", tokens_per_batch=150)
+    rows, options = (
+        {16: [], 32: []},
+        dict(max_steps=12, method=method, learning_rate=3e-3, lr_schedule="constant", tokens_per_batch=150),
+    )
     make(tmp_path / "32", random_pairs(16), rows=rows[32], **options).train()
     trainer = in_float16(tmp_path / "16", random_pairs(16), rows=rows[16], **options)
     trainer.train()
     assert not trainer.bad_steps and trainer.accelerator.scaler.get_scale() == 2.0**16
     for half, single in zip(rows[16], rows[32], strict=True):
-        assert half["loss"] == pytest.approx(single["loss"], rel=0.02) and half["grad_norm"] == pytest.approx(single["grad_norm"], rel=0.1)
+        assert half["loss"] == pytest.approx(single["loss"], rel=0.02) and half["grad_norm"] == pytest.approx(
+            single["grad_norm"], rel=0.1
+        )
 
 
 def overflowing(trainer, steps):
@@ -600,26 +668,43 @@ def test_an_overflow_of_float16_skips_its_step_alone_and_halves_the_scale(tmp_pa
 def test_an_overflow_costs_the_schedule_of_the_learning_rate_no_more_than_its_own_step(tmp_path):
     rates = {}
     for steps in (set(), {3}):
-        trainer = in_float16(tmp_path / str(len(steps)), random_pairs(40), max_steps=6, warmup_steps=3, rows=(rows := []))
+        trainer = in_float16(
+            tmp_path / str(len(steps)), random_pairs(40), max_steps=6, warmup_steps=3, rows=(rows := [])
+        )
         overflowing(trainer, steps)
         trainer.train()
         rates[len(steps)] = [row["learning_rate"] for row in rows]
-    assert rates[1] in (rates[0], rates[0][:3] + rates[0][2:5])  # whether it was skipped a fused optimizer does not say
+    assert rates[1] in (
+        rates[0],
+        rates[0][:3] + rates[0][2:5],
+    )  # whether it was skipped a fused optimizer does not say
 
 
 def test_the_scale_falls_for_16_steps_before_overflows_stop_the_run(tmp_path):
     trainer = in_float16(tmp_path, random_pairs(200), max_steps=25)
     overflowing(trainer, range(26))
     kept = weights_after_each_step(trainer)
-    assert [bad["step"] for bad in trainer.bad_steps] == [17, 18, 19] and trainer.accelerator.scaler.get_scale() <= 1
-    assert trainer.state.global_step == 19 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
+    assert [bad["step"] for bad in trainer.bad_steps] == [
+        17,
+        18,
+        19,
+    ] and trainer.accelerator.scaler.get_scale() <= 1
+    assert (
+        trainer.state.global_step == 19
+        and "precision=float32" in trainer.stop_reason
+        and same(kept[0], kept[-1])
+    )
 
 
 def test_a_loss_that_is_not_finite_is_a_bad_step_at_once_whatever_the_scale(tmp_path, monkeypatch):
     trainer = in_float16(tmp_path, random_pairs(64), max_steps=8)
     monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: True))
     kept = weights_after_each_step(trainer)
-    assert trainer.state.global_step == 3 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
+    assert (
+        trainer.state.global_step == 3
+        and "precision=float32" in trainer.stop_reason
+        and same(kept[0], kept[-1])
+    )
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-3"]
 
 
@@ -629,7 +714,9 @@ def test_a_row_that_is_not_a_number_is_named_in_float16_too(tmp_path, monkeypatc
     kept = weights_after_each_step(trainer)
     steps = [bad["step"] for bad in trainer.bad_steps]
     assert len(steps) == 2 and all(3 in bad["rows"] for bad in trainer.bad_steps)
-    assert [same(a, b) for a, b in zip(kept, kept[1:], strict=False)] == [step in steps for step in (1, 2, 3, 4)]
+    assert [same(a, b) for a, b in zip(kept, kept[1:], strict=False)] == [
+        step in steps for step in (1, 2, 3, 4)
+    ]
 
 
 def test_the_scale_goes_on_where_a_stopped_run_left_it(tmp_path):
@@ -658,7 +745,9 @@ def test_held_out_table_is_in_order_and_averages_to_the_evaluation(tmp_path):
     table = trainer.pair_tables(pairs[8:])
     alone = torch.cat([trainer.pair_tables([p]) for p in pairs[8:]])
     torch.testing.assert_close(table, alone, rtol=1e-5, atol=1e-5)
-    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(table[:, SUMS.index("accuracy")].mean().item())
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(
+        table[:, SUMS.index("accuracy")].mean().item()
+    )
     assert rows[-1]["step"] == 0 and "eval_log_odds_ratio" in rows[-1]
 
 
@@ -681,7 +770,9 @@ def test_dpo_starts_at_ln_2_and_its_reference_is_the_model_without_its_adapter(t
 
 def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_path):
     rows, pairs = [], random_pairs(8)
-    trainer = make(tmp_path, pairs, rows=rows, objective="dpo", method="full", max_steps=6, learning_rate=1e-3)
+    trainer = make(
+        tmp_path, pairs, rows=rows, objective="dpo", method="full", max_steps=6, learning_rate=1e-3
+    )
     trainer.remember_reference(pairs)
     trainer.train()
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.693
@@ -692,7 +783,12 @@ def test_gradients_through_4_bit_weights_are_those_of_the_weights_they_stand_for
     from bitsandbytes.functional import dequantize_4bit
 
     config = Qwen2Config(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     four_bit = load_base(str(tmp_path), dtype=torch.float32, device="cpu", four_bit=True)
@@ -729,12 +825,16 @@ def trl_loss_and_gradients(model, pairs, beta, folder):
         return {f"{side}_input_ids": torch.tensor(ids), f"{side}_labels": torch.tensor(labels),
                 f"{side}_attention_mask": torch.tensor(mask)}  # fmt: skip
 
-    config = orpo.ORPOConfig(str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    config = orpo.ORPOConfig(
+        str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False
+    )
     fake = orpo.ORPOTrainer.__new__(orpo.ORPOTrainer)
     fake.args, fake.beta, fake.model, fake.is_encoder_decoder = config, beta, model, False
     fake.aux_loss_enabled, fake.padding_value, fake._peft_has_been_casted_to_bf16 = False, 0, False
     fake.pad_token_id, fake.label_pad_token_id = 0, -100
-    fake.accelerator = type("A", (), {"device": torch.device("cpu"), "gather_for_metrics": staticmethod(lambda x: x)})()
+    fake.accelerator = type(
+        "A", (), {"device": torch.device("cpu"), "gather_for_metrics": staticmethod(lambda x: x)}
+    )()
     model.zero_grad()
     loss, _ = fake.get_batch_loss_metrics(model, padded("chosen") | padded("rejected"), train_eval="train")
     loss.backward()
@@ -744,13 +844,17 @@ def trl_loss_and_gradients(model, pairs, beta, folder):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 def test_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path, name):
     pairs = random_pairs(6, longest=20)
-    trainer = make(tmp_path, pairs, model=tiny_model(name), method="full", nll_over="prompt+answer", or_weight=0.3)
+    trainer = make(
+        tmp_path, pairs, model=tiny_model(name), method="full", nll_over="prompt+answer", or_weight=0.3
+    )
     loss, grads = gradients(trainer, pairs)
     true_loss, true = trl_loss_and_gradients(tiny_model(name), pairs, 0.3, tmp_path)
     assert loss == pytest.approx(true_loss, rel=1e-5)
     assert relative(grads, true) < 1e-5
     for parameter in true:
-        assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(1.0, true[parameter].abs().max()), parameter
+        assert (grads[parameter] - true[parameter]).abs().max() < 1e-5 * max(
+            1.0, true[parameter].abs().max()
+        ), parameter
 
 
 def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
@@ -768,11 +872,15 @@ def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
             logps = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
             logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0].where(labels[:, 1:] >= 0, 0.0)
             nothing = torch.zeros_like(logps)
-            return types.SimpleNamespace(log_probs=logps, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+            return types.SimpleNamespace(
+                log_probs=logps, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+            )
 
         return forward
 
-    config = trl.DPOConfig(str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    config = trl.DPOConfig(
+        str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False
+    )
     same = staticmethod(lambda x: x)
     fake = trl.DPOTrainer.__new__(trl.DPOTrainer)
     vars(fake).update(
@@ -782,7 +890,9 @@ def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
         _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     model.train().zero_grad()
-    loss = fake._compute_loss(outputs_of(model), {"input_ids": ids, "attention_mask": seen, "completion_mask": scored}, False)
+    loss = fake._compute_loss(
+        outputs_of(model), {"input_ids": ids, "attention_mask": seen, "completion_mask": scored}, False
+    )
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -838,14 +948,18 @@ def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_s
     results = []
     for wanted in (False, True):
         trainer = make(tmp_path, random_pairs(16), rows=(rows := []), method=method, liger_kernel=wanted)
-        assert trainer.scorer.rung == "shared" and bool(liger) == wanted, "the test of the layout ran through them"
+        assert trainer.scorer.rung == "shared" and bool(liger) == wanted, (
+            "the test of the layout ran through them"
+        )
         trainer.train()
         results.append([row["loss"] for row in rows])
     assert results[0] == pytest.approx(results[1], rel=1e-5) and len(results[1]) == 4
 
 
 def test_liger_that_is_not_there_is_one_sentence():
-    with pytest.raises(UserError, match="it is not installed: pip install liger-kernel, or set liger_kernel=false"):
+    with pytest.raises(
+        UserError, match="it is not installed: pip install liger-kernel, or set liger_kernel=false"
+    ):
         check_liger(Settings(liger_kernel=True), Machine("cuda", "T4", 14.7))
     check_liger(Settings(), Machine("cpu", "CPU", 8.0))
 

@@ -16,7 +16,15 @@ from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.notebook.panel import Panel
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.plan import planner, simulation
-from lazyorpo_lib.plan.planner import CARDS, MARGIN, Lengths, find_card, make_plan, measured_lengths, preset_lengths
+from lazyorpo_lib.plan.planner import (
+    CARDS,
+    MARGIN,
+    Lengths,
+    find_card,
+    make_plan,
+    measured_lengths,
+    preset_lengths,
+)
 from lazyorpo_lib.run import estimate
 from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings
 
@@ -56,7 +64,8 @@ def gib(plan, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)]
+    ("method", "dtype"),
+    [("full", torch.float32), ("full", torch.bfloat16), ("lora", torch.bfloat16), ("qlora", torch.float32)],
 )
 def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
     pair = [EncodedPair(0, [1] * 300, [1] * 250, [1] * 200)]
@@ -71,11 +80,15 @@ def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [LlamaConfig(**LLAMA_3_8B), Qwen2Config(**QWEN_2_5), Gemma2Config(**GEMMA_2_2B)])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**LLAMA_3_8B), Qwen2Config(**QWEN_2_5), Gemma2Config(**GEMMA_2_2B)]
+)
 def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
     card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
     lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
-    foretold = planner._Planner(config, settings, card.machine, card, lengths, torch.bfloat16, "lora", 1).profile
+    foretold = planner._Planner(
+        config, settings, card.machine, card, lengths, torch.bfloat16, "lora", 1
+    ).profile
     assert not foretold.stood_in
     row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
     direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
@@ -83,7 +96,9 @@ def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(
     for name, (start, peak, *_) in phases.items():
         assert foretold.at(7200)[name][:2] == pytest.approx([start, peak], rel=0.03, abs=2**20)
     for held in (False, True):
-        assert foretold.peak(7200, 3, 2, held)[0] == pytest.approx(max(row[2 if held else 1] for row in phases.values()), rel=0.03)
+        assert foretold.peak(7200, 3, 2, held)[0] == pytest.approx(
+            max(row[2 if held else 1] for row in phases.values()), rel=0.03
+        )
     assert foretold.work(7200, 3, 2) == pytest.approx(direct.work(7200, 3, 2), rel=0.05)
 
 
@@ -124,7 +139,10 @@ def test_a_plan_after_liger_is_the_plan_before_it(monkeypatch):
 
 
 def test_the_peak_grows_with_tokens_and_shrinks_with_checkpointing():
-    split = [gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib for t, c in ((900, 0), (900, 6), (500, 6))]
+    split = [
+        gib(plan(tokens_per_batch=t, checkpointed_layers=c), "lora").peak_gib
+        for t, c in ((900, 0), (900, 6), (500, 6))
+    ]
     assert split[0] > split[1] > split[2]
 
 
@@ -134,17 +152,29 @@ def test_parts_sum_to_the_peak_and_the_plan_is_json():
     assert {"device", "memory_gib", "methods", "chosen", "why"} <= data.keys()
     for m in data["methods"]:
         assert sum(m["parts"].values()) == pytest.approx(m["peak_gib"])
-        assert set(m["parts"]) == {"weights", "adapters", "gradients", "optimizer", "activations", "head", "framework"}
+        assert set(m["parts"]) == {
+            "weights",
+            "adapters",
+            "gradients",
+            "optimizer",
+            "activations",
+            "head",
+            "framework",
+        }
 
 
 def test_the_panels_line_moves_with_the_settings(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000)))
+    (tmp_path / "config.json").write_text(
+        json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000))
+    )
     cell = {"base_model": str(tmp_path), "dataset": "argilla/dpo-mix-7k", "method": "lora"}
     panel = Panel(cell, estimate=lambda settings: estimate(settings, "T4").line())
     before = panel.table().splitlines()[-1]
     panel.edit("method", "full")
     after = panel.table().splitlines()[-1]
-    assert before != after and all(re.match(r"\d+\.\d of 14\.7 GiB, about .* on this T4: fits", line) for line in (before, after))
+    assert before != after and all(
+        re.match(r"\d+\.\d of 14\.7 GiB, about .* on this T4: fits", line) for line in (before, after)
+    )
 
 
 def test_settings_given_as_numbers_are_kept():
@@ -184,9 +214,13 @@ def test_a_plan_says_what_a_checkpoint_is():
 
 
 def test_a_card_that_another_process_fills_is_planned_by_what_is_free():
-    whole, shared = (plan(Machine("cuda", "NVIDIA A40", 44.4, (8, 6), free), dtype=torch.bfloat16) for free in (None, 0.05))
+    whole, shared = (
+        plan(Machine("cuda", "NVIDIA A40", 44.4, (8, 6), free), dtype=torch.bfloat16) for free in (None, 0.05)
+    )
     assert whole.method.fits and "another process" not in whole.why
-    assert "only 0.1 GiB of NVIDIA A40 are free" in shared.why and shared.method.peak_gib < whole.method.peak_gib
+    assert (
+        "only 0.1 GiB of NVIDIA A40 are free" in shared.why and shared.method.peak_gib < whole.method.peak_gib
+    )
 
 
 @pytest.mark.parametrize("name", ["t4", "NVIDIA A40", "a100 80GB", "H200"])
@@ -230,19 +264,33 @@ def test_cards_without_bfloat16_are_planned_in_float16():
 
 
 def test_a_small_model_on_a_fast_card_waits_for_its_launches():
-    seconds = [gib(plan("H100", config=small(n), dtype=torch.bfloat16, checkpointed_layers=0), "lora").minutes * 60 for n in (12, 24)]
-    assert 1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * planner.LAUNCH  # steps, layers, launches
+    seconds = [
+        gib(plan("H100", config=small(n), dtype=torch.bfloat16, checkpointed_layers=0), "lora").minutes * 60
+        for n in (12, 24)
+    ]
+    assert (
+        1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * planner.LAUNCH
+    )  # steps, layers, launches
 
 
 @pytest.mark.slow
 # Ceilings by arithmetic: products at the card's share, all other bytes at its bandwidth. A token of the 8B moves 2.15 MB a layer and 1.0
 # in the head, of the 1.5B 0.89 and 1.1 (12 bytes a logit).
-@pytest.mark.parametrize(("card", "large", "middle"), [("T4", 0.30, 0.26), ("A100-80", 0.59, 0.48), ("H100", 0.42, 0.32)])
+@pytest.mark.parametrize(
+    ("card", "large", "middle"), [("T4", 0.30, 0.26), ("A100-80", 0.59, 0.48), ("H100", 0.42, 0.32)]
+)
 def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_allow(card, large, middle):
     for config, ceiling in ((LlamaConfig(**LLAMA_3_8B), large), (Qwen2Config(**QWEN_2_5), middle)):
         settings = Settings(method="lora", pairs_per_step=4, checkpointed_layers=0, tokens_per_batch=3600)
-        pair, step, *_ = make_plan(config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900)).method.arithmetic
-        reached = 4 * float(re.search(r"([\d.]+) TFLOP ", pair)[1]) / float(re.search(r"([\d.]+) s ", step)[1]) / CARDS[card].tflops_16
+        pair, step, *_ = make_plan(
+            config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900)
+        ).method.arithmetic
+        reached = (
+            4
+            * float(re.search(r"([\d.]+) TFLOP ", pair)[1])
+            / float(re.search(r"([\d.]+) s ", step)[1])
+            / CARDS[card].tflops_16
+        )
         assert reached == pytest.approx(ceiling, rel=0.15)
 
 
@@ -264,13 +312,18 @@ def test_ram_stands_for_cpu_and_apple():
 
 def test_known_lengths_follow_the_limits():
     cut = Settings(max_prompt_tokens=128, max_tokens=512)
-    assert preset_lengths("argilla/dpo-mix-7k", cut).pairs < preset_lengths("argilla/dpo-mix-7k", Settings()).pairs
+    assert (
+        preset_lengths("argilla/dpo-mix-7k", cut).pairs
+        < preset_lengths("argilla/dpo-mix-7k", Settings()).pairs
+    )
     assert preset_lengths("argilla/dpo-mix-7k", cut).longest <= 1024
     assert "guess" in preset_lengths("someone/something", cut).source
 
 
 def test_measured_lengths_count_the_prompt_once():
-    found = measured_lengths([EncodedPair(0, [1] * 5, [1] * 4, [1] * 3), EncodedPair(1, [1] * 7, [1] * 2, [1] * 1)])
+    found = measured_lengths(
+        [EncodedPair(0, [1] * 5, [1] * 4, [1] * 3), EncodedPair(1, [1] * 7, [1] * 2, [1] * 1)]
+    )
     assert (found.mean, found.longest, found.pairs) == (11.0, 12, 2)
 
 
@@ -318,7 +371,15 @@ def test_a_table_names_every_card_and_what_fits(capsys):
 @pytest.mark.slow
 def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
     lengths = Lengths(1000, 1024.0, 1024.0, 1024.0, 3072)
-    m = plan("T4", lengths, LlamaConfig(**LLAMA_3_8B), torch.float16, method="qlora", checkpointed_layers=32, pairs_per_step=1).method
+    m = plan(
+        "T4",
+        lengths,
+        LlamaConfig(**LLAMA_3_8B),
+        torch.float16,
+        method="qlora",
+        checkpointed_layers=32,
+        pairs_per_step=1,
+    ).method
     assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
 
 
@@ -330,7 +391,14 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
         next(m for m in plan.methods if m.method == method).parts
         for cards in (1, 4, 8)
         for plan in [
-            make_plan(small(24), Settings(pairs_per_step=2 * cards, **settings), "A100-80", LENGTHS, dtype=torch.float32, cards=cards)
+            make_plan(
+                small(24),
+                Settings(pairs_per_step=2 * cards, **settings),
+                "A100-80",
+                LENGTHS,
+                dtype=torch.float32,
+                cards=cards,
+            )
         ]
     )
     for name in ("weights", "adapters", "gradients", "optimizer"):
@@ -343,7 +411,9 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
 def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
     parts = []
     for pairs, batch in ((4, 10**6), (40, 16)):  # all of a card's pairs at once; one after the other
-        settings = Settings(method="full", checkpointed_layers=20, pairs_per_step=pairs, tokens_per_batch=batch)
+        settings = Settings(
+            method="full", checkpointed_layers=20, pairs_per_step=pairs, tokens_per_batch=batch
+        )
         parts.append(make_plan(small(24), settings, "A100-80", LENGTHS, cards=4).methods[0].parts)
     assert parts[0]["activations"] == pytest.approx(parts[1]["activations"], rel=0.05)
     assert parts[0]["gradients"] == parts[1]["gradients"]
@@ -351,7 +421,12 @@ def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
 
 def test_of_experts_too_only_two_layers_are_gathered():
     config = MixtralConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     settings = Settings(method="lora", pairs_per_step=4)
     parts = make_plan(config, settings, "A100-80", LENGTHS, dtype=torch.float32, cards=4).methods[1].parts

@@ -23,7 +23,11 @@ def write_run(folder, *, settings=None, summary=None, held_out=None, without=())
     """The files of a finished run, without its model."""
     folder.mkdir(exist_ok=True)
     (folder / MARKER).write_text(json.dumps({"what": "run", "files": dict.fromkeys(FILES)}))
-    values = DEFAULTS | {"base_model": "owner/base", "dataset": "maker/pairs:train", "method": "lora"} | (settings or {})
+    values = (
+        DEFAULTS
+        | {"base_model": "owner/base", "dataset": "maker/pairs:train", "method": "lora"}
+        | (settings or {})
+    )
     figures = dict.fromkeys(("mean", "p50", "p95", "max"), 30.0)
     texts = ["first\nsecond"]
     files = {
@@ -66,7 +70,9 @@ def test_front_matter_is_what_the_hub_takes_and_reads_back(tmp_path):
     front = front_matter(card.write_card(write_run(tmp_path)))
     assert front["base_model"] == "owner/base" and front["base_model_relation"] == "adapter"
     assert front["datasets"] == ["maker/pairs"] and front["library_name"] == "peft"
-    assert front["pipeline_tag"] == "text-generation" and {"orpo", "lazyorpo", "preference", "lora"} == set(front["tags"])
+    assert front["pipeline_tag"] == "text-generation" and {"orpo", "lazyorpo", "preference", "lora"} == set(
+        front["tags"]
+    )
     _, (result,) = model_index_to_eval_results(front["model-index"])
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.8, "maker/pairs")
     ModelCardData(**front)
@@ -74,7 +80,11 @@ def test_front_matter_is_what_the_hub_takes_and_reads_back(tmp_path):
 
 
 def test_local_model_and_data_show_only_their_names(tmp_path):
-    settings = {"base_model": "/home/me/secret dir/my-model/", "dataset": "C:\\data\\pairs.jsonl", "output_dir": "/home/me/o"}
+    settings = {
+        "base_model": "/home/me/secret dir/my-model/",
+        "dataset": "C:\\data\\pairs.jsonl",
+        "output_dir": "/home/me/o",
+    }
     stopped = {"finished": False, "why": "no room ([Errno 28] No space left: '/home/me/secret dir/x')"}
     text = card.write_card(write_run(tmp_path, settings=settings, summary=stopped))
     front = front_matter(text)
@@ -122,7 +132,9 @@ def test_a_local_name_cannot_write_front_matter(tmp_path):
     assert front["model-index"][0]["name"] == "x --- license: evil --- ORPO pairs" and "license" not in front
 
 
-@pytest.mark.parametrize("text", ["__a b__", "_x_", "www.a.b", "https://a.b", "a|b", "a\nb", "<b>", "&amp;", "\\|", "~~a~~", "$a$"])
+@pytest.mark.parametrize(
+    "text", ["__a b__", "_x_", "www.a.b", "https://a.b", "a|b", "a\nb", "<b>", "&amp;", "\\|", "~~a~~", "$a$"]
+)
 def test_inline_text_renders_as_itself(text):
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     html = parser.render(card.table(["a"], [[f"x {card.inline(text)}"]]))
@@ -144,15 +156,27 @@ def test_a_card_is_written_whatever_file_is_missing(tmp_path, name):
 
 def test_an_empty_folder_gives_a_card_that_claims_nothing(tmp_path):
     text = card.write_card(tmp_path)
-    assert "ended before anything was measured" in text and "live.png" not in text and "No pair was held out" in text
+    assert (
+        "ended before anything was measured" in text
+        and "live.png" not in text
+        and "No pair was held out" in text
+    )
 
 
 def test_results_settings_plan_and_drops_are_told(tmp_path):
     both = {"peak_gib": [1.5, 1.25], "minutes": [2.0, 2.5]}
-    summary = {"planned_against_measured": both, "versions": {"torch": "2.9.0"}, "habit_before": 0.25, "habit_after": 0.5}
+    summary = {
+        "planned_against_measured": both,
+        "versions": {"torch": "2.9.0"},
+        "habit_before": 0.25,
+        "habit_after": 0.5,
+    }
     run = write_run(tmp_path, settings={"learning_rate": 1e-4}, summary=summary)
     text = card.write_card(run)
-    assert "| accuracy | 40 | 0.550 (0.400 to 0.700) | 0.800 (0.675 to 0.900) | 0.250 (0.100 to 0.400) | yes |" in text
+    assert (
+        "| accuracy | 40 | 0.550 (0.400 to 0.700) | 0.800 (0.675 to 0.900) | 0.250 (0.100 to 0.400) | yes |"
+        in text
+    )
     assert "| equal answers | 10 |" in text and "61% of the kept pairs" in text
     assert "| learning_rate | 0.0001 | 0.0005 |" in text and "| method | lora | auto | flag |" in text
     assert "| peak memory, GiB | 1.50 | 1.25 |" in text and "| minutes of training | 2.00 | 2.50 |" in text
@@ -162,7 +186,9 @@ def test_results_settings_plan_and_drops_are_told(tmp_path):
 
 def test_no_token_is_ever_shown(tmp_path):
     token = "hf_" + "AbCdEfGh12345678"
-    text = card.write_card(write_run(tmp_path, settings={"hub_repo": token}, summary={"why": token, "finished": False}))
+    text = card.write_card(
+        write_run(tmp_path, settings={"hub_repo": token}, summary={"why": token, "finished": False})
+    )
     assert token not in text and "token left out" in text
 
 

@@ -54,7 +54,9 @@ def test_runs_of_one_name_are_told_apart_and_one_run_is_no_two(copy, tmp_path):
 
 
 def test_picture_of_runs_has_a_line_for_each(tmp_path):
-    rows = [{"step": s, "nll": 1.0, "log_odds_ratio": s / 9} for s in range(9)] + [{"step": 9, "eval_nll": 1.0}]
+    rows = [{"step": s, "nll": 1.0, "log_odds_ratio": s / 9} for s in range(9)] + [
+        {"step": 9, "eval_nll": 1.0}
+    ]
     one = live.draw_runs({"$a$": rows}, tmp_path / "one.png")
     two = live.draw_runs({"$a$": rows, "b": [row | {"log_odds_ratio": 1.0} for row in rows], "empty": []})
     assert (tmp_path / "one.png").read_bytes() == one and one != two

@@ -14,17 +14,27 @@ COLUMNS = ["nll", "nll_tokens", "log_odds_chosen", "log_odds_rejected", "accurac
 
 
 def kept(before, after, shorter):
-    return {"columns": COLUMNS, "chosen_shorter": shorter, "before": {"pairs": before}, "after": {"pairs": after}}
+    return {
+        "columns": COLUMNS,
+        "chosen_shorter": shorter,
+        "before": {"pairs": before},
+        "after": {"pairs": after},
+    }
 
 
 def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = [low <= 0.6 <= high for low, high in (evaluate.interval((rng.random(60) < 0.6) * 1.0, draws=500) for _ in range(300))]
+    hits = [
+        low <= 0.6 <= high
+        for low, high in (evaluate.interval((rng.random(60) < 0.6) * 1.0, draws=500) for _ in range(300))
+    ]
     assert 0.90 <= np.mean(hits) <= 0.99
 
 
 def test_measures_are_per_pair_and_split_by_which_answer_is_shorter():
-    found = evaluate.measures(kept([[6.0, 3.0, 1.0, 0.5, 1.0], [4.0, 4.0, -1.0, 2.0, 0.0]], [], [True, False]), "before")
+    found = evaluate.measures(
+        kept([[6.0, 3.0, 1.0, 0.5, 1.0], [4.0, 4.0, -1.0, 2.0, 0.0]], [], [True, False]), "before"
+    )
     assert found["nll"].tolist() == [2.0, 1.0] and found["log_odds_ratio"].tolist() == [0.5, -3.0]
     assert found["accuracy_chosen_shorter"][0] == 1.0 and np.isnan(found["accuracy_chosen_shorter"][1])
     assert found["accuracy_chosen_longer"][1] == 0.0 and np.isnan(found["accuracy_chosen_longer"][0])
@@ -44,7 +54,9 @@ def test_pairs_that_a_figure_does_not_speak_of_are_left_out():
     assert out.keys() == {"a"} and out["a"]["pairs"] == 2 and out["a"]["before"] == 0.5
 
 
-@pytest.mark.parametrize(("gained", "words"), [(14, "more than noise"), (1, "within the noise"), (0, "within the noise")])
+@pytest.mark.parametrize(
+    ("gained", "words"), [(14, "more than noise"), (1, "within the noise"), (0, "within the noise")]
+)
 def test_the_verdict_says_whether_the_change_is_more_than_noise(gained, words):
     before = np.zeros(40)
     figures = evaluate.compare({"accuracy": before}, {"accuracy": np.where(np.arange(40) < gained, 1.0, 0.0)})
@@ -74,7 +86,11 @@ PROMPTS = [[10, 20, 30], [40] * 17, [50, 60], [70] * 9]
 def test_answers_do_not_depend_on_the_batch_and_come_in_the_order_of_the_prompts(tuned):
     options = dict(max_tokens=6, end_ids=[2])
     alone = [evaluate.answers(*tuned, [prompt], **options)[0] for prompt in PROMPTS]
-    assert evaluate.answers(*tuned, PROMPTS, **options) == alone == evaluate.answers(*tuned, PROMPTS, batch_size=3, **options)
+    assert (
+        evaluate.answers(*tuned, PROMPTS, **options)
+        == alone
+        == evaluate.answers(*tuned, PROMPTS, batch_size=3, **options)
+    )
 
 
 def test_out_of_memory_halves_the_batch_of_answers_and_changes_none(tuned, monkeypatch):
@@ -100,8 +116,16 @@ def test_answers_are_batched_by_the_bytes_of_their_cache(tuned, monkeypatch):
     """The tiny model's is 2 x 2 layers x 2 heads x 12 numbers of 4 bytes a token."""
     assert evaluate.cache_bytes(tuned[0].config, 4) == 384
     generate, sizes = evaluate._generate, []
-    monkeypatch.setattr(evaluate, "_generate", lambda m, t, prompts, given: sizes.append(len(prompts)) or generate(m, t, prompts, given))
-    for tokens in (1000, 30, 8):  # that a quarter of the memory holds: prompts of 2, 3, 9 and 17, and 6 more of each answer
+    monkeypatch.setattr(
+        evaluate,
+        "_generate",
+        lambda m, t, prompts, given: sizes.append(len(prompts)) or generate(m, t, prompts, given),
+    )
+    for tokens in (
+        1000,
+        30,
+        8,
+    ):  # that a quarter of the memory holds: prompts of 2, 3, 9 and 17, and 6 more of each answer
         monkeypatch.setattr(evaluate, "free_bytes", lambda device, tokens=tokens: 4 * 384 * tokens)
         evaluate.answers(*tuned, PROMPTS, max_tokens=6, end_ids=[2])
     assert sizes == [4, 2, 1, 1, 1, 1, 1, 1]
@@ -109,9 +133,18 @@ def test_answers_are_batched_by_the_bytes_of_their_cache(tuned, monkeypatch):
 
 def test_the_cache_of_a_token_in_well_known_models():
     llama2 = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32)
-    gemma = GemmaConfig(num_hidden_layers=28, hidden_size=3072, num_attention_heads=16, num_key_value_heads=16, head_dim=256)
-    llama3 = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
-    assert [evaluate.cache_bytes(config, 2) // 1024 for config in (llama2, gemma, llama3, GPT2Config())] == [512, 448, 128, 36]
+    gemma = GemmaConfig(
+        num_hidden_layers=28, hidden_size=3072, num_attention_heads=16, num_key_value_heads=16, head_dim=256
+    )
+    llama3 = LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8
+    )
+    assert [evaluate.cache_bytes(config, 2) // 1024 for config in (llama2, gemma, llama3, GPT2Config())] == [
+        512,
+        448,
+        128,
+        36,
+    ]
 
 
 def test_an_answer_ends_at_any_of_the_end_tokens_or_is_marked_as_cut(tuned):
@@ -129,4 +162,8 @@ def test_the_base_answers_with_the_adapter_off_and_nothing_is_left_changed(tuned
     with model.adapters_off(tuned[0]):
         off = evaluate.answers(*tuned, PROMPTS, **options)
     assert tuned[0].training
-    assert off == evaluate.answers(base, tuned[1], PROMPTS, **options) != evaluate.answers(*tuned, PROMPTS, **options)
+    assert (
+        off
+        == evaluate.answers(base, tuned[1], PROMPTS, **options)
+        != evaluate.answers(*tuned, PROMPTS, **options)
+    )

@@ -220,7 +220,9 @@ def test_an_interrupt_while_drawing_is_the_callers(tmp_path, clock, monkeypatch)
 def test_the_time_left_is_told_from_the_training_steps_alone(clock, shown, pictures_cost):
     pictures_cost(0.0)
     plot = live.LivePlot(None, total_steps=500, clock=clock)
-    train(plot, clock, [row(0, 0, "eval_")], 1000.0)  # the evaluation before training, and a resume at step 100
+    train(
+        plot, clock, [row(0, 0, "eval_")], 1000.0
+    )  # the evaluation before training, and a resume at step 100
     train(plot, clock, [row(step) for step in range(100, 201)], 0.6)
     assert plot._status(clock.now, final=False) == "step 200 of 500 · 3 min left"
     assert plot._status(clock.now, final=True) == "step 200 of 500 · 18 min"
@@ -257,18 +259,31 @@ def test_ten_thousand_rows_are_at_most_six_hundred_points_a_line(tmp_path, no_no
 
 
 @pytest.mark.parametrize("objective,panels", [("orpo", 4), ("sft", 3)])
-def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(no_notebook, tmp_path, objective, panels):
+def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(
+    no_notebook, tmp_path, objective, panels
+):
     plot = live.LivePlot(tmp_path / "live.png")
     for one in healthy(20):
-        plot._add({name: value for name, value in one.items() if objective == "orpo" or name != "odds_gradient_share"})
+        plot._add(
+            {
+                name: value
+                for name, value in one.items()
+                if objective == "orpo" or name != "odds_gradient_share"
+            }
+        )
     plot._png("")
     small = [axes for axes in plot._picture.curves if axes.get_visible() and axes is not plot._picture.main]
     boxes = [axes.get_position() for axes in small]
-    assert len(small) == panels and all(upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+    assert len(small) == panels and all(
+        upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False)
+    )
     assert [axes.xaxis.label.get_visible() for axes in small] == [False] * (panels - 1) + [True]
     if objective == "orpo":
         share = plot._picture.curves[plot._picture.pull][0]
-        assert share.label.get_text() == "0.11" and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
+        assert (
+            share.label.get_text() == "0.11"
+            and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
+        )
 
 
 def test_averaging_passes_over_missing_numbers():
@@ -294,7 +309,14 @@ def test_numbers_that_are_not_finite_are_skipped(bad):
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [row(0, 0, "eval_")], [row(0, 0, "eval_"), row(9, 1, "eval_")], [row(1)], [row(1), row(2)], [{"step": 3}]],
+    [
+        [],
+        [row(0, 0, "eval_")],
+        [row(0, 0, "eval_"), row(9, 1, "eval_")],
+        [row(1)],
+        [row(1), row(2)],
+        [{"step": 3}],
+    ],
     ids=["none", "one evaluation", "two evaluations", "one step", "two steps", "no curves"],
 )
 def test_short_histories_are_drawn(rows):
@@ -360,7 +382,9 @@ def test_progress_of_a_run_without_steps_is_a_sentence(tmp_path, capsys, folder)
 
 def test_the_users_own_plot_style_changes_nothing_either_way():
     before = live.draw(healthy(20))
-    with matplotlib.rc_context({"text.color": "red", "axes.facecolor": "black", "axes.grid": False, "font.size": 30}):
+    with matplotlib.rc_context(
+        {"text.color": "red", "axes.facecolor": "black", "axes.grid": False, "font.size": 30}
+    ):
         style = dict(matplotlib.rcParams)
         assert live.draw(healthy(20)) == before
         assert dict(matplotlib.rcParams) == style
@@ -374,7 +398,9 @@ def test_it_draws_without_pyplot_or_a_backend(tmp_path, backend):
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     environment |= {"MPLBACKEND": backend} if backend else {}
-    assert subprocess.run([sys.executable, "-c", code, tmp_path / "live.png"], env=environment).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code, tmp_path / "live.png"], env=environment).returncode == 0
+    )
     assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -409,6 +435,16 @@ assert 30 < plot.drawn < 100 and len(read_rows("history.jsonl")) % 10_002 == 0
     path = tmp_path / "saved.ipynb"
     nbformat.write(notebook, path)
     assert path.stat().st_size < 200_000
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--nbval",
+        "--nbval-current-env",
+        path,
+    ]
     done = subprocess.run([*command, f"--rootdir={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]

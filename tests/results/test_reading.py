@@ -124,7 +124,11 @@ def test_a_full_disk_is_told_and_leaves_whole_rows(tmp_path):
 
 def test_resume_leaves_each_step_once(tmp_path):
     path = tmp_path / "h.jsonl"
-    for row in ({"step": 0, "eval_nll": 2.0}, *({"step": s} for s in range(1, 8)), {"step": 5, "eval_nll": 1.0}):
+    for row in (
+        {"step": 0, "eval_nll": 2.0},
+        *({"step": s} for s in range(1, 8)),
+        {"step": 5, "eval_nll": 1.0},
+    ):
         append_row(path, row)
     with open(path, "a") as file:
         file.write('{"step": 8')
@@ -205,6 +209,8 @@ def test_it_imports_the_standard_library_alone():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize(("minutes", "text"), [(0, "1 s"), (0.9, "54 s"), (1.2, "1 min"), (99, "99 min"), (125, "2.1 h")])
+@pytest.mark.parametrize(
+    ("minutes", "text"), [(0, "1 s"), (0.9, "54 s"), (1.2, "1 min"), (99, "99 min"), (125, "2.1 h")]
+)
 def test_durations_read_well(minutes, text):
     assert duration(minutes) == text

@@ -27,7 +27,10 @@ IDS = torch.arange(10, 40)[None]
 def run(tmp_path_factory):
     """A finished run of a tiny model whose adapter has learned something random; never changed by a test."""
     folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
-    tuned = model.add_adapters(model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=model.TINY_MODEL))
+    tuned = model.add_adapters(
+        model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"),
+        Settings(base_model=model.TINY_MODEL),
+    )
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -140,7 +143,9 @@ def test_streamed_pieces_are_the_answer_of_plain_generation(run):
     tuned.generation_config.suppress_tokens = list(range(40))  # letters, so that there is something to see
     pieces, messages = [], [{"role": "user", "content": "Hello"}]
     answer = share.reply(tuned, tokenizer, messages, pieces.append, max_tokens=12)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     expected = tuned.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert answer == tokenizer.decode(expected, skip_special_tokens=True).strip() and len(answer) > 5
     assert "".join(pieces).strip() == answer
@@ -169,7 +174,9 @@ def test_a_notebook_asks_the_model_of_its_run_and_reloads_it_where_it_is_gone(ru
     share.ask(here, "Hello")
     first = capsys.readouterr().out
     share.ask(here, "Hello")
-    assert capsys.readouterr().out == first and "lora" in str(type(here.model)).lower() + str(here.model).lower()
+    assert (
+        capsys.readouterr().out == first and "lora" in str(type(here.model)).lower() + str(here.model).lower()
+    )
 
 
 def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
@@ -206,7 +213,11 @@ def hub(monkeypatch):
 
 def commit(hub):
     lines = [json.loads(line) for path, body in hub.heard if "/commit/" in path for line in body.splitlines()]
-    return {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+    return {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in lines
+        if line["key"] == "file"
+    }
 
 
 def test_push_makes_a_private_repository_with_model_card_picture_and_summary(hub, run):
@@ -225,7 +236,9 @@ def test_push_takes_no_local_path_and_no_other_file_along(hub, copy, tmp_path):
     folder = copy("a", settings={"base_model": "/home/me/base"}, summary={"why": "no room: '/home/me/x'"})
     (folder / "model").unlink()
     (folder / "model").mkdir()
-    (folder / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/base"}))
+    (folder / "model" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/home/me/base"})
+    )
     (folder / "dropped.jsonl").write_text("{}")
     share.push(folder, "me/tuned")
     files = commit(hub)

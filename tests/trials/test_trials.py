@@ -34,7 +34,12 @@ def test_recipes_share_pairs_and_steps_and_dpo_starts_from_the_merged_sft(compar
     _, home = compared
     kept = {f.name: read(f, "settings.json")["settings"] for f in home.iterdir() if f.is_dir()}
     assert kept.keys() == {"sft-1", "half-sft-1", "sft-then-dpo-1", "orpo-1"}
-    assert [kept[name]["objective"] for name in ("sft-1", "half-sft-1", "sft-then-dpo-1", "orpo-1")] == ["sft", "sft", "dpo", "orpo"]
+    assert [kept[name]["objective"] for name in ("sft-1", "half-sft-1", "sft-then-dpo-1", "orpo-1")] == [
+        "sft",
+        "sft",
+        "dpo",
+        "orpo",
+    ]
     assert kept["sft-1"]["max_steps"] == kept["orpo-1"]["max_steps"] == 2
     assert kept["half-sft-1"]["max_steps"] == kept["sft-then-dpo-1"]["max_steps"] == 1
     assert kept["sft-then-dpo-1"]["base_model"] == str(home / "half-sft-1" / "merged")
@@ -49,7 +54,10 @@ def test_the_table_has_every_figure_and_dpo_counts_its_reference(compared):
     out = read(home, "comparison.json")
     rows = {row["recipe"]: row for row in out["runs"]}
     assert list(rows) == list(trials.RECIPES) and all(FIGURES < row.keys() for row in rows.values())
-    assert rows["ORPO"]["forward_passes"] == rows["SFT"]["forward_passes"] == 2 and rows["SFT then DPO"]["forward_passes"] == 3
+    assert (
+        rows["ORPO"]["forward_passes"] == rows["SFT"]["forward_passes"] == 2
+        and rows["SFT then DPO"]["forward_passes"] == 3
+    )
     text = (home / "comparison.md").read_text()
     assert text.count("ORPO minus") == 2 and "8 held-out pairs" in text and "| ORPO |" in text
     assert (home / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -84,14 +92,25 @@ def trial(margin, nll, rate):
 )
 def test_the_rule_of_the_probe(runs, best, said):
     out = trials.recommend(runs)
-    assert out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]} and said in out["said"][0]
+    assert (
+        out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]}
+        and said in out["said"][0]
+    )
 
 
 def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path, monkeypatch):
     def run(settings, show):
         """Its margin is the larger the larger or_weight and rate; too large a rate costs likelihood."""
-        assert (settings.max_steps, settings.objective, settings.answers) == (5, "orpo", 0) and settings.eval_pairs <= 32
-        changes = {"log_odds_ratio": settings.or_weight * settings.learning_rate, "nll": settings.learning_rate - 5e-3, "accuracy": 0.1}
+        assert (settings.max_steps, settings.objective, settings.answers) == (
+            5,
+            "orpo",
+            0,
+        ) and settings.eval_pairs <= 32
+        changes = {
+            "log_odds_ratio": settings.or_weight * settings.learning_rate,
+            "nll": settings.learning_rate - 5e-3,
+            "accuracy": 0.1,
+        }
         Path(settings.output_dir).mkdir(parents=True)
         held_out = {"held_out": {name: {"change": change} for name, change in changes.items()}}
         Path(settings.output_dir, "summary.json").write_text(json.dumps(held_out))
