@@ -19,6 +19,7 @@ from transformers.utils import is_torch_greater_or_equal
 
 from ..errors import UserError
 from ..orpo.batching import Batch, EncodedPair, Span, collate
+from .head import ScoringForward
 
 NAME = "lazyorpo"
 CPU_KERNEL = {
@@ -340,8 +341,8 @@ class PairScorer:
         rung: name of the chosen rung; layout: its layout for `batching.collate`; refused: {rung: why not}.
     """
 
-    def __init__(self, forward):
-        self.forward, self.model = forward, forward.model
+    def __init__(self, model):
+        self.forward, self.model = ScoringForward(model), model
         self.own_attention = self.model.config._attn_implementation
         self.refused: dict[str, str] = {}
         training = self.model.training
@@ -357,13 +358,16 @@ class PairScorer:
                 self.refused[self.rung] = why
         self.model.train(training)
 
-    def inputs(self, batch: Batch) -> dict:
-        """The keyword arguments with which the (possibly wrapped) model computes `batch`; call it right before."""
+    @contextlib.contextmanager
+    def inputs(self, batch: Batch):
+        """Give the keyword arguments with which the (possibly wrapped) model computes `batch`; attention is this
+        row's until the block ends, its backward included."""
         start_batch(batch if self.rung == "shared" else None)
         given = dict(input_ids=batch.input_ids, hidden_index=batch.hidden_index, targets=batch.targets)
         if self.layout == "padded":
-            return given | dict(attention_mask=batch.attention_mask)
-        given["position_ids"] = batch.position_ids
+            given |= dict(attention_mask=batch.attention_mask)
+        else:
+            given["position_ids"] = batch.position_ids
         if self.rung == "shared":
             # Not read; without a mask transformers would look through the positions for documents, and wait for the device.
             given["attention_mask"] = torch.ones_like(batch.input_ids)
@@ -371,13 +375,18 @@ class PairScorer:
             given["attention_mask"] = dense_masks(
                 batch, self.model.config.get_text_config(), self.model.dtype
             )
-        return given
+        try:
+            yield given
+        finally:
+            start_batch(None)
+
+    def read(self, out, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        return out["logps"], out["router_loss"]
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probability of each scored token, (M,) float32, without wrappers around the model."""
-        logps = self.model(**self.inputs(batch))["logps"]
-        start_batch(None)
-        return logps
+        with self.inputs(batch) as inputs:
+            return self.model(**inputs)["logps"]
 
 
 class _Probe:

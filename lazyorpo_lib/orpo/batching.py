@@ -14,11 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from ..errors import UserError
-
-LAYOUTS = ("shared", "packed", "padded")
 
 
 class EncodedPair(NamedTuple):
@@ -174,9 +171,9 @@ def split_by_tokens(
     return batches
 
 
-class StepSampler(Sampler[list[int]]):
-    """Which pairs each optimizer step takes, on this rank: every pair once an epoch, in an order that depends
-    on (seed, epoch) alone, the tokens of each step balanced over the ranks.
+class StepOrder:
+    """Which pairs each optimizer step takes, on this rank: every pair once an epoch, in an order that depends on
+    (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: the steps of an epoch.
 
     Args:
         lengths: tokens of each pair.
@@ -189,35 +186,29 @@ class StepSampler(Sampler[list[int]]):
     def __init__(
         self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank: int = 0, world: int = 1
     ):
-        if min(pairs_per_step, len(lengths)) < world:
-            fewest = min(pairs_per_step, len(lengths))
+        fewest = min(pairs_per_step, len(lengths))
+        if fewest < world:
             raise UserError(
-                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start fewer."
+                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start "
+                "fewer."
             )
-        self.lengths, self.pairs_per_step, self.seed, self.rank, self.world = (
-            lengths,
-            pairs_per_step,
-            seed,
-            rank,
-            world,
-        )
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.lengths, self.pairs_per_step, self.seed = lengths, pairs_per_step, seed
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.pairs_per_step)
         # A remainder too small to give every rank a pair joins the step before it.
         return max(1, full + (rest >= self.world))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def steps(self, epoch: int, first: int = 0) -> Iterator[list[int]]:
+        """Give the positions of this rank's pairs in each step of an epoch, from step `first` on."""
         order = list(range(len(self.lengths)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        for step in range(len(self)):
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        for step in range(first, len(self)):
             last = step == len(self) - 1
-            chunk = order[step * self.pairs_per_step : None if last else (step + 1) * self.pairs_per_step]
-            yield self._share(chunk)
+            yield self._share(
+                order[step * self.pairs_per_step : None if last else (step + 1) * self.pairs_per_step]
+            )
 
     def _share(self, chunk: list[int]) -> list[int]:
         shares, loads = [[] for _ in range(self.world)], [0] * self.world

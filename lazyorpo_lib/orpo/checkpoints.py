@@ -1,31 +1,141 @@
-"""The checkpoints in the folder of a run: which are complete, who wrote them, which go.
+"""The checkpoints in the folder of a run: complete or absent; where to go on.
 
-The Trainer writes and reads what is in them. A checkpoint that a kill, a full disk or a failing disk has torn is never gone on from.
+It writes, reads and removes them; the state of training is in the trainer's hands. A checkpoint that a kill, a full
+disk or a failing disk has torn is never gone on from, and nothing that is loaded may hold code.
 """
 
+import json
+import random
 from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from .. import folder as folders
+from ..errors import UserError, explain_disk
+
+PROGRESS = "progress.json"
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a run by their names, oldest first, torn ones too."""
+    """List the checkpoints of a run by their names, oldest first, torn ones too."""
     found = [c for c in Path(folder).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda c: int(c.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Give the step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     return [c for c in numbered(folder) if folders.is_whole(c, "checkpoint")]
 
 
-def sharding_of(checkpoint: Path) -> str:
-    """FSDP or DeepSpeed, where one of them wrote the checkpoint; else empty."""
-    return (
-        "FSDP"
-        if any(checkpoint.glob("pytorch_model_fsdp*"))
-        else "DeepSpeed" * (checkpoint / "latest").is_file()
-    )
+def is_sharded(checkpoint: Path) -> bool:
+    """Tell whether FSDP wrote a checkpoint, its weights in pieces."""
+    return any(checkpoint.glob("pytorch_model_fsdp*"))
+
+
+def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
+    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; older ones than the last `keep` go.
+
+    Args:
+        progress: its `step`, and whatever else of plain numbers and texts training goes on with.
+        model, optimizer: as accelerate prepared them; of the weights only those that are trained are written.
+
+    Raises:
+        UserError: the disk is full or fails, or something that is not the kit's is in the way.
+    """
+    scratch, target = home / ".saving", home / f"checkpoint-{progress['step']}"
+    main, rank = accelerator.is_main_process, accelerator.process_index
+    try:
+        with explain_disk(home):
+            if main:
+                folders.take(home, "run", f"{scratch.name}/", f"{target.name}/")
+                scratch.mkdir(exist_ok=True)
+            accelerator.wait_for_everyone()
+            torch.save(_draws(accelerator.device), scratch / f"random_{rank}.pt")
+            if plugin := getattr(accelerator.state, "fsdp_plugin", None):
+                save_fsdp_model(plugin, accelerator, model, scratch, adapter_only=True)
+                save_fsdp_optimizer(plugin, accelerator, optimizer, model, scratch)
+            elif main:
+                weights = {name: p.detach().contiguous() for name, p in _trained(accelerator, model)}
+                save_file(weights, scratch / "weights.safetensors")
+                torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+            if main:
+                scaler = accelerator.scaler and accelerator.scaler.state_dict()
+                text = json.dumps(progress | {"scaler": scaler}, indent=1)
+                (scratch / PROGRESS).write_text(text, encoding="utf-8")
+            accelerator.wait_for_everyone()
+            if main:
+                folders.remove(target)
+                folders.put(scratch, target, "checkpoint")
+                remove(home, keep=keep)
+    finally:
+        if main:
+            folders.remove(scratch)
+    accelerator.wait_for_everyone()
+
+
+def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
+    """Read a checkpoint back: weights, optimizer, random numbers and float16's scale. Returns its `progress`.
+
+    Raises:
+        UserError: an earlier version wrote it, or it is damaged or holds code.
+    """
+    if not (checkpoint / PROGRESS).is_file():
+        raise UserError(
+            f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: choose "
+            "another output_dir, or finish the run with that version."
+        )
+    try:
+        if plugin := getattr(accelerator.state, "fsdp_plugin", None):
+            load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
+            load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
+        else:
+            saved = load_file(checkpoint / "weights.safetensors")
+            for name, parameter in _trained(accelerator, model):
+                parameter.data.copy_(saved[name])
+            optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        if accelerator.scaler and progress["scaler"]:
+            accelerator.scaler.load_state_dict(progress["scaler"])
+        draws = checkpoint / f"random_{accelerator.process_index}.pt"
+        if draws.is_file():  # a run may go on with more processes than it began with
+            _draw_on(_load(draws), accelerator.device)
+        return progress
+    except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError):
+        raise UserError(
+            f"{checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run goes on "
+            "from the checkpoint before it."
+        ) from None
+
+
+def _load(file: Path):
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _trained(accelerator, model):
+    found = accelerator.unwrap_model(model, keep_fp32_wrapper=True).named_parameters()
+    return ((name, parameter) for name, parameter in found if parameter.requires_grad)
+
+
+def _draws(device: torch.device) -> dict:
+    """Give the states of the random numbers of this process."""
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _draw_on(states: dict, device: torch.device) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def remove(folder: Path, *, keep: int = 0) -> None:

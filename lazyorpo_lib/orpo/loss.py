@@ -1,13 +1,30 @@
-"""The ORPO loss (Hong et al. 2024, arXiv 2403.07691), and DPO's beside it: pure functions on float32 tensors.
+"""Every formula that is trained: odds, ORPO, SFT, DPO; one objective().
 
-No model, no device moves, no logging, no masks: inputs are already reduced to one number an answer.
+Source: Hong et al. 2024 (arXiv 2403.07691) for ORPO, Rafailov et al. 2023 (arXiv 2305.18290) for DPO. Pure functions on
+float32 tensors: no model, no device moves, no logging. Training, evaluation and the log all call `objective`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LOG_P_MAX = -1e-6  # nats; closer to 0 than this, 1 - P is rounding, and the odds are held
+# What is known of each pair, in this order; the columns of held_out.json.
+TERMS = (
+    "nll",
+    "nll_tokens",
+    "or_loss",
+    "log_odds_chosen",
+    "log_odds_rejected",
+    "logp_chosen",
+    "logp_rejected",
+    "accuracy",
+    "dpo",
+    "pairs",
+)
 
 
 class PairLosses(NamedTuple):
@@ -23,7 +40,7 @@ class PairLosses(NamedTuple):
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(P / (1 - P)) of an answer with mean token log-probability `logp` (Eq. 4).
+    """Give log(P / (1 - P)) of an answer with mean token log-probability `logp` (Eq. 4).
 
     Finite, with a finite gradient, for every input at or below 0: one clamp and one branch. A
     `torch.where` between two formulas gives NaN gradients, since the unused branch is differentiated too.
@@ -32,12 +49,12 @@ def log_odds(logp: Tensor) -> Tensor:
         logp: nats per token, at most 0. Any shape; computed in float32.
     """
     # The upper bound keeps 1 - P away from 0 (past it the gradient is 0); the lower one only catches -inf.
-    x = logp.float().clamp(min=-1e30, max=-1e-6)
+    x = logp.float().clamp(min=-1e30, max=LOG_P_MAX)
     return x - torch.log(-torch.expm1(x))
 
 
 def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor) -> PairLosses:
-    """-log sigmoid of the log odds ratio (Eqs. 5 and 7), for each pair.
+    """Give -log sigmoid of the log odds ratio (Eqs. 5 and 7) for each pair.
 
     Args:
         logp_chosen: mean log-probability per token of each chosen answer (Eq. 3), nats. Shape (B,).
@@ -59,23 +76,90 @@ def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor) -> PairLosses:
     return PairLosses(-F.logsigmoid(chosen - rejected), chosen, rejected)
 
 
-def orpo_loss(nll: Tensor, or_loss: Tensor, or_weight: float) -> Tensor:
-    """nll + or_weight * mean or_loss (Eq. 6); `or_weight` is the paper's lambda, `beta` in TRL.
-
-    Args:
-        nll: negative log-likelihood per token of the chosen side. Scalar, nats.
-        or_loss: the odds term of each pair. Shape (B,).
-    """
-    return nll + or_weight * or_loss.mean()
-
-
 def dpo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> Tensor:
-    """DPO's loss for each pair (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7).
+    """Give DPO's loss for each pair (its Eq. 7).
 
     Args:
         chosen, rejected: summed log-probability of each answer under the model in training, nats. Shape (B,).
         ref_chosen, ref_rejected: the same under the frozen reference. Shape (B,).
     """
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+def objective(sums: Mapping, *, nll_tokens: float, pairs: float, or_weight: float, name: str = "orpo"):
+    """Give the loss of an optimizer step: the one place that says what is trained.
+
+    orpo: nll + or_weight * or_loss (Eq. 6)    sft: nll alone    dpo: its own loss
+
+    Args:
+        sums: of TERMS over the pairs at hand, tensors or numbers: the whole step's, or a micro-batch's share.
+        nll_tokens, pairs: of the whole step, so that the shares of its micro-batches add up to its loss.
+        or_weight: the paper's lambda, `alpha` in the authors' code, `beta` in TRL.
+    """
+    if name == "dpo":
+        return sums["dpo"] / pairs
+    weight = or_weight if name == "orpo" else 0.0
+    return sums["nll"] / nll_tokens + weight * sums["or_loss"] / pairs
+
+
+def pair_table(
+    logps: Tensor, segment: Tensor, lengths: Tensor, reference: Tensor | None = None, dpo_beta: float = 0.1
+) -> Tensor:
+    """Give what is known of each pair, a column a name of TERMS: (B, len(TERMS)) float32, with gradient.
+
+    Args:
+        logps: (M,) log-probability of each scored token, nats. segment, lengths: see `batching.Batch`.
+        reference: (B, 2) summed log-probabilities of chosen and rejected under DPO's frozen reference.
+    """
+    sums = torch.zeros(len(lengths), device=logps.device).index_add(0, segment, logps.float())
+    chosen, rejected, prompt = sums.view(3, -1)
+    chosen_tokens, rejected_tokens, prompt_tokens = lengths.view(3, -1)
+    logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
+    odds = odds_ratio_loss(logp_chosen, logp_rejected)
+    known = {
+        "nll": -(chosen + prompt),
+        "nll_tokens": chosen_tokens + prompt_tokens,
+        "logp_chosen": logp_chosen,
+        "logp_rejected": logp_rejected,
+        "accuracy": (odds.log_odds_ratio > 0).float(),
+        "dpo": torch.zeros_like(chosen),
+        "pairs": torch.ones_like(chosen),
+    } | odds._asdict()
+    if reference is not None:
+        known["dpo"] = dpo_loss(chosen, rejected, *reference.T, dpo_beta)
+    return torch.stack([known[name] for name in TERMS], dim=1)
+
+
+def by_name(table: Tensor) -> dict[str, Tensor]:
+    """Give the column sums of a `pair_table` by their names, for `objective`."""
+    return dict(zip(TERMS, table.sum(0).unbind(), strict=True))
+
+
+def metrics(sums: Sequence[float], or_weight: float, name: str = "orpo") -> dict[str, float]:
+    """Give the logged figures of a set of pairs from the column sums of its `pair_table`."""
+    total = dict(zip(TERMS, sums, strict=True))
+    pairs, tokens = max(total["pairs"], 1.0), max(total["nll_tokens"], 1.0)
+    loss = objective(total, nll_tokens=tokens, pairs=pairs, or_weight=or_weight, name=name)
+    means = {term: total[term] / pairs for term in TERMS if term not in ("nll", "nll_tokens", "dpo", "pairs")}
+    ratio = means["log_odds_chosen"] - means["log_odds_rejected"]
+    return {"nll": total["nll"] / tokens} | means | {"log_odds_ratio": ratio, "loss": loss}
+
+
+def gradient_norms(
+    table: Tensor, lengths: Tensor, *, nll_tokens: float, pairs: float, or_weight: float
+) -> Tensor:
+    """Give the squared norms of the gradients of the nll and of the weighted odds term with respect to the token
+    log-probabilities, where the two terms meet: (2,).
+
+    Args:
+        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: of the step.
+    """
+    column = dict(zip(TERMS, table.T, strict=True))
+    of_nll = column["nll_tokens"].sum() / nll_tokens**2
+    logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
+    # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which the clamp makes 0 where P is all but 1.
+    outer = torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"]) * or_weight / pairs
+    slope = torch.where(logp <= LOG_P_MAX, -outer / torch.expm1(logp), 0.0)
+    return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])

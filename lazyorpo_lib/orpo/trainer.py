@@ -1,575 +1,429 @@
-"""OrpoTrainer: transformers' Trainer, with steps made of token-budget micro-batches of pairs.
+"""The loop: forward, loss, backward, clip, step, log, stop.
 
-Optimizers, schedules, mixed precision, checkpoints, resume, trackers and many GPUs are the Trainer's and accelerate's.
-Here: one batch of its data loader is all the pairs of an optimizer step; the step splits them into micro-batches, and its
-loss does not depend on how (nll exact in tokens, the odds term exact in pairs, over all ranks). It draws and prints nothing.
+accelerate owns devices, precision, gradient scaling and many processes; transformers the schedules; optimizers.py and
+checkpoints.py what their names say. A step's pairs are split into token-budget micro-batches, and its loss does not depend
+on how (nll exact in tokens, the odds term exact in pairs, over all processes). It draws, prints and downloads nothing.
 """
 
 import contextlib
-import dataclasses
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from types import MethodType
 
 import torch
-from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .. import folder as folders
-from ..errors import UserError, explain_disk
-from ..fast.attention import PairScorer
-from ..fast.head import ScoringForward
-from ..machine import attempt, memory_gib
-from ..model import adapters_off, apply_liger, causal_lm
-from ..session import SaveByTheClock, StepGuard, StepWindow
+from ..errors import UserError
+from ..machine import attempt, checkpoint_layers, memory_gib
+from ..session import Stop
 from ..settings import Settings
-from . import checkpoints
-from .batching import Batch, EncodedPair, StepSampler, collate, split_by_tokens
-from .loss import dpo_loss, odds_ratio_loss
+from . import checkpoints, loss
+from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
+from .optimizers import make_optimizer
+from .reference import Reference
+from .scoring import LESS, PlainScorer, score
 
-SUMS = (
-    "nll",
-    "nll_tokens",
-    "or_loss",
-    "log_odds_chosen",
-    "log_odds_rejected",
-    "logp_chosen",
-    "logp_rejected",
-    "accuracy",
-    "dpo",
-    "pairs",
-)
-LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # what to do where one pair is too much
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-}  # ours -> transformers', where they differ
+BAD_STEPS_ALLOWED = 3
 
 
-def pair_table(logps: Tensor, batch: Batch, reference: Tensor | None = None, dpo_beta: float = 0.1) -> Tensor:
-    """What is known of each pair, one column a name of SUMS: (B, len(SUMS)) float32, with gradient.
+def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
+    """Make the Accelerator of a run, whatever an earlier one of this process was told.
 
     Args:
-        logps: (M,) log-probability of each scored token.
-        reference: (B, 2) summed log-probabilities of chosen and rejected under DPO's frozen reference.
+        dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
     """
-    b = len(batch.pairs)
-    sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps.float())
-    chosen, rejected, prompt = sums.view(3, b)
-    chosen_tokens, rejected_tokens, prompt_tokens = batch.lengths.view(3, b)
-    logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
-    odds = odds_ratio_loss(logp_chosen, logp_rejected)
-    dpo = (
-        torch.zeros_like(chosen) if reference is None else dpo_loss(chosen, rejected, *reference.T, dpo_beta)
+    AcceleratorState._reset_state(True)
+    return Accelerator(
+        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
+        cpu=device == "cpu",
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=str(folder / "tensorboard"),
+        # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference; towers
+        # for pixels and experts that no token took have no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
-    return torch.stack(
-        [-(chosen + prompt), chosen_tokens + prompt_tokens, odds.or_loss, odds.log_odds_chosen, odds.log_odds_rejected,
-         logp_chosen, logp_rejected, (odds.log_odds_ratio > 0).float(), dpo, torch.ones_like(dpo)], dim=1,
-    )  # fmt: skip
 
 
-def averages(sums: Sequence[float], objective: str, or_weight: float) -> dict[str, float]:
-    """The metrics of a set of pairs from the column sums of its `pair_table`."""
-    total = dict(zip(SUMS, sums, strict=True))
-    pairs = max(total.pop("pairs"), 1.0)
-    nll = total.pop("nll") / max(total.pop("nll_tokens"), 1.0)
-    row = {"nll": nll} | {name: value / pairs for name, value in total.items()}
-    row["log_odds_ratio"] = row["log_odds_chosen"] - row["log_odds_rejected"]
-    dpo = row.pop("dpo")
-    row["loss"] = (
-        dpo if objective == "dpo" else nll + (or_weight * row["or_loss"] if objective == "orpo" else 0.0)
-    )
-    return row
-
-
-def training_arguments(
-    settings: Settings, *, dtype: torch.dtype, device: str, output_dir: Path
-) -> TrainingArguments:
-    """Our settings in the Trainer's words."""
-    args = TrainingArguments(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=1,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_schedule,
-        warmup_steps=settings.warmup_steps,
-        optim=OPTIMIZERS.get(settings.optimizer, settings.optimizer),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device == "cpu",
-        logging_steps=settings.log_every_steps,
-        logging_nan_inf_filter=False,  # it hides a NaN behind old losses
-        eval_strategy="steps" if settings.eval_every_steps and settings.eval_pairs else "no",
-        eval_steps=settings.eval_every_steps or None,
-        save_strategy="steps" if settings.save_every_steps else "no",
-        save_steps=settings.save_every_steps or 500,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=settings.report_to,
-        ddp_broadcast_buffers=False,  # rotary tables, the same everywhere; ranks score unequal numbers of batches for DPO's reference
-    )
-    _ = args.device
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # nn.DataParallel would cut a packed row in two; many GPUs are accelerate's
-    return args
-
-
-def checkpoint_layers(model, count: int) -> int:
-    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); returns how many."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if count and layers:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < count
-    return min(count, len(layers))
-
-
-class OrpoTrainer(Trainer):
-    """Trains a causal LM on encoded pairs.
+class OrpoTrainer:
+    """Trains a causal LM on encoded pairs: `prepare`, `train`, `close`.
 
     Args:
-        model: from `model.load_for_training`.
-        settings: learning rate, or_weight and so on.
+        model: what is trained requires gradients, the rest does not.
         train_pairs, eval_pairs: anything with a length that gives an EncodedPair for an index.
-        tokens_per_batch: tokens computed at once.
-        checkpointed_layers: layers whose activations are recomputed.
-        on_row: called on the first process with every row of the history.
-    """
+        accelerator: from `make_accelerator`. folder: where checkpoints go.
+        make_scorer: called with the model once it is in its place; see scoring.py.
+        tokens_per_batch: tokens computed at once. checkpointed_layers: layers whose activations are recomputed.
+        stop: asked after every step whether to end.
+        on_row: called on the first process with every row of the history. on_step: called with the number of each step
+            that was taken. on_save: called when a checkpoint is complete.
 
-    loss_is_scaled_for_ga = True  # the step's loss is whole; nothing divides it again
+    Attributes:
+        step, steps: how many were taken, and how many there are. bad_steps: those left out because a number was not
+            finite, {step, rows of the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by
+            itself; empty where it did not.
+    """
 
     def __init__(
         self,
         model,
-        args: TrainingArguments,
         settings: Settings,
         train_pairs: Sequence[EncodedPair],
         eval_pairs: Sequence[EncodedPair] = (),
         *,
+        accelerator: Accelerator,
+        folder: Path,
         tokens_per_batch: int,
         checkpointed_layers: int = 0,
+        make_scorer: Callable = PlainScorer,
+        stop: Stop | None = None,
         on_row: Callable[[dict], None] = lambda row: None,
-        callbacks: Sequence[TrainerCallback] = (),
+        on_step: Callable[[int], None] = lambda step: None,
+        on_save: Callable[[], None] = lambda: None,
     ):
-        self.settings, self.on_row = settings, on_row
-        self.tokens_per_batch, self.oom_notes = tokens_per_batch, []
-        self.stop_reason, self._bad_in_a_row, self._rows_of_step = "", 0, []
-        self._reference: dict[int, Tensor] = {}
-        self._window = StepWindow()
-        own = StepGuard(self), SaveByTheClock(settings.save_every_minutes)
-        super().__init__(
-            model, args, train_dataset=train_pairs, eval_dataset=eval_pairs, callbacks=[*own, *callbacks]
-        )
-        self.sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else ""
-        if self.sharded:
-            self._check_sharding()
-        if (
-            settings.liger_kernel
-        ):  # before the scorer takes the model's forward, and proves what it computes with
-            apply_liger(model)
-        # After the Trainer has put the model in its place, before it wraps it for training.
-        with self.accelerator.autocast():
-            self.scorer = PairScorer(ScoringForward(causal_lm(model)))
+        self.model, self.settings, self.accelerator, self.folder = model, settings, accelerator, Path(folder)
+        self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
+        self.on_row, self.on_step, self.on_save = on_row, on_step, on_save
+        self.device, self.world = accelerator.device, accelerator.num_processes
+        self.sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
+        self.step = self._bad_in_a_row = 0
+        set_seed(settings.seed)
+        with accelerator.autocast():
+            self.scorer = make_scorer(model)
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
-        self.remove_callback(PrinterCallback)
-        self.sampler = None
-
-    def _check_sharding(self) -> None:
-        """Of weights spread over the processes: refuse what would be wrong."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin and plugin.fsdp_version != 2:
-            raise UserError(
-                "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml."
-            )
-        if plugin and plugin.cpu_ram_efficient_loading:
-            raise UserError(
-                "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config."
-            )
-        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if (
-            deepspeed and deepspeed.zero_stage == 3
-        ):  # head.py and adapters.py read weights outside the module that ZeRO-3 gathers them for
-            raise UserError(
-                "ZeRO-3 is not supported: take configs/fsdp2.yaml, which spreads the same over the GPUs, or ZeRO stage 2."
-            )
-        if self.settings.objective == "dpo" or getattr(self.model, "is_loaded_in_4bit", False):
-            raise UserError(
-                "FSDP and DeepSpeed train neither 4-bit weights nor objective=dpo: choose method=lora or full, or DDP."
-            )
-        if (
-            plugin and plugin.mixed_precision_policy
-        ):  # accelerate's would round log-probabilities and gradient sums to 16 bit
-            plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-            )
-
-    def gathered_weights(self) -> dict[str, Tensor] | None:
-        """The trained weights in one piece on the first process, where they are spread over all; else None. Every process calls it."""
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            return get_model_state_dict(self.model, options=options)
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
-
-    # Data: one batch of the loader = this rank's pairs of one optimizer step.
-
-    def get_train_dataloader(self) -> DataLoader:
-        pairs = self.train_dataset
-        lengths = (
-            pairs.lengths if hasattr(pairs, "lengths") else [p.tokens(self.scorer.layout) for p in pairs]
+        self.reference = Reference(model, self._score) if settings.objective == "dpo" else None
+        lengths = getattr(train_pairs, "lengths", None)
+        if lengths is None:
+            lengths = [pair.tokens(self.scorer.layout) for pair in train_pairs]
+        self.order = StepOrder(
+            lengths,
+            settings.pairs_per_step,
+            seed=settings.seed,
+            rank=accelerator.process_index,
+            world=self.world,
         )
-        self.sampler = StepSampler(
-            lengths, self.settings.pairs_per_step, seed=self.settings.seed,
-            rank=self.args.process_index, world=self.args.world_size,
-        )  # fmt: skip
-        return DataLoader(pairs, batch_sampler=self.sampler, collate_fn=_as_step)
+        self.steps = settings.max_steps or math.ceil(settings.epochs * len(self.order))
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.wrapped, self.optimizer, self._window = model, None, _Window()
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed from the last checkpoint, the Trainer would take one step more
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+    # The loop.
 
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # the Trainer's own guess knows neither shared prompts nor adapters
+    def prepare(self, resume_from: Path | None = None) -> None:
+        """Wrap the model for training, with its optimizer and schedule; load a checkpoint where one is given.
 
-    # The step.
+        Raises:
+            UserError: the checkpoint is damaged, or was written by an earlier version.
+        """
+        s = self.settings
+        optimizer = make_optimizer(s, self.model, retry=self.world == 1)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.sharded:  # accelerate puts the pieces in the place of the weights
+            self.model = self.wrapped
+            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
+            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.schedule = get_scheduler(
+            s.lr_schedule, self.optimizer, num_warmup_steps=s.warmup_steps, num_training_steps=self.steps
+        )
+        self.accelerator.init_trackers("lazyorpo", config=vars(s))
+        if resume_from:
+            self.load(Path(resume_from))
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        pairs = inputs["pairs"]
-        self._rows_of_step, self._computing = [p.index for p in pairs], pairs
-        if self.settings.objective == "dpo":
-            self._remember_reference(pairs)
-        model.train()
+    def train(self) -> None:
+        """Take the steps that are left, until they are done, somebody asks to stop, or numbers are no longer finite."""
+        self._window, self._saved_at = _Window(), time.monotonic()
+        for pairs in self._steps_left():
+            sums, nll_tokens, count = self._gradient(pairs)
+            norm, rate = self._update(pairs, sums, nll_tokens, count), self.schedule.get_last_lr()[0]
+            self.optimizer.step()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            if self.step % self.settings.log_every_steps == 0:
+                self._log_step(rate, norm)
+            if self.settings.eval_every_steps and self.step % self.settings.eval_every_steps == 0:
+                self.evaluate()
+            self.on_step(self.step)
+            stopping = self._asked_to_stop()
+            if stopping or self._checkpoint_is_due():
+                self.save()
+            if stopping:
+                break
+
+    def close(self) -> None:
+        """End the trackers; nothing is logged afterwards."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _steps_left(self):
+        """This rank's pairs of each step still to be taken: their order needs no state, so a resume only counts."""
+        while self.step < self.steps:
+            epoch, done = divmod(self.step, len(self.order))
+            for positions in self.order.steps(epoch, done):
+                yield [self.train_pairs[i] for i in positions]
+                if self.step >= self.steps:
+                    return
+
+    def _gradient(self, pairs: list[EncodedPair]) -> tuple[Tensor, int, int]:
+        """Leave the gradient of a step in the weights, in smaller pieces each time that memory runs out.
+
+        Returns:
+            sums of TERMS over this rank's pairs, with two gradient norms, (len(TERMS) + 2,); scored tokens, and pairs,
+            of all ranks.
+        """
+        if self.reference:
+            self._window.work.update(self.reference.remember(pairs))
+        self.wrapped.train()
         while True:
-            loss, message = attempt(partial(self._forward_backward, model, pairs))
+            self._computing = pairs
+            found, message = attempt(partial(self._forward_backward, pairs))
             if not message:
-                return loss
-            model.zero_grad(set_to_none=True)
+                return found
+            self.wrapped.zero_grad(set_to_none=True)
             self._use_less_memory(self._computing, message)
 
-    def _forward_backward(self, model, pairs: list[EncodedPair]) -> Tensor:
-        settings, world = self.settings, self.args.world_size
-        micro_batches = self._micro_batches(pairs)
-        total_pairs = self._over_ranks(len(pairs))
-        nll_tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * (settings.nll_over != "answer") for p in pairs)
-        nll_tokens = self._over_ranks(nll_tokens)
-        step_loss = torch.zeros((), device=self.args.device)
-        sums = torch.zeros(
-            len(SUMS) + 2, device=self.args.device
-        )  # and the squared gradient norms of the two terms
-        work = Counter()
+    def _forward_backward(self, pairs: list[EncodedPair]) -> tuple[Tensor, int, int]:
+        s, micro_batches = self.settings, self._micro_batches(pairs)
+        of_prompt = s.nll_over != "answer"
+        step = dict(
+            nll_tokens=self._over_ranks(sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)),
+            pairs=self._over_ranks(len(pairs)),
+        )
+        sums, work = torch.zeros(len(loss.TERMS) + 2, device=self.device), Counter()
         for k, (micro, weight) in enumerate(micro_batches):
-            self._computing = micro
-            batch = collate(micro, nll_over=settings.nll_over, layout=self.scorer.layout).to(self.args.device)
-            last = k == len(micro_batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(
-                last
-            )  # DeepSpeed steps in the backward that synchronizes
+            self._computing, last = micro, k == len(micro_batches) - 1
+            batch = collate(micro, nll_over=s.nll_over, layout=self.scorer.layout).to(self.device)
             # FSDP would hold whole gradients where it is told to wait.
+            wait = not last and self.world > 1 and not self.sharded
             with (
-                contextlib.nullcontext()
-                if last or world == 1 or self.sharded
-                else self.accelerator.no_sync(model)
+                self.accelerator.no_sync(self.wrapped) if wait else contextlib.nullcontext(),
+                self.scorer.inputs(batch) as inputs,
             ):
-                out = model(**self.scorer.inputs(batch))
-                table = pair_table(out["logps"], batch, self._reference_of(micro), settings.dpo_beta)
-                column = dict(zip(SUMS, table.sum(0).unbind(), strict=True))
-                if settings.objective == "dpo":
-                    loss = column["dpo"] / total_pairs
-                else:
-                    or_weight = settings.or_weight if settings.objective == "orpo" else 0.0
-                    loss = column["nll"] / nll_tokens + or_weight * column["or_loss"] / total_pairs
-                if out["router_loss"] is not None:
-                    loss = loss + out["router_loss"] * len(micro) / total_pairs
+                logps, router_loss = self.scorer.read(self.wrapped(**inputs), batch)
+                table = self._pair_table(logps, batch)
+                share = loss.objective(loss.by_name(table), **step, or_weight=s.or_weight, name=s.objective)
+                if router_loss is not None:
+                    share = share + router_loss * len(micro) / step["pairs"]
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
-                self.accelerator.backward(loss * weight * world)
-            step_loss += loss.detach() * weight
-            table = table.detach()
-            sums += (
-                torch.cat([table.sum(0), self._term_norms(table, batch.lengths, nll_tokens, total_pairs)])
-                * weight
-            )
+                self.accelerator.backward(share * weight * self.world)
+            sums += torch.cat([table.detach().sum(0), self._term_norms(table.detach(), batch, step)]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._window.work.update(work)  # only here: a step that ran out of memory does not count
-        self._unread = torch.cat([step_loss[None], sums])
-        return step_loss * world  # the Trainer averages what it logs over ranks
+        return sums, step["nll_tokens"], step["pairs"]
 
-    def _get_grad_norm(self, model, grad_norm=None) -> float:
-        """The one look at the device in a step: the gradient's norm, the loss, and the sums that are logged."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
-        # DeepSpeed's is a number, or None at first.
-        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.args.device)
-        found = self._unread if self.args.world_size == 1 else self.accelerator.reduce(self._unread)
-        self.grad_norm, self.step_loss, *sums = torch.cat([norm.view(1), found]).tolist()
-        self._window.add(sums)
-        return self.grad_norm
+    def _pair_table(self, logps: Tensor, batch: Batch) -> Tensor:
+        reference = self.reference(batch.pairs) if self.reference else None
+        return loss.pair_table(logps, batch.segment, batch.lengths, reference, self.settings.dpo_beta)
 
-    def _term_norms(self, table: Tensor, lengths: Tensor, nll_tokens: int, pairs: int) -> Tensor:
-        """Squared norms of the gradients of the nll and of the weighted odds term with respect to the token log-probabilities,
-        where the two terms meet: (2,), zeros where only one is trained."""
+    def _term_norms(self, table: Tensor, batch: Batch, step: dict) -> Tensor:
         if self.settings.objective != "orpo":
             return torch.zeros(2, device=table.device)
-        column = dict(zip(SUMS, table.T, strict=True))
-        of_nll = column["nll_tokens"].sum() / nll_tokens**2
-        logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
-        # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which loss.py's clamp makes 0 where P is all but 1.
-        outer = (
-            torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"])
-            * self.settings.or_weight
-            / pairs
-        )
-        slope = torch.where(logp <= -1e-6, -outer / torch.expm1(logp), 0.0)
-        return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])
+        return loss.gradient_norms(table, batch.lengths, **step, or_weight=self.settings.or_weight)
 
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
-        if self.args.world_size > 1:
+        if self.world > 1:
             # FSDP gathers weights in every forward, so every rank must run as many; the extra ones weigh nothing.
-            most = self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max().item()
+            most = self._over_ranks(len(batches), "max")
             batches = [([min(pairs, key=lambda p: p.tokens())], 0.0)] * (most - len(batches)) + batches
         return batches
 
-    def _over_ranks(self, count: int) -> int:
-        if self.args.world_size == 1:
+    def _over_ranks(self, count: int, how: str = "sum") -> int:
+        if self.world == 1:
             return count
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device)).item())
+        counts = self.accelerator.gather(torch.tensor([count], device=self.device)).tolist()
+        return max(counts) if how == "max" else sum(counts)
+
+    def _update(self, pairs: list[EncodedPair], sums: Tensor, nll_tokens: int, count: int) -> float:
+        """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before clipping.
+
+        Here is the one look at the device in a step.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
+        found = sums if self.world == 1 else self.accelerator.reduce(sums)
+        norm, *host = torch.cat([norm.float().view(1).to(self.device), found]).tolist()
+        self._window.add(host)
+        s, scaler = self.settings, self.accelerator.scaler
+        terms = dict(zip(loss.TERMS, host, strict=False))
+        whole = loss.objective(
+            terms, nll_tokens=nll_tokens, pairs=count, or_weight=s.or_weight, name=s.objective
+        )
+        if math.isfinite(whole) and math.isfinite(norm):
+            self._bad_in_a_row = 0
+        elif not (math.isfinite(whole) and scaler is not None and scaler.get_scale() > 1):
+            # Else float16's scaler skips the step and tries a smaller scale, which is its ordinary work.
+            self._leave_out(pairs, "gradient" if math.isfinite(whole) else "loss")
+        return norm
+
+    def _leave_out(self, pairs: list[EncodedPair], what: str) -> None:
+        step, rows = self.step + 1, gather_object([pair.index for pair in pairs])
+        self.bad_steps.append({"step": step, "rows": rows})
+        warnings.warn(f"step {step}: the {what} is not finite; skipped. Dataset rows: {rows}", stacklevel=4)
+        self.wrapped.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= BAD_STEPS_ALLOWED:
+            self.stop_reason = (
+                f"{BAD_STEPS_ALLOWED} steps in a row had a loss or gradient that is not finite (last: step "
+                f"{step}, dataset rows {rows}); try a lower learning_rate or precision=float32"
+            )
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
         """After an out-of-memory in `micro`: half its tokens at once; where it is a single pair, more checkpointed layers."""
-        clear_device_cache()
         layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
         if len(micro) > 1:
             tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
             self.tokens_per_batch = max(1, min(self.tokens_per_batch, tokens) // 2)
             change = f"tokens_per_batch is now {self.tokens_per_batch}"
         elif self.checkpointed_layers < layers:
-            more = self.checkpointed_layers + max(1, math.ceil((layers - self.checkpointed_layers) / 2))
+            more = self.checkpointed_layers + math.ceil((layers - self.checkpointed_layers) / 2)
             self.checkpointed_layers = checkpoint_layers(self.model, more)
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:
             raise UserError(
-                f"Out of memory in step {self.state.global_step + 1} on a single pair with every layer checkpointed ({message}); {LESS}."
+                f"Out of memory in step {self.step + 1} on a single pair with every layer checkpointed ({message}); "
+                f"{LESS}."
             )
-        step = f"step {self.state.global_step + 1}"
-        self._note(f"{step}: out of memory; {change}; the step is repeated with the same result")
+        self._note(
+            f"step {self.step + 1}: out of memory; {change}; the step is repeated with the same result"
+        )
 
     def _note(self, text: str) -> None:
         self.oom_notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-    # DPO's reference: the model before training, its sums computed once for each pair.
+    def _asked_to_stop(self) -> bool:
+        """Whether training ends here. Of several processes only what all know counts: a signal that comes while they
+        agree waits for the next step."""
+        stop = self.stop
+        asked = [stop.is_due(look=self.accelerator.is_main_process), stop.asked, stop.hurried]
+        if self.world > 1:
+            flags = self.accelerator.gather(torch.tensor([asked], dtype=torch.int32, device=self.device))
+            asked = flags.amax(0).bool().tolist()
+            stop.agree(*asked)
+        return bool(self.stop_reason) or (asked[0] and self.step < self.steps)
 
-    def _remember_reference(self, pairs: Sequence[EncodedPair]) -> None:
-        missing = [p for p in pairs if p.index not in self._reference]
-        if missing and not hasattr(self.model, "disable_adapter"):
-            raise RuntimeError("full tuning: remember_reference() must run before the first step")
-        self.remember_reference(missing)
-
-    def remember_reference(self, pairs: Sequence[EncodedPair]) -> None:
-        """Keep the summed log-probabilities of `pairs` under the untrained model, for objective="dpo"."""
-        with adapters_off(self.model):
-            for batch, logps in self._score(pairs):
-                b = len(batch.pairs)
-                sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
-                self._reference |= {
-                    p.index: s for p, s in zip(batch.pairs, sums[: 2 * b].view(2, b).T, strict=True)
-                }
-                self._window.work.update(tokens=batch.input_ids.numel(), forward_passes=1)
-
-    def _reference_of(self, pairs: Sequence[EncodedPair]) -> Tensor | None:
-        return (
-            torch.stack([self._reference[p.index] for p in pairs])
-            if self.settings.objective == "dpo"
-            else None
-        )
+    def _checkpoint_is_due(self) -> bool:
+        """By steps; and by the clock since the last one or the beginning, so that a run that is shorter writes none.
+        Of several processes the first one's clock counts."""
+        s = self.settings
+        if s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps):
+            return True
+        if not s.save_every_minutes or self.step >= self.steps:  # at the end the model itself is saved
+            return False
+        due = time.monotonic() - self._saved_at >= 60 * s.save_every_minutes
+        return bool(self._over_ranks(int(due and self.accelerator.is_main_process)))
 
     # Evaluation.
 
     def _score(self, pairs: Sequence[EncodedPair]):
-        """Micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode; smaller ones
-        where memory runs out."""
-        layout, training = self.scorer.layout, self.model.training
-        self.model_wrapped.eval()
-        waiting = split_by_tokens(list(pairs), self.tokens_per_batch, layout)[::-1]
-        try:
-            while waiting:
-                micro = waiting.pop()
-                scored, message = attempt(partial(self._logps, micro))
-                if not message:
-                    yield scored
-                    continue
-                if len(micro) == 1:
-                    raise UserError(f"Out of memory in evaluating a single pair ({message}); {LESS}.")
-                budget = max(1, sum(p.tokens(layout) for p in micro) // 2)
-                waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[
-                    ::-1
-                ]
-                self._note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
-        finally:
-            self.model_wrapped.train(training)
-
-    @torch.no_grad()
-    def _logps(self, micro: list[EncodedPair]) -> tuple[Batch, Tensor]:
-        batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(
-            self.args.device
+        return score(
+            self.wrapped,
+            pairs,
+            scorer=self.scorer,
+            accelerator=self.accelerator,
+            nll_over=self.settings.nll_over,
+            tokens_per_batch=self.tokens_per_batch,
+            note=self._note,
         )
-        with self.accelerator.autocast():
-            return batch, self.model_wrapped(**self.scorer.inputs(batch))["logps"]
 
     def pair_tables(
         self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """`pair_table` of each pair in the order given, (len(pairs), len(SUMS)) on the CPU. Every rank computes all."""
+        """Give `loss.pair_table` of each pair in the order given, (len(pairs), len(TERMS)) on the CPU; every rank all."""
         rows = {}
-        if self.settings.objective == "dpo":
-            self._remember_reference(pairs)
+        if self.reference:
+            self.reference.remember(pairs)
         for batch, logps in self._score(pairs):
-            table = pair_table(logps, batch, self._reference_of(batch.pairs), self.settings.dpo_beta)
-            rows |= dict(zip([p.index for p in batch.pairs], table.cpu(), strict=True))
+            table = self._pair_table(logps, batch).cpu()
+            rows |= dict(zip([p.index for p in batch.pairs], table, strict=True))
             on_batch(len(batch.pairs))
         return torch.stack([rows[p.index] for p in pairs])
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not len(pairs):
+    def evaluate(self) -> dict[str, float]:
+        """Log the figures of the held-out pairs, their names after `eval_`; none without such pairs."""
+        if not len(self.eval_pairs):
             return {}
-        sums = self.pair_tables(pairs).sum(0).tolist()
-        row = averages(sums, self.settings.objective, self.settings.or_weight)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in row.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
+        return self.log_evaluation(self.pair_tables(pairs))
 
-    # The optimizer.
-
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
-        if self.args.world_size == 1:
-            optimizer.step = MethodType(
-                partial(self._step, type(optimizer).step), optimizer
-            )  # schedulers ask for __func__
-        if getattr(optimizer, "is_paged", False):
-            optimizer.load_state_dict = partial(_load_paged, optimizer)
-        return optimizer
-
-    def _step(self, step, optimizer, *args, **kwargs):
-        """An optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
-        if optimizer.state:
-            return step(optimizer, *args, **kwargs)
-        message = attempt(partial(step, optimizer, *args, **kwargs))[1]
-        if message:
-            *_, last = optimizer.state or (
-                None,
-            )  # at work when it happened; some count the step before they take it
-            for parameter, state in list(optimizer.state.items()):
-                if state.get("step", 0) > 0 and parameter is not last:
-                    parameter.grad = None  # it has been updated
-                else:
-                    del optimizer.state[parameter]
-            message = attempt(partial(step, optimizer, *args, **kwargs))[1]
-        if message:
-            raise UserError(
-                f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora."
-            )
+    def log_evaluation(self, table: Tensor) -> dict[str, float]:
+        """Log the figures of `pair_tables` of the held-out pairs, their names after `eval_`."""
+        row = {f"eval_{name}": value for name, value in self.metrics(table.sum(0).tolist()).items()}
+        self.log(row)
+        return row
 
     # What is written down.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            sums, work, seconds = self._window.take()
-            work = {name: self._over_ranks(count) for name, count in work.items()}
-            *sums, nll_norm, odds_norm = sums
-            row = averages(sums, self.settings.objective, self.settings.or_weight)
-            if self.settings.objective == "orpo" and nll_norm > 0:
-                row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
-            row |= {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
-            row["pairs_per_second"], row["tokens_per_second"] = sums[-1] / seconds, work["tokens"] / seconds
-            row |= work
-            row["memory_gib"] = memory_gib(self.args.device)
-            logs = row
-        super().log(logs, start_time)
-        if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
-            self.on_row({"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 6)} | logs)
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Give the figures by name of the column sums of a pair table."""
+        return loss.metrics(sums, self.settings.or_weight, self.settings.objective)
+
+    def _log_step(self, learning_rate: float, norm: float) -> None:
+        sums, work, seconds = self._window.take()
+        work = {name: self._over_ranks(count) for name, count in work.items()}
+        *sums, nll_norm, odds_norm = sums
+        row = self.metrics(sums)
+        if self.settings.objective == "orpo" and nll_norm > 0:
+            row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
+        row |= {"learning_rate": learning_rate, "grad_norm": norm}
+        row |= {"pairs_per_second": sums[-1] / seconds, "tokens_per_second": work["tokens"] / seconds}
+        self.log(row | work | {"memory_gib": memory_gib(self.device)})
+
+    def log(self, row: dict[str, float]) -> None:
+        """Hand a row of figures to the trackers, and on the first process to `on_row`, with its step and epoch."""
+        parts = {n: (("eval/", n[5:]) if n.startswith("eval_") else ("train/", n)) for n in row}
+        self.accelerator.log({"".join(parts[n]): value for n, value in row.items()}, step=self.step)
+        if self.accelerator.is_main_process:
+            self.on_row({"step": self.step, "epoch": round(self.step / len(self.order), 6)} | row)
 
     # Checkpoints.
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (UnpicklingError, SafetensorError):
-            if resume_from_checkpoint is None:
-                raise
-            raise UserError(
-                f"{resume_from_checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run goes on "
-                "from the checkpoint before it."
-            ) from None
+    def save(self) -> None:
+        """Write a checkpoint of this step; it appears complete or not at all. Raises UserError where the disk fails."""
+        progress = {"step": self.step, "bad_steps": self.bad_steps, "schedule": self.schedule.state_dict()}
+        checkpoints.save(
+            self.folder,
+            progress,
+            accelerator=self.accelerator,
+            model=self.wrapped,
+            optimizer=self.optimizer,
+            keep=self.settings.keep_checkpoints,
+        )
+        self._saved_at = time.monotonic()
+        self.on_save()
 
-    @property
-    def bad_steps(self) -> list[dict]:
-        """Steps left out because their gradient was not finite, with the dataset rows of each; also those before a resume."""
-        return [
-            {"step": row["step"], "rows": row["bad_rows"]}
-            for row in self.state.log_history
-            if "bad_rows" in row
-        ]
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """As the Trainer's, but a checkpoint appears under its name complete or not at all."""
-        home, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        scratch = home / ".saving"
-        self.args.output_dir = str(scratch)
-        try:
-            with explain_disk(home):
-                if self.args.should_save:
-                    folders.take(home, "run", f"{scratch.name}/", f"{name}/")
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    folders.remove(home / name)
-                    folders.put(scratch / name, home / name, "checkpoint")
-        finally:
-            self.args.output_dir = str(home)
-            if self.args.should_save:
-                folders.remove(scratch)
-        if self.args.should_save:
-            checkpoints.remove(home, keep=self.settings.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint. Raises UserError: it is damaged, holds code, or an earlier version wrote it."""
+        progress = checkpoints.load(
+            checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
+        )
+        self.step, self.bad_steps = progress["step"], progress["bad_steps"]
+        self.schedule.load_state_dict(progress["schedule"])
 
 
-def _as_step(pairs: list[EncodedPair]) -> dict:
-    return {"pairs": pairs}
+class _Window:
+    """Sums since the last logged row, over all processes; the work is this process's."""
 
+    def __init__(self):
+        self.totals, self.work, self.start = [], Counter(), time.monotonic()
 
-def _load_paged(optimizer, state_dict: dict) -> None:
-    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
-    type(optimizer).load_state_dict(
-        optimizer, state_dict, move_to_device=False
-    )  # the small rest follows at the first step
-    for parameter, state in optimizer.state.items():
-        for name in ("state1", "state2"):
-            if name in state:
-                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
-                if parameter.is_cuda:
-                    torch.cuda.synchronize()  # its zeros are on their way
-                state[name] = buffer.copy_(state[name])
+    def add(self, totals: list[float]) -> None:
+        old = self.totals or [0.0] * len(totals)
+        self.totals = [a + b for a, b in zip(old, totals, strict=True)]
+
+    def take(self) -> tuple[list[float], Counter, float]:
+        """The sums; the tokens and forward passes of the model behind them; the seconds."""
+        now = time.monotonic()
+        out = self.totals, self.work, max(now - self.start, 1e-9)
+        self.totals, self.work, self.start = [], Counter(), now
+        return out

@@ -36,9 +36,8 @@ from ..errors import UserError, explain_model
 from ..fast import attention
 from ..fast import lora as adapters
 from ..fast.head import BLOCK_BYTES, ScoringForward
-from ..machine import Machine
+from ..machine import Machine, checkpoint_layers
 from ..model import add_adapters, causal_lm
-from ..orpo import trainer
 from ..orpo.batching import EncodedPair, collate
 from ..settings import Settings
 
@@ -404,7 +403,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
         lm.set_attn_implementation("eager" if dense else SIMULATED)
         ScoringForward(lm)
         model.train()
-        trainer.checkpoint_layers(model, LAYERS - 1)
+        checkpoint_layers(model, LAYERS - 1)
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
         stack.enter_context(patch.object(adapters, "frozen_weight", _dequantised))
@@ -433,7 +432,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
                         input_ids=batch.input_ids, position_ids=batch.position_ids,
                         hidden_index=batch.hidden_index, targets=batch.targets, **given,
                     )  # fmt: skip
-                loss = trainer.pair_table(out["logps"], batch).sum()
+                loss = out["logps"].sum()
                 if out["router_loss"] is not None:
                     loss = loss + out["router_loss"]
                 loss.backward()

@@ -8,24 +8,28 @@ import types
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from lazyorpo_lib import session as callbacks
+from lazyorpo_lib import folder as folders
+from lazyorpo_lib import session
 from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.fast.attention import PairScorer
 from lazyorpo_lib.folder import MARKER
-from lazyorpo_lib.machine import Machine
-from lazyorpo_lib.model import adapters_off, add_adapters, check_liger, load_base
-from lazyorpo_lib.orpo import checkpoints
-from lazyorpo_lib.orpo import trainer as module
-from lazyorpo_lib.orpo.batching import EncodedPair
-from lazyorpo_lib.orpo.trainer import SUMS, OrpoTrainer, averages, checkpoint_layers, training_arguments
-from lazyorpo_lib.session import On, Stop
+from lazyorpo_lib.machine import Machine, checkpoint_layers
+from lazyorpo_lib.model import adapters_off, add_adapters, apply_liger, causal_lm, check_liger, load_base
+from lazyorpo_lib.orpo import checkpoints, optimizers
+from lazyorpo_lib.orpo import loss as formulas
+from lazyorpo_lib.orpo.batching import EncodedPair, collate
+from lazyorpo_lib.orpo.loss import TERMS, metrics
+from lazyorpo_lib.orpo.trainer import OrpoTrainer, make_accelerator
+from lazyorpo_lib.session import Stop
 from lazyorpo_lib.settings import Settings
 from tests.architectures import tiny_model
 from tests.conftest import bitsandbytes_on_the_cpu, booby_trap, random_pairs
@@ -42,22 +46,54 @@ SETTINGS = dict(
 )
 
 
-def make(folder, pairs, *, model=None, tokens_per_batch=10**6, rows=None, eval_pairs=(), **changes):
+def make(
+    folder,
+    pairs,
+    *,
+    model=None,
+    tokens_per_batch=10**6,
+    rows=None,
+    eval_pairs=(),
+    hooks=MappingProxyType({}),
+    **changes,
+):
     settings = Settings(**(SETTINGS | changes))
     model = tiny_model("llama") if model is None else model
     if settings.method == "lora":
         torch.manual_seed(0)
         model = add_adapters(model, settings)
-    arguments = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(folder))
+    if settings.liger_kernel:
+        apply_liger(model)
+    folder = Path(folder)
     return OrpoTrainer(
-        model, arguments, settings, pairs, eval_pairs, tokens_per_batch=tokens_per_batch,
+        model,
+        settings,
+        pairs,
+        eval_pairs,
+        accelerator=make_accelerator(settings, dtype=torch.float32, device="cpu", folder=folder),
+        folder=folder,
+        make_scorer=lambda model: PairScorer(causal_lm(model)),
+        tokens_per_batch=tokens_per_batch,
         on_row=(rows if rows is not None else []).append,
-    )  # fmt: skip
+        **hooks,
+    )
+
+
+def trained(trainer, resume_from=None):
+    """The trainer after all that it does, from the beginning or from a checkpoint."""
+    trainer.prepare(resume_from)
+    trainer.train()
+    trainer.close()
+    return trainer
 
 
 def gradients(trainer, pairs):
     trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, {"pairs": pairs})
+    sums, nll_tokens, count = trainer._gradient(pairs)
+    s, terms = trainer.settings, dict(zip(TERMS, sums, strict=False))
+    loss = formulas.objective(
+        terms, nll_tokens=nll_tokens, pairs=count, or_weight=s.or_weight, name=s.objective
+    )
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return loss.item(), grads
 
@@ -89,7 +125,7 @@ def test_gradient_of_a_step_does_not_depend_on_its_split(tmp_path, method, nll_o
 def test_a_step_is_taken_in_training_mode_also_where_only_the_base_model_was_left_in_evaluation(tmp_path):
     trainer = make(tmp_path, pairs := random_pairs(4))
     trainer.model.train().get_base_model().eval()  # as from_pretrained leaves it under a new adapter
-    trainer.training_step(trainer.model, {"pairs": pairs})
+    trainer._gradient(pairs)
     assert all(module.training for module in trainer.model.modules())
 
 
@@ -109,7 +145,7 @@ def pair_table64(logps, batch):
         patch.setattr(
             torch, "zeros", lambda *shape, device: torch.full(shape, 0.0, dtype=torch.float64, device=device)
         )
-        return module.pair_table(logps, batch)
+        return formulas.pair_table(logps, batch.segment, batch.lengths)
 
 
 class HostReads(TorchDispatchMode):
@@ -161,43 +197,42 @@ def test_the_counter_of_host_reads_counts_them():
     assert (found.reads, found.copies) == (3, 2)
 
 
-@pytest.mark.parametrize(
-    "log_every,reads", [(1000, 1), (1, 2)]
-)  # the Trainer's own sum of losses is the second
-def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path, log_every, reads):
+@pytest.mark.parametrize("log_every", [1000, 1])
+def test_a_step_waits_for_the_device_once_however_it_is_split(tmp_path, log_every):
     counts = []
     for steps in (2, 6):
         trainer = make(
             tmp_path, random_pairs(48), max_steps=steps, log_every_steps=log_every, tokens_per_batch=60
         )
         with HostReads() as found:
-            trainer.train()
+            trained(trainer)
         counts.append((found.reads, found.copies))
-    assert counts[1][0] - counts[0][0] == 4 * reads
+    assert counts[1][0] - counts[0][0] == 4
     assert counts[1][1] == counts[0][1], "no micro-batch waits for a copy"
 
 
 @pytest.mark.parametrize("nll_over", ["answer", "prompt+answer"])
-def test_the_norms_of_the_two_terms_are_those_of_their_gradients(tmp_path, nll_over):
+def test_the_norms_of_the_two_terms_are_those_of_their_gradients(nll_over):
     pairs = [*random_pairs(6), EncodedPair(6, [5, 6], [7] * 90, [8])]
-    trainer = make(tmp_path, pairs, nll_over=nll_over, or_weight=0.3)
-    batch = module.collate(pairs, nll_over=nll_over)
+    batch = collate(pairs, nll_over=nll_over)
     logps = -torch.rand(len(batch.targets), dtype=torch.float64) * 9
     logps[batch.segment == 3] = -1e-9  # an answer that is all but certain, past which the odds are held
     logps.requires_grad_()
-    column = dict(zip(SUMS, (table := pair_table64(logps, batch)).T, strict=True))
+    column = dict(zip(TERMS, (table := pair_table64(logps, batch)).T, strict=True))
     terms = column["nll"].sum() / 50, 0.3 * column["or_loss"].sum() / 9
     true = torch.stack(
         [torch.autograd.grad(term, logps, retain_graph=True)[0].square().sum() for term in terms]
     )
-    found = trainer._term_norms(table.detach(), batch.lengths.double(), 50, 9)
+    found = formulas.gradient_norms(
+        table.detach(), batch.lengths.double(), nll_tokens=50, pairs=9, or_weight=0.3
+    )
     torch.testing.assert_close(found, true, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
 def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
     rows = []
-    make(tmp_path, random_pairs(16), rows=rows, objective=objective, or_weight=0.3).train()
+    trained(make(tmp_path, random_pairs(16), rows=rows, objective=objective, or_weight=0.3))
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     for row in rows:
         assert row["loss"] == pytest.approx(
@@ -211,7 +246,7 @@ def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
 
 def test_training_on_few_pairs_parts_their_log_odds(tmp_path):
     rows = []
-    make(tmp_path, random_pairs(8), rows=rows, max_steps=30, or_weight=1.0, lr_schedule="constant").train()
+    trained(make(tmp_path, random_pairs(8), rows=rows, max_steps=30, or_weight=1.0, lr_schedule="constant"))
     assert rows[-1]["accuracy"] == 1.0 and rows[-1]["log_odds_ratio"] > rows[0]["log_odds_ratio"] + 1
     assert rows[-1]["nll"] < rows[0]["nll"]
 
@@ -222,9 +257,9 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact_with_dropout_on(tmp_path):
         dict(max_steps=8, lora_dropout=0.3, save_every_steps=3, keep_checkpoints=5),
     )
     whole, rows = make(tmp_path / "a", pairs, **options), []
-    whole.train()
+    trained(whole)
     resumed = make(tmp_path / "b", pairs, rows=rows, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    trained(resumed, tmp_path / "a" / "checkpoint-3")
     assert [r["step"] for r in rows] == [4, 5, 6, 7, 8]
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
@@ -233,66 +268,60 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact_with_dropout_on(tmp_path):
 def test_resuming_from_the_last_checkpoint_takes_no_step_more(tmp_path):
     pairs, options, rows = random_pairs(16), dict(max_steps=3, save_every_steps=3, lr_schedule="constant"), []
     whole = make(tmp_path / "a", pairs, **options)
-    whole.train()
+    trained(whole)
     resumed = make(tmp_path / "b", pairs, rows=rows, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    assert resumed.state.global_step == 3 and not rows
+    trained(resumed, tmp_path / "a" / "checkpoint-3")
+    assert resumed.step == 3 and not rows
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_a_checkpoint_appears_complete_or_not_at_all_and_old_ones_go(tmp_path):
     trainer = make(tmp_path, random_pairs(16), max_steps=6, save_every_steps=1, keep_checkpoints=2)
-    trainer.train()
+    trained(trainer)
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
     assert not (tmp_path / ".saving").exists() and not (tmp_path / ".old").exists()
 
 
 def test_a_full_disk_while_saving_keeps_the_last_complete_checkpoint(tmp_path, monkeypatch):
     trainer = make(tmp_path, random_pairs(16), max_steps=4, save_every_steps=2)
-    save = trainer._save_optimizer_and_scheduler
+    save = checkpoints.save_file
 
-    def full(folder):
-        if "checkpoint-4" in str(folder):
+    def full(*args):
+        if trainer.step == 4:
             raise OSError(28, "No space left on device")
-        save(folder)
+        save(*args)
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
-        trainer.train()
+        trained(trainer)
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "progress.json"])
 def test_a_full_disk_is_one_sentence_whichever_library_meets_it(tmp_path, monkeypatch, file):
     resource = pytest.importorskip("resource")
     trainer = make(tmp_path, random_pairs(16), max_steps=4, save_every_steps=2)
-    save, limits = trainer._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    draws = checkpoints._draws
 
-    def fill_the_disk(*args, **kwargs):
-        if trainer.state.global_step == 4:
+    def fill_the_disk(device):
+        if trainer.step == 4:
             room = (tmp_path / "checkpoint-2" / file).stat().st_size // 2
-            if (
-                file == "trainer_state.json"
-            ):  # the small one that Python itself writes: the large ones must pass
-                monkeypatch.setattr(
-                    trainer.state,
-                    "save_to_json",
-                    lambda path: os.write(os.open("/dev/full", os.O_WRONLY), b"x"),
-                )
+            if file == "progress.json":  # the small one that Python itself writes: the large ones must pass
+                monkeypatch.setattr(checkpoints, "PROGRESS", "../../../../../../../../../../dev/full")
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        save(*args, **kwargs)
+        return draws(device)
 
-    monkeypatch.setattr(trainer, "_save", fill_the_disk)
+    monkeypatch.setattr(checkpoints, "_draws", fill_the_disk)
     try:
         with pytest.raises(UserError, match="Nothing more can be written to .* make room, then run again"):
-            trainer.train()
+            trained(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"] and not (
-        tmp_path / ".saving"
-    ).exists()
+    assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2"]
+    assert not (tmp_path / ".saving").exists()
 
 
 @pytest.mark.parametrize("minutes,steps", [(10, []), (2.5, [3, 6]), (0, [])])
@@ -300,17 +329,23 @@ def test_checkpoints_are_written_by_the_clock_and_none_in_a_run_that_is_shorter(
     tmp_path, monkeypatch, minutes, steps
 ):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
-    trainer = make(tmp_path, random_pairs(80), max_steps=7, save_every_minutes=minutes, keep_checkpoints=9)
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock.now)
 
-    def minute(step):
+    def minute(*_):
         clock.now += 60
 
-    trainer.callback_handler.callbacks.insert(
-        0, On(step_begin=minute, save=lambda step: minute(step) or minute(step))
+    trainer = make(
+        tmp_path,
+        random_pairs(80),
+        max_steps=7,
+        save_every_minutes=minutes,
+        keep_checkpoints=9,
+        hooks=dict(on_step=minute),
     )
-    trainer.train()  # a minute a step, two to write a checkpoint, which do not count
-    assert [int(c.name.split("-")[1]) for c in checkpoints.complete(tmp_path)] == steps
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *args, **kw: (save(*args, **kw), minute(), minute()))
+    trained(trainer)  # a minute a step, two to write a checkpoint, which do not count
+    assert [checkpoints.step_of(c) for c in checkpoints.complete(tmp_path)] == steps
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
@@ -326,9 +361,9 @@ def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, mo
     monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor: None)
     options = dict(max_steps=4, save_every_steps=2, optimizer=optimizer, method="full", learning_rate=1e-3)
     whole = make(tmp_path / "a", random_pairs(40), **options)
-    whole.train()
+    trained(whole)
     resumed = make(tmp_path / "b", random_pairs(40), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    trained(resumed, tmp_path / "a" / "checkpoint-2")
     states = list(resumed.optimizer.optimizer.state.values())
     assert states and all(
         getattr(state[name], "is_paged", False) for state in states for name in ("state1", "state2")
@@ -341,12 +376,14 @@ def test_paged_state_of_the_optimizer_is_paged_again_after_a_resume(tmp_path, mo
 def saved(tmp_path_factory):
     """A run's folder with checkpoint-2 and checkpoint-4; never changed by a test."""
     folder = tmp_path_factory.mktemp("saved")
-    make(folder, random_pairs(16), max_steps=4, save_every_steps=2).train()
+    trained(make(folder, random_pairs(16), max_steps=4, save_every_steps=2))
     return folder
 
 
 @pytest.mark.parametrize("tear", [lambda f: os.truncate(f, f.stat().st_size - 1), lambda f: f.unlink()])
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", MARKER])
+@pytest.mark.parametrize(
+    "file", ["weights.safetensors", "optimizer.pt", "random_0.pt", "progress.json", MARKER]
+)
 def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, saved, file, tear):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
@@ -356,47 +393,45 @@ def test_a_torn_checkpoint_is_passed_over_and_goes_with_the_old_ones(tmp_path, s
     assert [c.name for c in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize(
-    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"]
-)
+@pytest.mark.parametrize("file", ["optimizer.pt", "random_0.pt", "weights.safetensors", "weights.bin"])
 def test_a_pickle_planted_in_a_checkpoint_is_never_run(tmp_path, saved, file):
     checkpoint = shutil.copytree(saved / "checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / file).write_bytes(booby_trap(tmp_path / "sprung"))
-    if file == "adapter_model.bin":
-        (checkpoint / "adapter_model.safetensors").unlink()
     trainer = make(tmp_path / "run", random_pairs(16))
-    if file == "training_args.bin":  # nobody reads it
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+    if file == "weights.bin":  # nobody reads it
+        trained(trainer, checkpoint)
     else:
         with pytest.raises(UserError, match="damaged, or holds code, which is never run: delete that folder"):
-            trainer.train(resume_from_checkpoint=str(checkpoint))
+            trained(trainer, checkpoint)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="an earlier version .* choose another output_dir"):
+        trained(make(tmp_path / "run", random_pairs(16)), tmp_path)
 
 
 @pytest.mark.parametrize(
     "other,reason", [([0, 0, 0], ""), ([1, 0, 0], "another process"), ([1, 1, 1], "another process")]
 )
 def test_a_stop_that_one_process_was_asked_for_ends_the_step_of_all(tmp_path, monkeypatch, other, reason):
-    told = []
+    told, stop = [], Stop(tmp_path / "STOP")
+    folders.take(tmp_path, "run", "STOP")
+    trainer = make(tmp_path, random_pairs(40), hooks=dict(stop=stop), max_steps=9)
+    trainer.world, trainer.step = 2, 1
 
-    def all_reduce(mine, operation):
-        told.append(mine.tolist())
-        mine.copy_(torch.maximum(mine, torch.tensor(other)))
+    def gather(mine):
+        told.append(mine.tolist()[0])
+        return torch.cat([mine, torch.tensor([other], dtype=mine.dtype)])
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    stop, control = Stop(tmp_path / "STOP"), TrainerControl()
-    args = types.SimpleNamespace(world_size=2, device="cpu")
-    stop.on_step_end(args, TrainerState(global_step=1, max_steps=9), control)
-    assert (
-        told == [[0, 0, 0]]
-        and stop.reason.startswith(reason)
-        and stop.asked == bool(other[1])
-        and stop.hurried == bool(other[2])
-    )
-    assert control.should_training_stop == control.should_save == bool(other[0])
+    monkeypatch.setattr(trainer.accelerator, "gather", gather)
+    assert trainer._asked_to_stop() == bool(other[0])
+    assert told == [[0, 0, 0]] and stop.reason.startswith(reason)
+    assert stop.asked == bool(other[1]) and stop.hurried == bool(other[2])
     (tmp_path / "STOP").touch()
-    stop.on_step_end(args, TrainerState(global_step=2, max_steps=9), control)
-    assert told[1] == [1, 1, stop.hurried] and control.should_training_stop and "STOP" in stop.reason
+    assert trainer._asked_to_stop() and "STOP" in stop.reason
+    assert told[1] == [1, 1, stop.hurried]
 
 
 def test_out_of_memory_halves_the_budget_then_checkpoints_layers_and_repeats_the_step(tmp_path):
@@ -413,8 +448,8 @@ def test_out_of_memory_halves_the_budget_then_checkpoints_layers_and_repeats_the
         trainer.scorer.forward.original = forward
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.train()
-        results[limit] = weights(trainer), trainer.oom_notes, trainer.state.global_step
+            trained(trainer)
+        results[limit] = weights(trainer), trainer.oom_notes, trainer.step
     assert results[10**9][1] == [] and results[60][2] == 3
     notes = " ".join(results[60][1])
     assert "tokens_per_batch is now" in notes and "layers are now checkpointed" in notes
@@ -434,8 +469,8 @@ def test_out_of_memory_on_one_long_pair_checkpoints_layers_and_leaves_the_budget
 
     trainer.scorer.forward.original = forward
     with pytest.warns(UserWarning, match="layers are now checkpointed"):
-        trainer.train()
-    assert trainer.tokens_per_batch == 60 and trainer.state.global_step == 2 and len(trainer.oom_notes) == 1
+        trained(trainer)
+    assert trainer.tokens_per_batch == 60 and trainer.step == 2 and len(trainer.oom_notes) == 1
 
 
 def test_a_step_repeated_after_out_of_memory_counts_its_work_once(tmp_path):
@@ -461,7 +496,7 @@ def test_a_step_repeated_after_out_of_memory_counts_its_work_once(tmp_path):
         trainer.scorer.forward.original = forward
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.train()
+            trained(trainer)
         assert len(trainer.oom_notes) == fails
         tokens.append(rows[0]["tokens"])
     assert tokens[0] == tokens[1] == sum(p.tokens() for p in pairs)
@@ -504,14 +539,14 @@ def test_out_of_memory_of_dpos_reference_shrinks_its_batches(tmp_path):
         trainer.scorer.forward.original = forward
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.remember_reference(pairs)
-        sums.append(torch.stack([trainer._reference[p.index] for p in pairs]))
+            trainer.reference.remember(pairs)
+        sums.append(torch.stack([trainer.reference.sums[p.index] for p in pairs]))
     torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_updates_every_weight_once(
-    tmp_path, optimizer
+    tmp_path, monkeypatch, optimizer
 ):
     if optimizer == "adamw_8bit":
         bitsandbytes_on_the_cpu()
@@ -519,7 +554,7 @@ def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_u
     options = dict(method="full", max_steps=3, optimizer=optimizer, weight_decay=0.1)
     for failing in ((), (9,), (4, 12)):  # which tensor of the state
         trainer, made = make(tmp_path, random_pairs(24), model=tiny_model("qwen2"), **options), []
-        step = trainer._step
+        step = optimizers.step_again
 
         def counted(*args, failing=failing, made=made, step=step):
             def zeros(*given, **kwargs):
@@ -532,14 +567,15 @@ def test_the_optimizers_first_step_is_repeated_where_its_state_did_not_fit_and_u
                 patch.setattr(torch, "zeros_like", zeros)
                 return step(*args)
 
-        trainer._step = counted
+        monkeypatch.setattr(optimizers, "step_again", counted)
         if len(failing) < 2:
-            trainer.train()
+            trained(trainer)
             results.append(weights(trainer))
         else:
             with pytest.raises(UserError, match="optimizer's state .*optimizer=adamw_8bit"):
-                trainer.train()
+                trained(trainer)
         assert len(made) > 9
+        monkeypatch.setattr(optimizers, "step_again", step)
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
 
@@ -553,16 +589,16 @@ def test_out_of_memory_with_nothing_left_to_give_says_what_to_change(tmp_path):
     trainer.scorer.forward.original = forward
     with warnings.catch_warnings(), pytest.raises(UserError, match="lower max_tokens"):
         warnings.simplefilter("ignore")
-        trainer.train()
+        trained(trainer)
 
 
 def _break_pairs(is_bad):
     """Give the pairs for which `is_bad(index)` a log-probability that is not a number."""
-    table = module.pair_table
+    table = OrpoTrainer._pair_table
 
-    def broken(logps, batch, *args):
+    def broken(self, logps, batch):
         hurt = torch.tensor([torch.nan if is_bad(p.index) else 1.0 for p in batch.pairs])
-        return table(logps * hurt.repeat(3)[batch.segment], batch, *args)
+        return table(self, logps * hurt.repeat(3)[batch.segment], batch)
 
     return broken
 
@@ -571,10 +607,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(tmp_pat
     pairs = random_pairs(16)
     rows, options = [], dict(max_steps=2, save_every_steps=2, log_every_steps=1)
     trainer = make(tmp_path, pairs, rows=rows, **options)
-    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: index == 3))
+    monkeypatch.setattr(OrpoTrainer, "_pair_table", _break_pairs(lambda index: index == 3))
     before = weights(trainer)
     with pytest.warns(UserWarning, match="not finite"):
-        trainer.train()
+        trained(trainer)
     (bad,) = trainer.bad_steps
     assert 3 in bad["rows"] and len(bad["rows"]) == 8
     assert [row["step"] for row in rows if row["loss"] != row["loss"]] == [bad["step"]], (
@@ -582,7 +618,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(tmp_pat
     )
     resumed = make(tmp_path / "b", pairs, **options | dict(max_steps=3))
     monkeypatch.undo()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trained(resumed, tmp_path / "checkpoint-2")
     assert resumed.bad_steps == [bad], "it is still counted after a resume"
     assert all(torch.isfinite(w).all() for w in weights(trainer).values())
     assert any(not torch.equal(w, before[n]) for n, w in weights(trainer).items())  # the other step did train
@@ -601,7 +637,7 @@ def test_odd_answers_have_finite_losses_and_gradients(tmp_path):
         loss, grads = gradients(trainer, [pair])
         assert math.isfinite(loss) and all(g.isfinite().all() for g in grads.values())
     table = trainer.pair_tables([pairs[1]])[0]
-    assert table[SUMS.index("or_loss")].item() == pytest.approx(math.log(2))
+    assert table[TERMS.index("or_loss")].item() == pytest.approx(math.log(2))
 
 
 # float16: loss scaling, with torch's scaler for the CPU, which does what CUDA's does.
@@ -609,24 +645,20 @@ def test_odd_answers_have_finite_losses_and_gradients(tmp_path):
 
 def in_float16(folder, pairs, **options):
     """A trainer that computes in float16 and scales its loss, as on a T4."""
-    arguments = module.training_arguments
-
-    def half(settings, **given):
-        return arguments(settings, **given | dict(dtype=torch.float16))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.orpo.test_trainer.training_arguments", half)
-        trainer = make(folder, pairs, **options)
-    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    trainer = make(folder, pairs, **options)
+    accelerator, original = trainer.accelerator, trainer.model.forward
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    assert trainer.model.forward == original, "prepare() is what wraps it"
     return trainer
 
 
 def weights_after_each_step(trainer):
     kept = [weights(trainer)]
-    trainer.add_callback(On(step_end=lambda step: kept.append(weights(trainer))))
+    trainer.on_step = lambda step: kept.append(weights(trainer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.train()
+        trained(trainer)
     return kept
 
 
@@ -640,9 +672,9 @@ def test_float16_with_a_scaled_loss_trains_as_float32_does(tmp_path, method):
         {16: [], 32: []},
         dict(max_steps=12, method=method, learning_rate=3e-3, lr_schedule="constant", tokens_per_batch=150),
     )
-    make(tmp_path / "32", random_pairs(16), rows=rows[32], **options).train()
+    trained(make(tmp_path / "32", random_pairs(16), rows=rows[32], **options))
     trainer = in_float16(tmp_path / "16", random_pairs(16), rows=rows[16], **options)
-    trainer.train()
+    trained(trainer)
     assert not trainer.bad_steps and trainer.accelerator.scaler.get_scale() == 2.0**16
     for half, single in zip(rows[16], rows[32], strict=True):
         assert half["loss"] == pytest.approx(single["loss"], rel=0.02) and half["grad_norm"] == pytest.approx(
@@ -653,7 +685,7 @@ def test_float16_with_a_scaled_loss_trains_as_float32_does(tmp_path, method):
 def overflowing(trainer, steps):
     """Let the gradient of one weight leave float16's range in these steps, the loss finite."""
     parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
-    parameter.register_hook(lambda grad: grad * torch.inf if trainer.state.global_step + 1 in steps else grad)
+    parameter.register_hook(lambda grad: grad * torch.inf if trainer.step + 1 in steps else grad)
 
 
 def test_an_overflow_of_float16_skips_its_step_alone_and_halves_the_scale(tmp_path):
@@ -672,7 +704,7 @@ def test_an_overflow_costs_the_schedule_of_the_learning_rate_no_more_than_its_ow
             tmp_path / str(len(steps)), random_pairs(40), max_steps=6, warmup_steps=3, rows=(rows := [])
         )
         overflowing(trainer, steps)
-        trainer.train()
+        trained(trainer)
         rates[len(steps)] = [row["learning_rate"] for row in rows]
     assert rates[1] in (
         rates[0],
@@ -689,28 +721,20 @@ def test_the_scale_falls_for_16_steps_before_overflows_stop_the_run(tmp_path):
         18,
         19,
     ] and trainer.accelerator.scaler.get_scale() <= 1
-    assert (
-        trainer.state.global_step == 19
-        and "precision=float32" in trainer.stop_reason
-        and same(kept[0], kept[-1])
-    )
+    assert trainer.step == 19 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
 
 
 def test_a_loss_that_is_not_finite_is_a_bad_step_at_once_whatever_the_scale(tmp_path, monkeypatch):
     trainer = in_float16(tmp_path, random_pairs(64), max_steps=8)
-    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: True))
+    monkeypatch.setattr(OrpoTrainer, "_pair_table", _break_pairs(lambda index: True))
     kept = weights_after_each_step(trainer)
-    assert (
-        trainer.state.global_step == 3
-        and "precision=float32" in trainer.stop_reason
-        and same(kept[0], kept[-1])
-    )
+    assert trainer.step == 3 and "precision=float32" in trainer.stop_reason and same(kept[0], kept[-1])
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-3"]
 
 
 def test_a_row_that_is_not_a_number_is_named_in_float16_too(tmp_path, monkeypatch):
     trainer = in_float16(tmp_path, random_pairs(16), max_steps=4)
-    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: index == 3))
+    monkeypatch.setattr(OrpoTrainer, "_pair_table", _break_pairs(lambda index: index == 3))
     kept = weights_after_each_step(trainer)
     steps = [bad["step"] for bad in trainer.bad_steps]
     assert len(steps) == 2 and all(3 in bad["rows"] for bad in trainer.bad_steps)
@@ -723,19 +747,19 @@ def test_the_scale_goes_on_where_a_stopped_run_left_it(tmp_path):
     options = dict(max_steps=4, save_every_steps=2)
     first = in_float16(tmp_path / "a", random_pairs(40), **options)
     overflowing(first, {1})
-    first.train()
+    trained(first)
     again = in_float16(tmp_path / "b", random_pairs(40), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    trained(again, tmp_path / "a" / "checkpoint-2")
     assert again.accelerator.scaler.get_scale() == first.accelerator.scaler.get_scale() == 2.0**15
     assert same(weights(first), weights(again))
 
 
 def test_three_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, monkeypatch):
     trainer = make(tmp_path, random_pairs(64), max_steps=8)
-    monkeypatch.setattr(module, "pair_table", _break_pairs(lambda index: True))
+    monkeypatch.setattr(OrpoTrainer, "_pair_table", _break_pairs(lambda index: True))
     with pytest.warns(UserWarning):
-        trainer.train()
-    assert trainer.state.global_step == 3 and "learning_rate" in trainer.stop_reason
+        trained(trainer)
+    assert trainer.step == 3 and "learning_rate" in trainer.stop_reason
     assert [c.name for c in checkpoints.complete(tmp_path)] == ["checkpoint-3"]
 
 
@@ -746,26 +770,26 @@ def test_held_out_table_is_in_order_and_averages_to_the_evaluation(tmp_path):
     alone = torch.cat([trainer.pair_tables([p]) for p in pairs[8:]])
     torch.testing.assert_close(table, alone, rtol=1e-5, atol=1e-5)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(
-        table[:, SUMS.index("accuracy")].mean().item()
+        table[:, TERMS.index("accuracy")].mean().item()
     )
     assert rows[-1]["step"] == 0 and "eval_log_odds_ratio" in rows[-1]
 
 
-def test_averages_are_token_exact_for_the_nll_and_pair_exact_for_the_rest():
-    sums = dict.fromkeys(SUMS, 0.0) | dict(nll=30.0, nll_tokens=20.0, or_loss=4.0, accuracy=1.0, pairs=2.0)
-    row = averages(list(sums.values()), "orpo", 0.5)
+def test_metrics_are_token_exact_for_the_nll_and_pair_exact_for_the_rest():
+    sums = dict.fromkeys(TERMS, 0.0) | dict(nll=30.0, nll_tokens=20.0, or_loss=4.0, accuracy=1.0, pairs=2.0)
+    row = metrics(list(sums.values()), 0.5)
     assert row["nll"] == 1.5 and row["or_loss"] == 2.0 and row["accuracy"] == 0.5 and row["loss"] == 2.5
 
 
 def test_dpo_starts_at_ln_2_and_its_reference_is_the_model_without_its_adapter(tmp_path):
     rows, pairs = [], random_pairs(8)
     trainer = make(tmp_path, pairs, rows=rows, objective="dpo", max_steps=12, lr_schedule="constant")
-    trainer.train()
+    trained(trainer)
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.6
     with adapters_off(trainer.model):
         table = trainer.pair_tables([pairs[0]])[0]
-    summed = table[SUMS.index("logp_chosen")] * len(pairs[0].chosen)
-    assert trainer._reference[pairs[0].index][0].item() == pytest.approx(summed.item(), rel=1e-5)
+    summed = table[TERMS.index("logp_chosen")] * len(pairs[0].chosen)
+    assert trainer.reference.sums[pairs[0].index][0].item() == pytest.approx(summed.item(), rel=1e-5)
 
 
 def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_path):
@@ -773,8 +797,8 @@ def test_dpo_under_full_tuning_keeps_the_reference_of_the_untrained_model(tmp_pa
     trainer = make(
         tmp_path, pairs, rows=rows, objective="dpo", method="full", max_steps=6, learning_rate=1e-3
     )
-    trainer.remember_reference(pairs)
-    trainer.train()
+    trainer.reference.remember(pairs)
+    trained(trainer)
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[-1]["loss"] < 0.693
 
 
@@ -900,7 +924,7 @@ def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
 def test_dpo_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path):
     pairs = random_pairs(6, longest=20)
     trainer = make(tmp_path, pairs, method="full", objective="dpo", dpo_beta=0.3)
-    trainer.remember_reference(pairs)
+    trainer.reference.remember(pairs)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():  # away from the reference, where every loss is ln 2
@@ -951,7 +975,7 @@ def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_s
         assert trainer.scorer.rung == "shared" and bool(liger) == wanted, (
             "the test of the layout ran through them"
         )
-        trainer.train()
+        trained(trainer)
         results.append([row["loss"] for row in rows])
     assert results[0] == pytest.approx(results[1], rel=1e-5) and len(results[1]) == 4
 

@@ -1,0 +1,98 @@
+"""The optimizers by the names of the settings; what happens when their state does not fit.
+
+8-bit and paged ones are bitsandbytes', adafactor is transformers'. It takes no step by itself.
+"""
+
+from functools import partial
+from types import MethodType
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..machine import attempt
+from ..settings import Settings
+
+
+def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torch.optim.Optimizer:
+    """Make the optimizer of a run over the weights that require gradients. Vectors (norms, biases) are not decayed.
+
+    Args:
+        retry: take the first step again where memory ran out in it. Of several processes none may do so alone.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if (p.dim() > 1) is decayed], "weight_decay": decay}
+        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
+    groups, rate, name = (
+        [group for group in groups if group["params"]],
+        settings.learning_rate,
+        settings.optimizer,
+    )
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    elif name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+    else:
+        optimizer = _bitsandbytes(groups, rate, name, model)
+    if retry:
+        # Schedules ask for the step's __func__.
+        optimizer.step = MethodType(partial(step_again, type(optimizer).step), optimizer)
+    return optimizer
+
+
+def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
+    from bitsandbytes.optim import AdamW, GlobalOptimManager
+
+    bits, paged = 8 if "8bit" in name else 32, name.startswith("paged")
+    if bits == 8:  # its rows are updated rarely, which 8 bits do not bear
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(
+                    module, "weight", {"optim_bits": 32}
+                )
+    optimizer = AdamW(groups, lr=rate, optim_bits=bits, is_paged=paged)
+    if paged:
+        optimizer.load_state_dict = partial(_load_paged, optimizer)
+    return optimizer
+
+
+def step_again(step, optimizer, *args, **kwargs):
+    """Take an optimizer's step. The first allocates the state, and is taken again where memory ran out in it.
+
+    Raises:
+        UserError: it runs out again.
+    """
+    if optimizer.state:
+        return step(optimizer, *args, **kwargs)
+    message = attempt(partial(step, optimizer, *args, **kwargs))[1]
+    if message:
+        *_, last = optimizer.state or (
+            None,
+        )  # at work when it happened; some count the step before they take it
+        for parameter, state in list(optimizer.state.items()):
+            if state.get("step", 0) > 0 and parameter is not last:
+                parameter.grad = None  # it has been updated
+            else:
+                del optimizer.state[parameter]
+        message = attempt(partial(step, optimizer, *args, **kwargs))[1]
+    if message:
+        raise UserError(
+            f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora."
+        )
+
+
+def _load_paged(optimizer, state_dict: dict) -> None:
+    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
+    # The small rest follows at the first step.
+    type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize()  # its zeros are on their way
+                state[name] = buffer.copy_(state[name])

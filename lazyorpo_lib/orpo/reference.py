@@ -1,0 +1,41 @@
+"""DPO's frozen reference: what the model gave before training, computed once for each pair.
+
+ORPO has none. With adapters the untrained model is always at hand; with full tuning it is gone after the first step.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .batching import EncodedPair
+
+
+class Reference:
+    """Summed log-probabilities of pairs under the model before training.
+
+    Args:
+        score: gives micro-batches of pairs with their log-probabilities; see `scoring.score`.
+    """
+
+    def __init__(self, model, score: Callable):
+        self.model, self.score, self.sums = model, score, {}
+
+    def __call__(self, pairs: Sequence[EncodedPair]) -> Tensor:
+        """Give the sums of chosen and rejected of each pair, (B, 2) float32."""
+        return torch.stack([self.sums[pair.index] for pair in pairs])
+
+    def remember(self, pairs: Sequence[EncodedPair]) -> Counter:
+        """Compute what is missing; count the tokens and forward passes. With full tuning: before the first step."""
+        work, missing = Counter(), [pair for pair in pairs if pair.index not in self.sums]
+        base = getattr(self.model, "disable_adapter", contextlib.nullcontext)
+        with base():
+            for batch, logps in self.score(missing):
+                b = len(batch.pairs)
+                sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
+                of_answers = sums[: 2 * b].view(2, b).T
+                self.sums |= {pair.index: row for pair, row in zip(batch.pairs, of_answers, strict=True)}
+                work.update(tokens=batch.input_ids.numel(), forward_passes=1)
+        return work

@@ -1,0 +1,88 @@
+"""Log-probabilities the plain way: what every faster way must equal.
+
+Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for three things:
+the `layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns. A wing may hand
+it a faster one that does the same.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..machine import attempt
+from .batching import Batch, EncodedPair, collate, split_by_tokens
+
+LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # what to do where one pair is too much
+
+
+class PlainScorer:
+    """Scores the answers of a causal LM of transformers.
+
+    Attributes:
+        layout: of `batching.collate`.
+        rung: the layout in words. refused: better ones that the model does not take, {name: why}.
+    """
+
+    layout = rung = "padded"
+
+    def __init__(self, model):
+        self.refused: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def inputs(self, batch: Batch):
+        """Give the model's keyword arguments for a batch; they hold until the block ends, its backward included."""
+        yield dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def read(self, out, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Give the log-probability of each scored token, (M,) float32, and the loss of a router of experts, or None."""
+        logits = out.logits.flatten(0, 1).index_select(0, batch.hidden_index).float()
+        return torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0], None
+
+
+def score(
+    model,
+    pairs: Sequence[EncodedPair],
+    *,
+    scorer,
+    accelerator,
+    nll_over: str,
+    tokens_per_batch: int,
+    note: Callable[[str], None],
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Give micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode.
+
+    Args:
+        model: as it is trained, with what is wrapped around it.
+        note: told when memory ran out, and smaller batches follow.
+
+    Raises:
+        UserError: memory runs out on a single pair.
+    """
+    layout, training = scorer.layout, model.training
+
+    @torch.no_grad()
+    def logps(micro: list[EncodedPair]) -> tuple[Batch, Tensor]:
+        batch = collate(micro, nll_over=nll_over, layout=layout).to(accelerator.device)
+        with accelerator.autocast(), scorer.inputs(batch) as inputs:
+            return batch, scorer.read(model(**inputs), batch)[0]
+
+    model.eval()
+    waiting = split_by_tokens(list(pairs), tokens_per_batch, layout)[::-1]
+    try:
+        while waiting:
+            micro = waiting.pop()
+            scored, message = attempt(partial(logps, micro))
+            if not message:
+                yield scored
+                continue
+            if len(micro) == 1:
+                raise UserError(f"Out of memory in evaluating a single pair ({message}); {LESS}.")
+            budget = max(1, sum(p.tokens(layout) for p in micro) // 2)
+            waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[::-1]
+            note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
+    finally:
+        model.train(training)
