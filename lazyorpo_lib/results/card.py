@@ -100,10 +100,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def spread(mean: float, interval, form: str = ".3f") -> str:
-    """A mean with its interval, e.g. "0.625 (0.500 to 0.750)"."""
-    low, high = interval
-    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+def spread(figure: dict, when: str, form: str = ".3f") -> str:
+    """Write a figure with its interval, e.g. "0.625 (0.500 to 0.750)"; `when`: "before", "after" or "change"."""
+    low, high = figure[f"{when}_interval"]
+    return f"{figure[when]:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _hub_id(name: str) -> str:
@@ -206,7 +206,7 @@ def _results(run) -> str:
     lines, rows, summary = ["## Results"], run["history"], run["summary"]
     if figures := summary.get("held_out"):
         cells = [
-            [inline(name), f"{f['pairs']:,}", *(spread(f[when], f[f"{when}_interval"]) for when in ("before", "after", "change")),
+            [inline(name), f"{f['pairs']:,}", *(spread(f, when) for when in ("before", "after", "change")),
              "yes" if f["more_than_noise"] else "no"]
             for name, f in figures.items()
         ]  # fmt: skip

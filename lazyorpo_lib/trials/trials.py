@@ -120,7 +120,7 @@ def _verdict(folders: dict[str, list[Path]], other: str) -> str:
 
     figures = compare(pooled(other), pooled("ORPO"))
     parts = [
-        f"{name} {card.spread(f['change'], f['change_interval'], '+.3f')}, {'more than' if f['more_than_noise'] else 'within the'} noise"
+        f"{name} {card.spread(f, 'change', '+.3f')}, {'more than' if f['more_than_noise'] else 'within the'} noise"
         for name, f in figures.items()
     ]
     return f"ORPO minus {other}, on {figures['accuracy']['pairs']} held-out pairs: {'; '.join(parts)}."
