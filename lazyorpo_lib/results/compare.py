@@ -43,9 +43,9 @@ def compare(folders, picture=None) -> dict:
     heads = list(dict.fromkeys(name for row in results for name in row))
     markdown = "\n\n".join([
         "Settings that differ",
-        card.table(["setting", *map(card.inline, names)], [[*map(card.inline, (name, *of_runs))] for name, of_runs in differ.items()]),
+        card.table(["setting", *names], [[name, *of_runs] for name, of_runs in differ.items()]),
         "Results on held-out pairs after training, with 95 % intervals",
-        card.table(heads, [[card.inline(row.get(name, "–")) for name in heads] for row in results]),
+        card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
     ])  # fmt: skip
     histories = {
         name: read_rows(folder / "history.jsonl") for name, folder in zip(names, folders, strict=True)
