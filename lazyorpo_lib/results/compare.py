@@ -1,5 +1,7 @@
 """Runs side by side: the settings that differ, the results, the curves over each other. It reads folders and runs nothing."""
 
+import os
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ from .evaluate import interval
 from .share import folder_of_run
 
 WHERE = ("output_dir", "resume", "hub_repo", "preset")  # settings that say nothing of how two runs differ
+FIGURES = ("accuracy", "log_odds_ratio", "nll")
 
 
 def compare(folders, picture=None) -> dict:
-    """Runs side by side.
+    """Put runs side by side.
 
     Args:
         folders: two or more folders of runs, finished or not.
@@ -35,26 +38,31 @@ def compare(folders, picture=None) -> dict:
         if name not in WHERE and any(v.get(name) != values[0].get(name) for v in values)
     }
     results = [{"run": name} | _results(folder) for name, folder in zip(names, folders, strict=True)]
-    first, *others = folders
-    for row, folder in zip(results[1:], others, strict=True):
-        row["accuracy minus the first run's"] = _against(first, folder)
-    figures = list(dict.fromkeys(name for row in results for name in row))
+    for row, folder in zip(results[1:], folders[1:], strict=True):
+        row["accuracy minus the first run's"] = _more_accurate(folder, than=folders[0])
+    heads = list(dict.fromkeys(name for row in results for name in row))
     markdown = "\n\n".join([
         "Settings that differ",
-        card.table(["setting", *map(card.inline, names)], [
-            [card.inline(text) for text in (name, *of_runs)] for name, of_runs in differ.items()
-        ]),
+        card.table(["setting", *names], [[name, *of_runs] for name, of_runs in differ.items()]),
         "Results on held-out pairs after training, with 95 % intervals",
-        card.table(figures, [[card.inline(row.get(name, "–")) for name in figures] for row in results]),
+        card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
     ])  # fmt: skip
-    png = live.draw_runs(
-        {n: read_rows(f / "history.jsonl") for n, f in zip(names, folders, strict=True)}, picture
-    )
+    histories = {
+        name: read_rows(folder / "history.jsonl") for name, folder in zip(names, folders, strict=True)
+    }
+    png = live.draw_runs(histories, picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 
+def report(folders) -> str:
+    """Compare runs for a terminal: the tables, and where the picture is, under a name that is free in this folder."""
+    names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
+    picture = next(name for name in names if not os.path.lexists(name))
+    return f"{compare(folders, picture)['markdown']}\n\nThe curves over each other are in {picture}."
+
+
 def _names(folders: list[Path]) -> list[str]:
-    """A short name for each folder: its own, with as many of its parents' as tell it from the others."""
+    """Find a short name for each folder: its own, with as many of its parents' as tell it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -68,26 +76,24 @@ def _results(folder: Path) -> dict[str, str]:
     if not summary:
         steps = max((row["step"] for row in read_rows(folder / "history.jsonl")), default=0)
         return {"steps": f"{steps:,}, not finished"}
-    row = {"steps": f"{summary['steps']:,}" + ("" if summary["finished"] else ", not finished")}
     figures = summary.get("held_out", {})
-    for name in ("accuracy", "log_odds_ratio", "nll"):
-        if name in figures:
-            row[name] = card.spread(figures[name]["after"], figures[name]["after_interval"])
-    return row | {
+    return {
+        "steps": f"{summary['steps']:,}" + ("" if summary["finished"] else ", not finished"),
+        **{name: card.spread(figures[name], "after") for name in FIGURES if name in figures},
         "training minutes": f"{summary['training_minutes']:.1f}",
         "peak GiB": f"{summary['peak_memory_gib']:.2f}",
     }
 
 
-def _against(first: Path, other: Path) -> str:
-    """How much more accurate `other` is than `first`, taken pair by pair, where both were tested on the same pairs."""
-    if _held_out_pairs(first) != _held_out_pairs(other):
+def _more_accurate(other: Path, than: Path) -> str:
+    """Say how much more accurate a run is than another, pair by pair, where both were tested on the same pairs."""
+    if _held_out_pairs(than) != _held_out_pairs(other):
         return "other held-out pairs"
-    tested = [read_json(folder / "held_out.json") for folder in (first, other)]
+    tested = [read_json(folder / "held_out.json") for folder in (than, other)]
     if not all("after" in kept for kept in tested):
         return "–"
     a, b = (np.array(kept["after"]["pairs"])[:, kept["columns"].index("accuracy")] for kept in tested)
-    return card.spread((b - a).mean(), interval(b - a))
+    return card.spread({"change": (b - a).mean(), "change_interval": interval(b - a)}, "change")
 
 
 def _held_out_pairs(folder: Path) -> tuple:

@@ -1,6 +1,7 @@
-"""Is it better: figures on held-out pairs with intervals over the pairs, and answers of base and tuned model side by side.
+"""Is it better: held-out figures with intervals over the pairs, answers of base and tuned model side by side.
 
-It trains nothing, draws nothing, and asks no judge. One model is in memory: the base answers with the adapter switched off.
+It trains nothing, draws nothing, writes no file and asks no judge. One model is in memory: the base answers with the
+adapter switched off. `kept` is the content of a run's held_out.json.
 """
 
 import re
@@ -15,25 +16,70 @@ from ..errors import UserError
 from ..fast.attention import start_batch
 from ..machine import attempt, free_bytes
 
-DEMO_HABIT = re.compile(
-    r"[^\n]{1,200}\nWhy: [^\n]{1,400}"
-)  # of the demo set: the answer, then one line of reason
+WHEN = ("before", "after")  # training
+# The demo set's habit: the answer on the first line, then one line of reason.
+DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")
+
+
+def keep_held_out(
+    kept: dict,
+    when: str,
+    *,
+    columns: Sequence[str],
+    table: Sequence[Sequence[float]],
+    answers: Sequence[str],
+    prompts: Sequence[str],
+    chosen_shorter: Sequence[bool],
+) -> dict:
+    """Give held_out.json with what was measured `when`, "before" or "after" training, added to what was `kept`.
+
+    Args:
+        columns: names of the table's columns. table: sums of each held-out pair, (pairs, columns).
+        answers: to the prompts, (prompts,); both may be fewer than the pairs.
+        chosen_shorter: whether chosen has fewer tokens than rejected, (pairs,).
+    """
+    fixed = {"columns": list(columns), "prompts": list(prompts), "chosen_shorter": list(chosen_shorter)}
+    return kept | fixed | {when: {"pairs": [list(row) for row in table], "answers": list(answers)}}
+
+
+def held_out_results(kept: dict, dataset: str) -> dict:
+    """Say what the held-out pairs show, for summary.json; {} where they were not measured before and after.
+
+    Returns:
+        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo also habit_before, habit_after:
+        shares of the answers.
+    """
+    if not _has_both(kept):
+        return {}
+    figures = changes(*(measures(kept, when) for when in WHEN))
+    results = {f"accuracy_{when}": figures["accuracy"][when] for when in WHEN}
+    results |= {"verdict": verdict(figures), "held_out": figures}
+    if dataset == "demo":
+        results |= {f"habit_{when}": habit_share(kept[when]["answers"]) for when in WHEN}
+    return results
+
+
+def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
+    """List held-out prompts with the answers of both models: [{"prompt", "base", "tuned"}]; [] where one was not asked."""
+    if not _has_both(kept):
+        return []
+    rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
+    return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows]
+
+
+def _has_both(kept: dict) -> bool:
+    return set(WHEN) <= kept.keys()
 
 
 def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, over pairs drawn with replacement. `values`: (pairs,)."""
+    """Give the 95 % bootstrap interval of the mean, over pairs drawn with replacement. `values`: (pairs,)."""
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
 def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
-    """Figures of each held-out pair by name, each (pairs,); a pair that a figure does not speak of is NaN.
-
-    Args:
-        kept: the content of a run's held_out.json.
-        when: "before" or "after" training.
-    """
+    """Give the figures of each held-out pair by name, each (pairs,), NaN where a figure does not speak of the pair."""
     columns = dict(zip(kept["columns"], np.array(kept[when]["pairs"], dtype=float).T, strict=True))
     shorter, accuracy = np.array(kept["chosen_shorter"]), columns["accuracy"]
     return {
@@ -47,55 +93,61 @@ def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
     }
 
 
-def compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
-    """{figure: {pairs, before, before_interval, after, after_interval, change, change_interval, more_than_noise}};
-    the change is taken pair by pair, so that what pairs have in common cancels."""
+def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Hold figures of the same pairs against each other, pair by pair, so that what pairs have in common cancels.
+
+    Returns:
+        {figure: {pairs, before, after, change, and each one's …_interval, more_than_noise}}.
+    """
     out = {}
     for name in before:
-        keep = ~np.isnan(before[name])
-        if not keep.any():
+        spoken = ~np.isnan(before[name])
+        if not spoken.any():
             continue
-        b, a = before[name][keep], after[name][keep]
-        low, high = interval(a - b)
-        out[name] = {
-            "pairs": int(keep.sum()),
-            "before": float(b.mean()),
-            "before_interval": interval(b),
-            "after": float(a.mean()),
-            "after_interval": interval(a),
-            "change": float((a - b).mean()),
-            "change_interval": (low, high),
-            "more_than_noise": bool(low > 0 or high < 0),
-        }
+        sides = {"before": before[name][spoken], "after": after[name][spoken]}
+        figure = {"pairs": int(spoken.sum())}
+        for when, values in (sides | {"change": sides["after"] - sides["before"]}).items():
+            figure |= {when: float(values.mean()), f"{when}_interval": interval(values)}
+        low, high = figure["change_interval"]
+        out[name] = figure | {"more_than_noise": bool(low > 0 or high < 0)}
     return out
 
 
-def verdict(comparison: dict[str, dict]) -> str:
-    """The held-out result in one sentence."""
-    c = comparison["accuracy"]
+def verdict(figures: dict[str, dict]) -> str:
+    """Put the held-out result into one sentence; `figures` are `changes`."""
+    c = figures["accuracy"]
     low, high = c["change_interval"]
-    words = (
-        "more than noise"
-        if c["more_than_noise"]
-        else "within the noise of so few pairs: hold out more, or train longer"
-    )
+    noise = "within the noise of so few pairs: hold out more, or train longer"
     return (
-        f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
-        f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): {words}."
+        f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs (change {c['change']:+.0%}, "
+        f"95 % interval {low:+.0%} to {high:+.0%}): {'more than noise' if c['more_than_noise'] else noise}."
     )
+
+
+def habit_share(texts: Sequence[str]) -> float:
+    """Give the share of answers with the demo set's habit: one line, then one line that begins with "Why:"."""
+    return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
 
 
 def answers(
-    model, tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int],
-    batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None, streamer=None,
-) -> list[str]:  # fmt: skip
-    """Greedy answers, in the order of the prompts.
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    end_ids: Sequence[int],
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda done: None,
+    streamer=None,
+) -> list[str]:
+    """Generate greedy answers, in the order of the prompts.
 
     Args:
         prompts: token ids, from `Encoder.prompt_ids`.
         max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
         end_ids: tokens that end an answer.
-        batch_size: most prompts at once; fewer where their cache would take over a quarter of the free memory.
+        batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
+        on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
 
     Raises:
@@ -105,9 +157,7 @@ def answers(
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
     texts: dict[int, str] = {}
-    order = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i])
-    )  # like lengths together: little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
     options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer)
@@ -120,26 +170,20 @@ def answers(
         elif len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
         else:
-            raise UserError(
-                f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens."
-            )
+            reason = f"Out of memory in answering a single prompt ({message})"
+            raise UserError(f"{reason}; lower max_prompt_tokens.")
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return [texts[i] for i in range(len(prompts))]
 
 
 def cache_bytes(config, itemsize: int) -> int:
-    """Count the bytes of keys and values, `itemsize` for each number, that a token leaves in a model's cache."""
+    """Count the bytes of keys and values, `itemsize` a number, that a token leaves in a model's cache."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
+    of_keys = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return (
-        2
-        * text.num_hidden_layers
-        * (getattr(text, "num_key_value_heads", None) or heads)
-        * head_dim
-        * itemsize
-    )
+    return 2 * text.num_hidden_layers * of_keys * head_dim * itemsize
 
 
 def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
@@ -156,14 +200,17 @@ def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) 
 def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict) -> list[list[int]]:
     device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else options["eos_token_id"][0]
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-    )
+    missing = [width - len(prompt) for prompt in prompts]
+    ids = [[pad] * n + list(prompt) for n, prompt in zip(missing, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in missing]
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True,
-        pad_token_id=pad, **options,
-    )  # fmt: skip
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        pad_token_id=pad,
+        **greedy,
+        **options,
+    )
     return out[:, width:].tolist()
 
 
@@ -171,8 +218,3 @@ def _text(tokenizer, row: Sequence[int], end_ids: Sequence[int]) -> str:
     length = next((k for k, token in enumerate(row) if token in end_ids), None)
     text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
     return text if length is not None else text + "…"
-
-
-def habit_share(texts: Sequence[str]) -> float:
-    """Share of answers with the demo set's habit: the answer on the first line, then one line that begins with "Why:"."""
-    return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)

@@ -1,8 +1,7 @@
-"""The live picture of a run: the log-odds of chosen and rejected part, beside nll, or_loss, its pull and accuracy.
+"""The picture of a run while it goes on, and of several runs: log-odds of chosen and rejected, nll, or_loss, accuracy.
 
-The only module that imports matplotlib, and never pyplot: one Figure whose artists are kept and given new data, so it
-touches no global state. A notebook sees one image output, updated in place; elsewhere the picture is a file.
-It computes no metric and reads the curves with `reading.reading`.
+The only module that imports matplotlib, and never pyplot: Figures of its own, so that it touches no global state. A notebook
+sees one image output, updated in place; elsewhere the picture is a file. It computes no metric.
 """
 
 import io
@@ -21,56 +20,51 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..folder import read_rows, write_atomically
-from ..session import duration
+from ..session import duration, in_notebook
 from . import reading
 
 MAX_POINTS = 600  # a line; longer histories are averaged down
 FILE_SECONDS = 30.0  # between two writes of the file while training goes on
 INCHES, DPI = (10, 5.2), 160
-METADATA = {
-    "image/png": {"width": 1000, "height": 520}
-}  # CSS pixels: the output keeps its height when updated
+METADATA = {"image/png": {"width": 1000, "height": 520}}  # CSS pixels: an updated output keeps its height
 CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
-RUN_COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-RUN_DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
+COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
+INK, QUIET, PAPER = "#222222", "#666666", "#FBFBF9"  # its own light paper, for dark themes too
 BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
-INK, QUIET, FAINT, PAPER = (
-    "#222222",
-    "#666666",
-    "#E6E6E3",
-    "#FBFBF9",
-)  # its own light paper, for dark themes too
 NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
-    "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.edgecolor": "#BDBDB8",
-    "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0,
+    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
+    "axes.edgecolor": "#BDBDB8", "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
+    "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": PAPER, "figure.dpi": DPI,
 }  # fmt: skip
-KEPT = {
-    "step",
-    "learning_rate",
-    "odds_gradient_share",
-    *reading.CURVES,
-    *(f"eval_{name}" for name in reading.CURVES),
-}
-
-
-def _thin(rows):
-    """At most `MAX_POINTS` rows: neighbours averaged, at the step of the last of them."""
-    size = math.ceil(len(rows) / MAX_POINTS)
-    return rows if size <= 1 else [_mean(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-
-def _mean(rows):
-    seen = {name: reading.values(rows, name) for name in {name: None for row in rows for name in row}}
-    means = {name: sum(found) / len(found) if found else None for name, found in seen.items()}
-    return means | {"step": rows[-1]["step"]}
+LN2, SHARE = math.log(2), (0.0, 1.0)
+# The small axes: curve, heading, note, level at which nothing is preferred, values that the axes always hold.
+PANELS = (
+    ("nll", "nll (nats per token)", "", None, ()),
+    ("or_loss", "or_loss (nats)", "- - ln 2: no preference", LN2, (LN2,)),
+    ("odds_gradient_share", "odds term (share of gradient)", "", None, SHARE),
+    ("accuracy", "accuracy (share of pairs)", "", 0.5, SHARE),
+)
+CURVES = ("log_odds_chosen", "log_odds_rejected", *(panel[0] for panel in PANELS))
+KEPT = {"step", "loss", "log_odds_ratio", "learning_rate", *CURVES, *(f"eval_{name}" for name in CURVES)}
 
 
 def _points(rows, name):
-    points = [(row["step"], row[name]) for row in rows if reading.values([row], name)]
-    return np.array(points, dtype=float).reshape(-1, 2)
+    """The finite points of a curve, (points, 2): steps and values. At most `MAX_POINTS`: neighbours are averaged, at the step of
+    the last of them."""
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    points = np.array(found, dtype=float).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]
+    size = math.ceil(len(points) / MAX_POINTS)
+    if size <= 1:
+        return points
+    starts = np.arange(0, len(points), size)
+    ends = np.append(starts[1:], len(points))
+    means = np.add.reduceat(points[:, 1], starts) / (ends - starts)
+    return np.column_stack([points[ends - 1, 0], means])
 
 
 def _smooth(values):
@@ -92,37 +86,31 @@ class _Curve:
         (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
         (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
         self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
-        self.label = axes.annotate(
-            "", (1, 0), (8, 0), "axes fraction", "offset points", color=color, va="center"
-        )
-        self.label.set_weight("bold")
+        place = dict(textcoords="offset points", xycoords="axes fraction", va="center", weight="bold")
+        self.label = axes.annotate("", (1, 0), (8, 0), color=color, **place)
 
-    def show(self, train, held_out):
+    def take(self, rows):
         """Take in the rows; returns the values that the axes must hold, single outliers left out."""
-        dots, marks = _points(train, self.name), _points(held_out, f"eval_{self.name}")
+        dots, marks = _points(rows, self.name), _points(rows, f"eval_{self.name}")
         smooth = _smooth(dots[:, 1])
         self.dots.set_data(*dots.T)
         self.line.set_data(dots[:, 0], smooth)
         self.held_out.set_data(*marks.T)
         self.held_out.set_markevery(math.ceil(len(marks) / 25) or 1)
         self.end = next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
-        self.label.set_text(
-            "" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}")
-        )
+        text = "" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}")
+        self.label.set_text(text)
         return [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
 
 
 class _Picture:
-    """The figure and its artists, made once; `png` gives them new data."""
+    """The figure of one run and its artists, made once, for that is most of the cost; `png` gives them new data."""
 
     def __init__(self):
-        self.figure = Figure(figsize=INCHES, facecolor="none")
-        self.canvas = FigureCanvasAgg(self.figure)
+        self.figure = Figure(INCHES, facecolor="none")
         rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
-        paper = FancyBboxPatch(
-            (0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1], zorder=-1
-        )
-        paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure)
+        paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
+        paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure, zorder=-1)
         self.figure.add_artist(paper)
         text = self.figure.text
         self.title = text(0.03, 0.929, "", size=12.5, weight="bold", va="center", parse_math=False)
@@ -131,73 +119,58 @@ class _Picture:
         self.main = self._add_axes("log-odds (nats)", 6)
         self.main.set_position((0.058, BOTTOM, 0.5, TOP - BOTTOM))
         (self.between,) = self.main.fill([0], [0], color=CHOSEN, alpha=0.13, linewidth=0)
-        self.nll = self._add_axes("nll (nats per token)", 2)
-        self.odds = self._add_axes("or_loss (nats)", 2, "- - ln 2: no preference")
-        self.pull = self._add_axes("odds term (share of gradient)", 2)
-        self.accuracy = self._add_axes("accuracy (share of pairs)", 2)
-        for axes in (self.pull, self.accuracy):
-            axes.set_yticks([0, 0.5, 1])
-        for axes, level in ((self.odds, math.log(2)), (self.accuracy, 0.5)):
-            axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-        self.curves = {
-            self.main: [
-                _Curve(self.main, "log_odds_chosen", CHOSEN, label="chosen\n{:+.2f}"),
-                _Curve(self.main, "log_odds_rejected", REJECTED, (0, (4, 1.3)), "rejected\n{:+.2f}"),
-            ],
-            self.nll: [_Curve(self.nll, "nll")],
-            self.odds: [_Curve(self.odds, "or_loss")],
-            self.pull: [_Curve(self.pull, "odds_gradient_share")],
-            self.accuracy: [_Curve(self.accuracy, "accuracy")],
-        }
+        self.always, self.curves = {self.main: ()}, {self.main: []}
+        for name, color, dashes in zip(("chosen", "rejected"), COLORS, DASHES, strict=False):
+            curve = _Curve(self.main, f"log_odds_{name}", color, dashes, name + "\n{:+.2f}")
+            self.curves[self.main].append(curve)
+        for name, heading, note, level, always in PANELS:
+            axes = self._add_axes(heading, 2, note)
+            self.always[axes], self.curves[axes] = always, [_Curve(axes, name)]
+            if always is SHARE:
+                axes.set_yticks([0, 0.5, 1])
+            if level is not None:
+                axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
 
     def _add_axes(self, heading, ticks, note=""):
-        axes = self.figure.add_axes((0, 0, 1, 1), label=heading)
-        axes.set_title(heading, loc="left", size=9.5, y=1, pad=6)  # a fixed y spares a layout at every draw
+        axes = self.figure.add_axes((0, 0, 1, 1), label=heading, xlabel="optimizer step")
+        axes.set_title(heading, y=1, pad=6)  # a fixed y spares a layout at every draw
         axes.set_title(note, **NOTE)
         axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=[1, 2, 5, 10], integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
-        axes.set_xlabel("optimizer step")
         return axes
 
+    def png(self, rows, title, status) -> bytes:
+        self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
+        self.status.set_text(status)
+        self.reading.set_text(reading.read_curves(rows).capitalize())
+        marked = any(map(reading.is_evaluation, rows))
+        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if marked else "", **NOTE)
+        steps = [row["step"] for row in rows] or [0]
+        first, last = min(steps), max(*steps, min(steps) + 1)
+        side = 0.01 * (last - first)
+        for axes, curves in self.curves.items():
+            seen = [value for curve in curves for value in curve.take(rows)]
+            seen += self.always[axes] or ([] if seen else [0.0])
+            room = 0.06 * (max(seen) - min(seen)) or 0.5
+            axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
+            _place_labels(axes, curves)
+        self._stack()
+        chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
+        self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
+        return _png(self.figure)
+
     def _stack(self):
-        """Put the small axes under each other, those without a curve left out; the lowest one carries the steps."""
-        self.pull.set_visible(self.curves[self.pull][0].end is not None)
-        small = [axes for axes in self.curves if axes is not self.main and axes.get_visible()]
+        """Put the small axes under each other, the odds term's left out where it has no curve; the lowest one carries the steps."""
+        small = [axes for axes in self.curves if axes is not self.main]
+        for axes in small:
+            (curve,) = self.curves[axes]
+            axes.set_visible(curve.name != "odds_gradient_share" or curve.end is not None)
+        small = [axes for axes in small if axes.get_visible()]
         height = (TOP - BOTTOM + GAP) / len(small)
         for k, axes in enumerate(reversed(small)):
             axes.set_position((0.705, BOTTOM + k * height, 0.22, height - GAP))
             axes.tick_params(labelbottom=k == 0)
             axes.xaxis.label.set_visible(k == 0)
-
-    def png(self, train, held_out, title, status, dpi) -> bytes:
-        train, held_out = _thin(train), _thin(held_out)
-        self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
-        self.status.set_text(status)
-        self.reading.set_text(reading.read_curves(train + held_out).capitalize())
-        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if held_out else "", **NOTE)
-        steps = [row["step"] for row in train + held_out] or [0]
-        first, last = min(steps), max(*steps, min(steps) + 1)
-        side = 0.01 * (last - first)
-        always = {
-            self.odds: [math.log(2)],
-            self.pull: [0.0, 1.0],
-            self.accuracy: [0.0, 1.0],
-        }  # within the axes
-        for axes, curves in self.curves.items():
-            seen = [value for curve in curves for value in curve.show(train, held_out)]
-            seen += always.get(axes, []) or ([] if seen else [0.0])
-            room = 0.06 * (max(seen) - min(seen)) or 0.5
-            axes.set_ylim(min(seen) - room, max(seen) + room)
-            axes.set_xlim(first - side, last + side)
-            _place_labels(axes, curves)
-        self._stack()
-        chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
-        self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
-        self.figure.set_dpi(dpi)
-        self.canvas.draw()
-        image, buffer = Image.fromarray(np.asarray(self.canvas.buffer_rgba())), io.BytesIO()
-        image.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "png")  # a quarter of the bytes
-        return buffer.getvalue()
 
 
 def _place_labels(axes, curves):
@@ -212,12 +185,21 @@ def _place_labels(axes, curves):
         curve.label.xy = (1, height)
 
 
-def draw(rows: list[dict], path=None, *, title: str = "", dpi: int = DPI) -> bytes:
-    """The picture of a history as PNG bytes, also written to `path` where one is given."""
-    live = LivePlot(path, title=title, show=False)
-    for row in rows:
-        live._add(row)
-    png = live._png(f"step {live._last_step:,}", dpi)
+def _png(figure, path=None) -> bytes:
+    """Draw a figure as PNG bytes of 256 colors, a quarter of the bytes of all; written to `path` where one is given."""
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    image.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "png")
+    if path:
+        write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+@matplotlib.rc_context(STYLE)
+def draw(rows: list[dict], path=None, *, title: str = "") -> bytes:
+    """Draw a history; returns PNG bytes, also written to `path` where one is given."""
+    png = _Picture().png(rows, title, f"step {max((row['step'] for row in rows), default=0):,}")
     if path:
         write_atomically(path, png)
     return png
@@ -237,9 +219,7 @@ def show_progress(folder) -> None:
 
 
 def _kernel_display():
-    """IPython's `display` where a notebook kernel runs, else None."""
-    ipython = sys.modules.get("IPython")
-    return ipython.display.display if ipython and getattr(ipython.get_ipython(), "kernel", None) else None
+    return sys.modules["IPython"].display.display if in_notebook() else None
 
 
 def _bundle(png):
@@ -249,29 +229,34 @@ def _bundle(png):
 class LivePlot:
     """The picture of a run while it goes on; a drawing error is logged once and ends the drawing, never the run.
 
-    It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the time
-    so far, so that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the training time.
+    It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the time so far, so
+    that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the training time.
 
     Args:
-        path: the file of the picture; None: no file.
+        path: the file of the picture; None: no file. Where a notebook kernel runs, it is displayed too.
         title: heading of the picture.
         total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
-        show: display it where a notebook kernel runs.
         clock: seconds that never go back.
 
     `drawn` counts the pictures, `cost_seconds` is the wall time that they took.
     """
 
     def __init__(
-        self, path: Path | None, *, title: str = "", total_steps: int = 0, show: bool = True, min_seconds: float = 2.0,
-        max_share: float = 0.03, clock=time.monotonic,
-    ):  # fmt: skip
+        self,
+        path: Path | None,
+        *,
+        title: str = "",
+        total_steps: int = 0,
+        min_seconds: float = 2.0,
+        max_share: float = 0.03,
+        clock=time.monotonic,
+    ):
         self.path, self.title, self.total_steps = path, title, total_steps
         self.min_seconds, self.max_share, self.clock = min_seconds, max_share, clock
         self.drawn, self.cost_seconds = 0, 0.0
-        self._display = _kernel_display() if show else None
+        self._display = _kernel_display()
         self._off = not (path or self._display)
-        self._train, self._held_out, self._last_step = [], [], 0
+        self._rows, self._last_step = [], 0
         self._handle = self._picture = self._first = None
         self._began, self._drawn_at, self._written_at = clock(), -math.inf, -math.inf
 
@@ -289,10 +274,8 @@ class LivePlot:
                 work(argument)
         except Exception as error:  # a picture is never worth a run
             self._off = True
-            name = type(error).__name__
-            logging.getLogger(__name__).warning(
-                "The live picture is off (%s: %s); training goes on.", name, error
-            )
+            words = "The live picture is off (%s: %s); training goes on."
+            logging.getLogger(__name__).warning(words, type(error).__name__, error)
 
     def _update(self, row):
         self._add(row)
@@ -303,16 +286,14 @@ class LivePlot:
             self._draw(False)
 
     def _add(self, row):
-        rows = self._held_out if reading.is_evaluation(row) else self._train
-        rows.append({name: value for name, value in row.items() if name in KEPT})
+        self._rows.append({name: value for name, value in row.items() if name in KEPT})
         self._last_step = max(self._last_step, row["step"])
 
     def _due(self, now):
         if not self.drawn:
             return True
-        run = (
-            now - self._first[1] if self._first else 0.0
-        )  # training alone: evaluations before it are not drawn
+        # Training alone counts: evaluations before it are not drawn.
+        run = now - self._first[1] if self._first else 0.0
         gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
         cost_with_next = self.cost_seconds * (1 + 2 / self.drawn)  # and the last one
         return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
@@ -331,10 +312,10 @@ class LivePlot:
         self.cost_seconds += self._drawn_at - began
         self.drawn += 1
 
-    def _png(self, status, dpi=DPI):
-        with matplotlib.rc_context(STYLE):
-            self._picture = self._picture or _Picture()
-            return self._picture.png(self._train, self._held_out, self.title, status, dpi)
+    @matplotlib.rc_context(STYLE)
+    def _png(self, status):
+        self._picture = self._picture or _Picture()
+        return self._picture.png(self._rows, self.title, status)
 
     def _status(self, now, final):
         text = f"step {self._last_step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
@@ -342,84 +323,60 @@ class LivePlot:
         done, left = self._last_step - first, self.total_steps - self._last_step
         if final:
             return f"{text} \N{MIDDLE DOT} {duration((now - self._began) / 60)}"
-        return (
-            f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left"
-            if done and left > 0
-            else text
-        )
+        if done and left > 0:
+            return f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left"
+        return text
 
 
-def draw_runs(histories: dict[str, list[dict]], path=None, *, dpi: int = DPI) -> bytes:
-    """log_odds_ratio and nll of several runs over each other, as PNG bytes, also written to `path` where one is given.
+@matplotlib.rc_context(STYLE)
+def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
+    """Draw log_odds_ratio and nll of several runs over each other; returns PNG bytes, also written to `path`.
 
     Args:
         histories: {name of the run: its rows}; lines are smoothed, hollow marks are held-out figures.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=INCHES, facecolor=PAPER)
-        FigureCanvasAgg(figure)
-        curves = (("log_odds_ratio", "log-odds ratio (nats)"), ("nll", "nll (nats per token)"))
-        for axes, (name, heading) in zip(figure.subplots(1, 2), curves, strict=True):
-            for k, rows in enumerate(histories.values()):
-                curve = _Curve(
-                    axes, name, RUN_COLORS[k % len(RUN_COLORS)], RUN_DASHES[k % len(RUN_DASHES)], label=""
-                )
-                parts = [
-                    [row for row in rows if reading.is_evaluation(row) is held_out]
-                    for held_out in (False, True)
-                ]
-                curve.show(*map(_thin, parts))
-            axes.relim()
-            axes.autoscale_view()
-            axes.set_title(heading, loc="left", size=9.5)
-            axes.set_xlabel("optimizer step")
-            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-        lines = figure.axes[0].get_lines()[1::3]  # of each curve's points, line and marks
-        names = [name.replace("$", r"\$") for name in histories]
-        figure.legend(
-            lines, names, loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5
-        )
-        bottom = 0.16 + 0.05 * math.ceil(len(names) / 4)
-        figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=bottom, wspace=0.2)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=dpi)
-    if path:
-        write_atomically(path, file.getvalue())
-    return file.getvalue()
+    figure, lines = Figure(INCHES), []
+    headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
+    for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
+        curves = [
+            _Curve(axes, name, COLORS[k % len(COLORS)], DASHES[k % len(DASHES)], label="")
+            for k in range(len(histories))
+        ]
+        for curve, rows in zip(curves, histories.values(), strict=True):
+            curve.take(rows)
+        lines = [curve.line for curve in curves]
+        axes.relim()
+        axes.autoscale_view()
+        axes.set(title=heading, xlabel="optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    names = [name.replace("$", r"\$") for name in histories]
+    place = dict(loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
+    figure.legend(lines, names, **place)
+    bottom = 0.16 + 0.05 * math.ceil(len(names) / 4)
+    figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=bottom, wspace=0.2)
+    return _png(figure, path)
 
 
-def draw_trials(trials: dict[str, dict[str, list[float]]], path=None, *, dpi: int = DPI) -> bytes:
-    """The figures of several kinds of run beside each other, as PNG bytes, also written to `path` where one is given.
+@matplotlib.rc_context(STYLE)
+def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
+    """Draw the figures of several kinds of run beside each other; returns PNG bytes, also written to `path`.
 
     Args:
         trials: {kind: {figure: its value in each run}}; a panel a figure, a dot a run, a bar at their mean.
     """
-    kinds, figures = list(trials), list(next(iter(trials.values())))
-    columns = min(len(figures), 3)
-    with matplotlib.rc_context(STYLE):
-        grid = math.ceil(len(figures) / columns), columns
-        figure = Figure(
-            figsize=(INCHES[0], 0.7 + grid[0] * (0.9 + 0.28 * len(kinds))),
-            facecolor=PAPER,
-            layout="constrained",
-        )
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(*grid, sharey=True, squeeze=False).flat
-        for axes, name in zip(panels, figures, strict=False):
-            for k, kind in enumerate(kinds):
-                values, color = trials[kind][name], RUN_COLORS[k % len(RUN_COLORS)]
-                axes.plot(
-                    values, [k] * len(values), "o", color=color, alpha=0.6, markersize=6, markeredgewidth=0
-                )
-                axes.plot(np.mean(values), k, "|", color=color, markersize=16, markeredgewidth=2.5)
-            axes.set_title(name, loc="left", size=9.5)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.margins(x=0.12)
-            axes.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))
-        for axes in list(figure.axes)[len(figures) :]:
-            axes.remove()
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=dpi)
-    if path:
-        write_atomically(path, file.getvalue())
-    return file.getvalue()
+    kinds, names = list(trials), list(next(iter(trials.values())))
+    columns = min(len(names), 3)
+    lines = math.ceil(len(names) / columns)
+    figure = Figure((INCHES[0], 0.7 + lines * (0.9 + 0.28 * len(kinds))), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        for k, kind in enumerate(kinds):
+            values, color = trials[kind][name], COLORS[k % len(COLORS)]
+            axes.plot(values, [k] * len(values), "o", color=color, alpha=0.6, markersize=6, markeredgewidth=0)
+            axes.plot(np.mean(values), k, "|", color=color, markersize=16, markeredgewidth=2.5)
+        axes.set(title=name, yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.12)
+    for axes in figure.axes[len(names) :]:
+        axes.remove()
+    return _png(figure, path)

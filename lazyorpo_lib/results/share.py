@@ -1,7 +1,7 @@
-"""Take a finished run home: merge it, talk to it, push it to the hub; and the commands that do so from a terminal.
+"""Take a finished run home: merge it, talk to it, export it, push it to the hub.
 
-Each works from the folder of a run alone, also of one from another machine. torch is imported only where it is needed.
-Nothing is trained here, and nothing leaves the machine but by `push`.
+Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here, and nothing
+leaves the machine but by `push`.
 """
 
 import contextlib
@@ -12,18 +12,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import count
+from functools import partial
 from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import TextStreamer
 
 from .. import folder as folders
 from ..errors import UserError, dissect
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
+from ..model import causal_lm, load_finished, save_model
+from ..orpo.encoding import Encoder, Unusable
 from . import card
+from .evaluate import answers
 
 
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
-    """The folder of a run; UserError where it is none, or has no `needed` yet."""
+    """Give the folder of a run as a path; UserError where it is none, or has no `needed` yet."""
     folder = Path(folder).expanduser()
     if not (folder / "settings.json").is_file():
         raise UserError(
@@ -36,18 +43,14 @@ def folder_of_run(folder, needed: str = "settings.json") -> Path:
     return folder
 
 
-def merge(run_folder, out=None, *, dtype=None) -> Path:
+def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     """Write the full model of a run, the adapter folded in, to `out` (default: `merged/` in the run's folder).
 
-    The weights have the precision that the run computed in (16 bit on GPUs), also where the base was held in 4 bit, or `dtype`.
+    The weights have `dtype`, or the precision that the run computed in (16 bit on GPUs), also where the base was in 4 bit.
 
     Returns:
         the folder: safetensors, tokenizer, chat template, generation settings.
     """
-    import torch
-
-    from .. import model
-
     folder = folder_of_run(run_folder, "model")
     out = Path(out or folder / "merged").expanduser().resolve()
     base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
@@ -57,16 +60,19 @@ def merge(run_folder, out=None, *, dtype=None) -> Path:
         )
     folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
-    merged, tokenizer = model.load_finished(folder / "model", dtype=dtype, merge=True)
+    merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
     merged.config.use_cache = True  # training had it off
-    model.save_model(merged, tokenizer, out, base_model="")
+    save_model(merged, tokenizer, out, base_model="")
     return out
 
 
 def export_gguf(run_folder) -> str:
-    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, where llama.cpp's converter is on the
-    PATH (or in a clone of it here); returns what was written, or the commands that do it. They leave out the converter's
-    own requirements, which would replace this kit's torch and transformers by older ones."""
+    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, with llama.cpp's converter.
+
+    Returns:
+        what was written; where the converter is neither on the PATH nor in a clone of llama.cpp here, the commands that do it.
+        They leave out its own requirements, which would replace this kit's torch and transformers by older ones.
+    """
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
@@ -83,9 +89,8 @@ git clone --depth 1 https://github.com/ggml-org/llama.cpp
         raise UserError(f"{merged}.gguf is there already, and not by this kit: move it away first.")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            f"{script} failed ({' '.join(done.stderr.split()[-30:])}): see what it needs, or take a newer llama.cpp."
-        )
+        words = " ".join(done.stderr.split()[-30:])
+        raise UserError(f"{script} failed ({words}): see what it needs, or take a newer llama.cpp.")
     return f"{merged}.gguf is written."
 
 
@@ -100,7 +105,7 @@ def reply(
     *,
     max_tokens: int = 512,
 ) -> str:
-    """The model's greedy answer, prompted as in training; `on_text` is given each piece as soon as it is written.
+    """Give the model's greedy answer, prompted as in training; `on_text` gets each piece as soon as it is written.
 
     Args:
         messages: {"role", "content"} turns, the last one the user's; what the model cannot hold is cut from the left.
@@ -109,12 +114,6 @@ def reply(
     Raises:
         UserError: the chat template takes no such turns.
     """
-    from transformers import TextStreamer
-
-    from ..model import causal_lm
-    from ..orpo.encoding import Encoder, Unusable
-    from .evaluate import answers
-
     config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
     max_tokens = min(max_tokens, limit // 2)
@@ -128,35 +127,28 @@ def reply(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    return answers(model, tokenizer, [prompt], max_tokens=max_tokens, end_ids=ends, streamer=streamer)[
-        0
-    ].removesuffix("…")
+    (text,) = answers(model, tokenizer, [prompt], max_tokens=max_tokens, end_ids=ends, streamer=streamer)
+    return text.removesuffix("…")
+
+
+_say = partial(print, end="", flush=True)
 
 
 def ask(run, question: str) -> None:
     """Print the tuned model's answer to a question as it is written: a notebook's way to talk to its `run.Run`."""
-    from ..model import load_finished
-
     if not hasattr(run, "model"):  # it was finished before this kernel began
         run.model, run.tokenizer = load_finished(
             run.folder / "model", dtype=run.dtype, device=run.machine.device
         )
-    reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _print)
+    reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
     print()
-
-
-def _print(piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
     """Talk to a finished run in a terminal; returns the talk. /new begins another, /exit or end of input ends it."""
-    folder = folder_of_run(run_folder, "model")
-    from .. import model
-
-    machine = this_machine()
+    folder, machine = folder_of_run(run_folder, "model"), this_machine()
     dtype, _ = pick_precision("auto", machine)
-    loaded, tokenizer = model.load_finished(folder / "model", dtype=dtype, device=machine.device)
+    model, tokenizer = load_finished(folder / "model", dtype=dtype, device=machine.device)
     messages = []
     print(f"{folder.name} on {machine.name}. /new begins a new talk, /exit ends.")
     while True:
@@ -169,18 +161,13 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
         if text == "/new":
             messages = []
         elif text:
-            turn = {"role": "user", "content": text}
-            print("Model: ", end="", flush=True)
+            talk = [*messages, {"role": "user", "content": text}]
+            _say("Model: ")
             try:
-                messages += [
-                    turn,
-                    {
-                        "role": "assistant",
-                        "content": reply(loaded, tokenizer, [*messages, turn], _print, max_tokens=max_tokens),
-                    },
-                ]
+                answer = reply(model, tokenizer, talk, _say, max_tokens=max_tokens)
+                messages = [*talk, {"role": "assistant", "content": answer}]
             except UserError as error:
-                print(error, end="")
+                _say(error)
             print()
 
 
@@ -198,21 +185,18 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     Raises:
         UserError: no token, no right to write there, no connection, or no such name is allowed.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     folder, api = folder_of_run(run_folder, "model"), HfApi()
-    with _told(repo):
+    with _explain_push(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)
-    operations = [
-        CommitOperationAdd(name, content) for name, content in _files_to_push(folder, made.repo_id).items()
-    ]
-    with _told(repo):
+    files = _files_to_push(folder, made.repo_id)
+    with _explain_push(repo):
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         api.create_commit(made.repo_id, operations, commit_message="A run of LazyORPO")
     return str(made)
 
 
 @contextlib.contextmanager
-def _told(repo: str):
+def _explain_push(repo: str):
     """Turn what the hub's client raises into one sentence."""
     try:
         yield
@@ -229,56 +213,17 @@ def _told(repo: str):
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
-    """{name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
+    """List {name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
     files = {
         f.name: str(f)
-        for f in sorted((folder / "model").iterdir())
+        for f in (*sorted((folder / "model").iterdir()), folder / "live.png")
         if f.is_file() and f.name != folders.MARKER
     }
-    if (folder / "live.png").is_file():
-        files["live.png"] = str(folder / "live.png")
     if summary := read_json(folder / "summary.json"):
-        files["summary.json"] = json.dumps(
-            summary | {"why": card.without_paths(summary["why"])}, indent=1
-        ).encode()
+        summary["why"] = card.without_paths(summary["why"])
+        files["summary.json"] = json.dumps(summary, indent=1).encode()
     files["README.md"] = card.write_card(folder, repo).encode()
-    if "adapter_config.json" in files:
-        config = read_json(folder / "model" / "adapter_config.json")
+    if config := read_json(folder / "model" / "adapter_config.json"):
         config["base_model_name_or_path"] = card.public_name(config["base_model_name_or_path"])
         files["adapter_config.json"] = json.dumps(config, indent=2).encode()
     return files
-
-
-# From a terminal.
-
-USAGE = {
-    "chat": "RUN", "merge": "RUN [FOLDER]", "export-gguf": "RUN", "compare": "RUN RUN …", "push": "RUN OWNER/NAME",
-}  # fmt: skip
-
-
-def command(name: str, given: list[str]) -> int:
-    """One of `python -m lazyorpo_lib chat|merge|export-gguf|compare|push`; the exit status."""
-    words = USAGE[name].split()
-    least = sum(word[0] not in "[…" for word in words)
-    if not least <= len(given) <= (99 if "…" in words else len(words)) or any(
-        word.startswith("-") for word in given
-    ):
-        raise UserError(
-            f"{' '.join(given) or 'nothing'!r} was given; use it as: python -m lazyorpo_lib {name} {USAGE[name]}."
-        )
-    if name == "chat":
-        chat(*given)
-    elif name == "merge":
-        print(f"The full model is in {merge(*given)}")
-    elif name == "export-gguf":
-        print(export_gguf(*given))
-    elif name == "compare":
-        from .compare import compare
-
-        picture = next(
-            name for k in count(1) if not os.path.lexists(name := f"compare{f'-{k}' if k > 1 else ''}.png")
-        )
-        print(f"{compare(given, picture)['markdown']}\n\nThe curves over each other are in {picture}.")
-    else:
-        print(f"Pushed to {push(*given)}")
-    return 0

@@ -20,7 +20,7 @@ import torch
 from ..errors import UserError
 from ..folder import folder_of, read_json, take, write_atomically
 from ..results import card
-from ..results.evaluate import compare, measures
+from ..results.evaluate import changes, measures
 from ..settings import Settings
 
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
@@ -118,9 +118,9 @@ def _verdict(folders: dict[str, list[Path]], other: str) -> str:
         sides = [measures(read_json(folder / "held_out.json"), "after") for folder in folders[recipe]]
         return {name: np.concatenate([side[name] for side in sides]) for name in QUALITY}
 
-    figures = compare(pooled(other), pooled("ORPO"))
+    figures = changes(pooled(other), pooled("ORPO"))
     parts = [
-        f"{name} {card.spread(f['change'], f['change_interval'], '+.3f')}, {'more than' if f['more_than_noise'] else 'within the'} noise"
+        f"{name} {card.spread(f, 'change', '+.3f')}, {'more than' if f['more_than_noise'] else 'within the'} noise"
         for name, f in figures.items()
     ]
     return f"ORPO minus {other}, on {figures['accuracy']['pairs']} held-out pairs: {'; '.join(parts)}."

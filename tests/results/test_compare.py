@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.results import live, share
-from lazyorpo_lib.results.compare import compare
+from lazyorpo_lib.results import live
+from lazyorpo_lib.results.compare import compare, report
 from lazyorpo_lib.settings import DEFAULTS
 from tests.results.test_card import write_run
 
@@ -70,7 +70,16 @@ def test_settings_of_a_run_that_no_longer_exist_are_shown_too(copy):
     assert compare([a, copy("b")])["settings"]["gone"] == [1, None]
 
 
-def test_compare_command_prints_tables_and_writes_the_picture(copy, tmp_path, monkeypatch, capsys):
+def test_one_run_and_a_folder_that_is_no_run_are_told(copy, tmp_path):
+    with pytest.raises(UserError, match="1 run was given"):
+        compare([copy("a")])
+    with pytest.raises(UserError, match="not the folder of a run"):
+        compare([tmp_path / "a", tmp_path / "none"])
+
+
+def test_the_report_has_the_tables_and_its_picture_takes_a_name_that_is_free(copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert share.command("compare", [str(copy("a")), str(copy("b"))]) == 0
-    assert "| a |" in capsys.readouterr().out and (tmp_path / "compare.png").is_file()
+    runs = [copy("a"), copy("b")]
+    for name in ("compare.png", "compare-2.png"):
+        text = report(runs)
+        assert "| a |" in text and text.endswith(f"are in {name}.") and (tmp_path / name).is_file()

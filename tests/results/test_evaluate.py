@@ -1,5 +1,7 @@
 """evaluate.py: intervals that cover, changes taken pair by pair, verdicts in words, greedy answers whatever the batch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_measures_are_per_pair_and_split_by_which_answer_is_shorter():
 
 def test_what_pairs_have_in_common_cancels_in_the_change():
     before = {"nll": np.arange(20.0)}
-    figure = evaluate.compare(before, {"nll": before["nll"] - 0.5})["nll"]
+    figure = evaluate.changes(before, {"nll": before["nll"] - 0.5})["nll"]
     assert figure["change_interval"] == (-0.5, -0.5) and figure["more_than_noise"]
     low, high = figure["before_interval"]
     assert low < figure["before"] - 1 and high > figure["before"] + 1
@@ -50,7 +52,7 @@ def test_what_pairs_have_in_common_cancels_in_the_change():
 
 def test_pairs_that_a_figure_does_not_speak_of_are_left_out():
     side = {"a": np.array([1.0, np.nan, 0.0]), "b": np.array([np.nan, np.nan, np.nan])}
-    out = evaluate.compare(side, side)
+    out = evaluate.changes(side, side)
     assert out.keys() == {"a"} and out["a"]["pairs"] == 2 and out["a"]["before"] == 0.5
 
 
@@ -59,13 +61,41 @@ def test_pairs_that_a_figure_does_not_speak_of_are_left_out():
 )
 def test_the_verdict_says_whether_the_change_is_more_than_noise(gained, words):
     before = np.zeros(40)
-    figures = evaluate.compare({"accuracy": before}, {"accuracy": np.where(np.arange(40) < gained, 1.0, 0.0)})
+    figures = evaluate.changes({"accuracy": before}, {"accuracy": np.where(np.arange(40) < gained, 1.0, 0.0)})
     assert words in evaluate.verdict(figures) and "on 40 pairs" in evaluate.verdict(figures)
 
 
 def test_the_habit_is_one_line_and_then_one_reason():
     texts = ["Blue.\nWhy: Light scatters.", "Blue.", "Blue.\nWhy: a\nWhy: b", "Why: x", "Blue.\n\nWhy: x"]
     assert evaluate.habit_share(texts) == 1 / 5 and evaluate.habit_share([]) == 0
+
+
+def test_held_out_results_are_told_only_where_both_sides_were_measured():
+    one = {
+        "columns": COLUMNS,
+        "table": [[6.0, 3.0, 1.0, 0.5, 1.0]] * 2,
+        "prompts": ["Why?"],
+        "chosen_shorter": [True, False],
+    }
+    before = evaluate.keep_held_out({}, "before", answers=["Blue."], **one)
+    assert evaluate.held_out_results(before, "demo") == {} and evaluate.answers_side_by_side(before) == []
+    both = evaluate.keep_held_out(before, "after", answers=["Blue.\nWhy: Light scatters."], **one)
+    assert (
+        both["before"] == before["before"]
+        and both["after"]["pairs"] == one["table"] == before["before"]["pairs"]
+    )
+    assert json.loads(json.dumps(both)) == both
+    found = evaluate.held_out_results(both, "demo")
+    assert (found["accuracy_before"], found["accuracy_after"]) == (1.0, 1.0) and "on 2 pairs" in found[
+        "verdict"
+    ]
+    assert (found["habit_before"], found["habit_after"]) == (0.0, 1.0) and found["held_out"]["nll"][
+        "after"
+    ] == 2.0
+    assert not {"habit_before", "habit_after"} & evaluate.held_out_results(both, "owner/pairs").keys()
+    assert evaluate.answers_side_by_side(both) == [
+        {"prompt": "Why?", "base": "Blue.", "tuned": "Blue.\nWhy: Light scatters."}
+    ]
 
 
 @pytest.fixture(scope="module")

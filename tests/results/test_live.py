@@ -168,14 +168,14 @@ def test_a_notebook_gets_one_handle_constant_text_and_a_fixed_size(tmp_path, clo
     assert (tmp_path / "live.png").read_bytes() == bundles[-1]["image/png"]
 
 
-@pytest.mark.parametrize("inside", ["plain Python", "terminal IPython", "show=False"])
+@pytest.mark.parametrize("inside", ["plain Python", "terminal IPython"])
 def test_without_a_kernel_it_only_writes_a_file(tmp_path, clock, shown, pictures_cost, monkeypatch, inside):
     pictures_cost(0.0)
     if inside == "plain Python":
         monkeypatch.delitem(sys.modules, "IPython")
     if inside == "terminal IPython":
         monkeypatch.setattr(sys.modules["IPython"], "get_ipython", object)
-    plot = live.LivePlot(tmp_path / "live.png", clock=clock, show=inside != "show=False")
+    plot = live.LivePlot(tmp_path / "live.png", clock=clock)
     train(plot, clock, [row(step) for step in range(300)], 1.0)
     plot.close()
     assert shown.count == 0 and 300 // 30 <= plot.drawn <= 300 // 30 + 2
@@ -279,16 +279,17 @@ def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(
     )
     assert [axes.xaxis.label.get_visible() for axes in small] == [False] * (panels - 1) + [True]
     if objective == "orpo":
-        share = plot._picture.curves[plot._picture.pull][0]
-        assert (
-            share.label.get_text() == "0.11"
-            and plot._picture.pull.get_title("left") == "odds term (share of gradient)"
-        )
+        (share,) = plot._picture.curves[small[2]]
+        assert share.name == "odds_gradient_share" and share.label.get_text() == "0.11"
+        assert small[2].get_title("left") == "odds term (share of gradient)"
 
 
-def test_averaging_passes_over_missing_numbers():
-    rows = [{"step": 1, "nll": 1.0}, {"step": 2, "nll": None}, {"step": 3, "nll": 3.0, "or_loss": None}]
-    assert live._mean(rows) == {"step": 3, "nll": 2.0, "or_loss": None}
+def test_averaging_passes_over_missing_numbers(monkeypatch):
+    monkeypatch.setattr(live, "MAX_POINTS", 2)
+    values = (1.0, None, 3.0, float("nan"), 5.0, 8.0)
+    rows = [{"step": step, "nll": value, "or_loss": None} for step, value in enumerate(values, 1)]
+    assert live._points(rows, "nll").tolist() == [[3, 2.0], [6, 6.5]]
+    assert live._points(rows, "or_loss").shape == live._points(rows, "accuracy").shape == (0, 2)
 
 
 def test_smoothing_keeps_lines_straight_and_has_no_lag():
@@ -320,7 +321,7 @@ def test_numbers_that_are_not_finite_are_skipped(bad):
     ids=["none", "one evaluation", "two evaluations", "one step", "two steps", "no curves"],
 )
 def test_short_histories_are_drawn(rows):
-    assert len(live.draw(rows, dpi=60)) > 2000
+    assert len(live.draw(rows)) > 2000
 
 
 def test_one_outlier_does_not_flatten_the_curves(tmp_path, no_notebook):
@@ -353,7 +354,7 @@ def test_long_and_odd_titles_do_no_harm(tmp_path, no_notebook):
 
 @pytest.mark.parametrize("change", [dict(), dict(chosen=-1, rejected=-3), dict(noise=6), dict(nll=1)])
 def test_the_reading_stands_under_the_curves_and_fits(tmp_path, no_notebook, change):
-    from tests.results.test_history import curves
+    from tests.results.test_reading import curves
 
     plot = live.LivePlot(tmp_path / "live.png")
     for one in curves(**change):
@@ -411,9 +412,9 @@ def test_a_saved_notebook_of_ten_thousand_steps_holds_one_picture_and_passes_nbv
     code = f"""
 import sys
 sys.path[:0] = [{os.path.dirname(os.path.dirname(os.path.dirname(__file__)))!r}]
-from lazyorpo_lib.folder import append_row
+from lazyorpo_lib.folder import append_row, read_rows
 from lazyorpo_lib.results import live
-from lazyorpo_lib.callbacks import progress_bar
+from lazyorpo_lib.session import progress_bar
 from tests.results.test_live import Clock, healthy
 clock = Clock()
 plot = live.LivePlot("live.png", total_steps=10_000, max_share=1.0, clock=clock)

@@ -262,20 +262,20 @@ def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
         share.push(run, "me/tuned")
 
 
-# From a terminal.
+# Wrong folders.
 
 
-@pytest.mark.parametrize("name", share.USAGE)
-def test_commands_tell_wrong_use_and_wrong_folders(name, tmp_path):
-    for wrong in ([], ["--help"], ["a"] * 100):
-        with pytest.raises(UserError, match=f"lazyorpo_lib {name} RUN"):
-            share.command(name, wrong)
-    two = [str(tmp_path / "none"), "x"] if name in ("compare", "push") else [str(tmp_path / "none")]
+WORKS = {
+    "chat": share.chat,
+    "merge": share.merge,
+    "export_gguf": share.export_gguf,
+    "push": lambda folder: share.push(folder, "a/b"),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_folder_that_is_no_run_and_a_run_without_a_model_are_told(name, tmp_path):
     with pytest.raises(UserError, match="not the folder of a run"):
-        share.command(name, two)
-
-
-@pytest.mark.parametrize("work", [share.chat, share.merge, lambda folder: share.push(folder, "a/b")])
-def test_a_run_without_a_model_says_so(work, tmp_path):
+        WORKS[name](tmp_path / "none")
     with pytest.raises(UserError, match="no model yet"):
-        work(write_run(tmp_path))
+        WORKS[name](write_run(tmp_path))
