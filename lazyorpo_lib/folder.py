@@ -408,3 +408,27 @@ def claim(folder: Path) -> None:
             f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
         ) from None
     _held[folder] = lock
+
+
+def is_begun(folder: Path, settings: Settings) -> bool:
+    """Tell whether the folder holds this run, begun.
+
+    Raises:
+        UserError: it holds one with other settings, or this one and `resume` is never.
+    """
+    older = read_json(folder / "settings.json")
+    if not older or not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
+        return False
+    if older["fingerprint"] != fingerprint(settings):
+        now, then = dataclasses.asdict(settings), older["settings"]
+        differ = [name for name in now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
+        other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
+        raise UserError(
+            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose another "
+            "output_dir, or delete that folder."
+        )
+    if settings.resume == "never":
+        raise UserError(
+            f"{folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
+        )
+    return True

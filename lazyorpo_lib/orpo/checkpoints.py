@@ -116,6 +116,14 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
         ) from None
 
 
+def in_one_piece(model) -> dict[str, torch.Tensor]:
+    """Gather the trained weights that FSDP has in pieces, on the first process. Every process calls it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
+
+
 def _load(file: Path):
     return torch.load(file, map_location="cpu", weights_only=True)
 

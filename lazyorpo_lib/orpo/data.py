@@ -26,7 +26,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -147,6 +147,17 @@ def _digest(pair):
     chosen, rejected = _hash(pair.chosen).hex(), _hash(pair.rejected).hex()
     turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
     return _hash("".join([*sorted((chosen, rejected)), *turns])), chosen < rejected
+
+
+def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[Pair]:
+    """Give the rows with these indexes as pairs, in that order. They are read once more, up to the last of them."""
+    wanted, mapping, found = set(indexes), parse_columns(columns), {}
+    for index, row in rows:
+        if index in wanted:
+            found[index] = to_pair(index, row, mapping)
+            if len(found) == len(wanted):
+                break
+    return [found[index] for index in indexes]
 
 
 def parse_columns(columns: str) -> dict[str, str]:

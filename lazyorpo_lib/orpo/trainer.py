@@ -159,6 +159,16 @@ class OrpoTrainer:
             if stopping:
                 break
 
+    @property
+    def epoch(self) -> float:
+        """How often the training pairs were gone through."""
+        return self.step / len(self.order)
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """Give the trained weights in one piece on the first process, where FSDP has them in pieces; else None. Every
+        process calls it."""
+        return checkpoints.in_one_piece(self.model) if self.sharded else None
+
     def close(self) -> None:
         """End the trackers; nothing is logged afterwards."""
         for tracker in self.accelerator.trackers:
@@ -384,7 +394,7 @@ class OrpoTrainer:
         parts = {n: (("eval/", n[5:]) if n.startswith("eval_") else ("train/", n)) for n in row}
         self.accelerator.log({"".join(parts[n]): value for n, value in row.items()}, step=self.step)
         if self.accelerator.is_main_process:
-            self.on_row({"step": self.step, "epoch": round(self.step / len(self.order), 6)} | row)
+            self.on_row({"step": self.step, "epoch": round(self.epoch, 6)} | row)
 
     # Checkpoints.
 

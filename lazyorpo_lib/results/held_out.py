@@ -1,0 +1,85 @@
+"""The held-out pairs of a run, before, during and after training: figures and answers, kept in its folder.
+
+It is handed the run, whose stages call it at their time. What the figures say is evaluate.py's.
+"""
+
+import contextlib
+import json
+import time
+from functools import partial
+
+from .. import folder as folders
+from ..model import adapters_off
+from ..orpo.loss import TERMS
+from ..session import Stopped, progress_bar
+from . import evaluate, reading
+
+
+def measure(run, when: str) -> None:
+    """Take figures and answers on the held-out pairs, "before" or "after" training; kept in held_out.json.
+
+    Raises:
+        Stopped: somebody asked to stop before training: nothing is written, and the next run begins here.
+    """
+    pairs, trainer = [run.eval_pairs[i] for i in range(len(run.eval_pairs))], run.trainer
+    if not pairs:
+        return
+    prompts = [pair.prompt for pair in pairs[: run.settings.answers]]
+
+    def advance(bar, done):
+        bar.update(done)
+        if when == "before" and trainer.world == 1 and run.stop.was_asked():
+            raise Stopped
+
+    began = time.monotonic()
+    with adapters_off(trainer.model) if when == "before" else contextlib.nullcontext():
+        with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
+            table = trainer.pair_tables(pairs, partial(advance, bar))
+        run.seconds["evaluation"] += time.monotonic() - began
+        with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
+            texts = _answer(run, prompts, partial(advance, bar))
+    evaluated = [row for row in folders.read_rows(run.folder / "history.jsonl") if reading.is_evaluation(row)]
+    if trainer.step not in [row["step"] for row in evaluated]:  # else training did, or a kill came in between
+        trainer.log_evaluation(table)
+    if run.main:
+        path = run.folder / "held_out.json"
+        kept = evaluate.keep_held_out(
+            folders.read_json(path),
+            when,
+            columns=TERMS,
+            table=table.tolist(),
+            answers=texts,
+            prompts=[pair.prompt[-1]["content"] for pair in run.texts[: len(prompts)]],
+            chosen_shorter=[len(pair.chosen) < len(pair.rejected) for pair in pairs],
+        )
+        folders.write_atomically(path, json.dumps(kept, indent=1).encode())
+
+
+def watch(run, step: int) -> None:
+    """Answer the first held-out prompts while training goes on; kept in watched.jsonl and told."""
+    prompts = [run.eval_pairs[i].prompt for i in range(min(3, len(run.eval_pairs)))]
+    for pair, text in zip(run.texts, _answer(run, prompts), strict=False):
+        question = pair.prompt[-1]["content"]
+        if run.main:
+            row = {"step": step, "prompt": question, "answer": text}
+            folders.append_row(run.folder / "watched.jsonl", row)
+        run.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
+
+
+def end_ids(run) -> list[int]:
+    """List the tokens that end an answer: what ends the pairs', and the tokenizer's own."""
+    own = run.tokenizer.eos_token_id
+    return sorted({run.train_pairs[0].chosen[-1]} | ({own} if own is not None else set()))
+
+
+def _answer(run, prompts, on_batch=lambda done: None) -> list[str]:
+    # Weights in float32 would give a cache in float32.
+    with run.trainer.accelerator.autocast() if run.method == "full" else contextlib.nullcontext():
+        return evaluate.answers(
+            run.trainer.model,
+            run.tokenizer,
+            prompts,
+            max_tokens=run.settings.answer_tokens,
+            end_ids=end_ids(run),
+            on_batch=on_batch,
+        )
