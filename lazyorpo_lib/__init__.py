@@ -1,5 +1,6 @@
 """LazyORPO: fine-tune a language model with ORPO (arXiv 2403.07691) from a notebook or a terminal."""
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -10,13 +11,14 @@ __version__ = "0.1.0"
 
 # Imported by transformers, it warns on some CPUs that it misses a package which nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
-# Rows differ in length, and torch's CPU library keeps every length's kernels: 17 MiB a step of the demo, in two caches of 1,024.
-# A step uses some 50 of them again and again. Read when torch is imported, which happens after this.
+# Rows differ in length, and torch's CPU library keeps every length's kernels: 17 MiB a step of the demo, in
+# two caches of 1,024. A step uses some 50 of them again and again. Read when torch is imported, which happens
+# after this.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
-# Rows differ in length, and so would the blocks that CUDA's allocator keeps; segments that grow leave far less memory idle.
-# Windows and its Linux do not have them. What somebody has set stays.
+# Rows differ in length, and so would the blocks that CUDA's allocator keeps; segments that grow leave far
+# less memory idle. Windows and its Linux do not have them. What somebody has set stays.
 _ALLOCATOR = "expandable_segments:True"
 _names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the new name, and the old one
 _has_segments = sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
@@ -31,6 +33,46 @@ if _has_segments and not any(name in os.environ for name in _names):
 
 
 def has_gpu() -> bool:
-    """Ask the driver whether there is a GPU of NVIDIA's; before torch is imported, and where torch cannot use it."""
+    """Ask the driver whether there is a GPU of NVIDIA's; before torch is imported, and where torch cannot use
+    it."""
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess:
+    """Run pip for this Python, or uv's where the environment has none, as those that `uv venv` makes."""
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv"):
+        command = [uv, "tool", "run", "-q", "--python", sys.executable, "pip", "--python", sys.executable]
+    else:
+        why = f"there is neither pip nor uv: run {sys.executable} -m ensurepip, then again"
+        return subprocess.CompletedProcess(["pip", *arguments], 1, "", why)
+    command += [arguments[0], "-q", "--disable-pip-version-check", *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# Where modules of the flat layout are now: for one release a clear error in place of "No module named …".
+_ROOMS = {
+    "orpo": ("batching", "checkpoints", "data", "encoding", "loss", "rows", "trainer"),
+    "fast": ("attention", "head"),
+    "plan": ("planner", "simulation"),
+    "results": ("card", "compare", "evaluate", "live", "share"),
+    "notebook": ("panel", "setup", "show"),
+}
+_MOVED = {name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names}
+_MOVED |= {"adapters": "fast.lora", "callbacks": "session", "hub": "errors", "memory": "machine"}
+_MOVED |= {"history": "results.reading (its files: lazyorpo_lib.folder)"}
+
+
+class _Moved:
+    """An importer that finds nothing, and says where what has moved is now."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        package, _, module = name.rpartition(".")
+        if package == __name__ and module in _MOVED:
+            raise ImportError(f"{name} has moved: import it from {package}.{_MOVED[module]}.", name=name)
+
+
+sys.meta_path.append(_Moved)  # asked last

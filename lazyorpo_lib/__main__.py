@@ -1,17 +1,19 @@
-"""python -m lazyorpo_lib: a run, or its plan, from a terminal. Every setting of `settings.py` is a flag.
+"""The command line: one table, name -> function; every setting is a flag of `run`, the default.
 
-Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or stopped by gradients
-that were not finite: with a checkpoint, once a step is done.
+Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or
+stopped by gradients that were not finite: with a checkpoint, once a step is done.
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
+from itertools import count
 
+from . import __version__
 from .errors import UserError
-from .machine import this_machine
-from .results.share import USAGE, command
+from .notebook.setup import check_requirements
 from .settings import FIELDS, coerce, from_environment, resolve
 
 
@@ -20,49 +22,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    also = "; ".join(f"{name} {words}" for name, words in USAGE.items())
-    parser = _Parser(
-        prog="python -m lazyorpo_lib",
-        description=__doc__.split("\n")[0],
-        epilog=f"With finished runs: {also}.",
-        allow_abbrev=False,
-    )
-    for name, field in FIELDS.items():
-        meta = field.metadata
-        allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, metavar=field.type.__name__,
-            help=f"{meta['help']}{allowed}. Default: {field.default if field.default != '' else 'empty'}".replace("%", "%%"),
-        )  # fmt: skip
-    parser.add_argument(
-        "--plan", action="store_true", help="only say whether it will fit and how long it will take"
-    )
-    parser.add_argument(
-        "--probe",
-        action="store_true",
-        help="only recommend or_weight and learning_rate, after a few short runs",
-    )
-    parser.add_argument(
-        "--device",
-        default="",
-        help="plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="the plan as one JSON object (of all cards: a list of them)"
-    )
-    return parser
-
-
-def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in USAGE:
-        return command(arguments[0], arguments[1:])
-    given = vars(_parser().parse_args(arguments))
+def train(arguments: list[str]) -> int:
+    """Train, plan or probe, as the flags say; the exit status."""
+    given = vars(_run_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
+    check_requirements()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from . import run
+    from .machine import this_machine
     from .plan import planner
 
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
@@ -70,31 +39,107 @@ def main(arguments: list[str]) -> int:
     if given["device"] == "all":
         plans = run.estimates(settings)
         print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
-        return 0
-    if given["plan"] or given["device"] or given["json"]:
+    elif given["plan"] or given["device"] or given["json"]:
         plan = run.estimate(settings, given["device"])
-        print(
-            json.dumps(plan.as_dict())
-            if given["json"]
-            else "\n".join([plan.line(), plan.table(), *plan.method.arithmetic])
-        )
-        return 0
-    if given["probe"]:
+        lines = [plan.line(), plan.table(), *plan.method.arithmetic]
+        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join(lines))
+    elif given["probe"]:
         from .trials.trials import probe
 
         home = probe(settings)
-        print(
-            f"{(home / 'probe.md').read_text(encoding='utf-8')}\nThe picture it decided from is {home / 'probe.png'}"
-        )
+        print((home / "probe.md").read_text(encoding="utf-8"))
+        print(f"The picture it decided from is {home / 'probe.png'}")
+    else:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(why[0].upper() + why[1:] + ".")
+        done = run.execute(settings, sources)
+        done.show(f"Everything is in {done.folder}")
+        return 130 if done.interrupted else 0
+    return 0
+
+
+def _run_parser() -> _Parser:
+    also = "; ".join(f"{name} {usage} ({what})" for name, (usage, what, _) in COMMANDS.items())
+    about, after = __doc__.split("\n")[0], f"With finished runs: {also}."
+    parser = _Parser(prog="lazyorpo", description=about, epilog=after, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lazyorpo {__version__}")
+    for name, field in FIELDS.items():
+        meta, default = field.metadata, field.default if field.default != "" else "empty"
+        allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+        words = f"{meta['help']}{allowed}. Default: {default}".replace("%", "%%")
+        flag, kind = "--" + name.replace("_", "-"), field.type.__name__
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=kind, help=words)
+    for flag, words in {
+        "--plan": "only say whether it will fit and how long it will take",
+        "--probe": "only recommend or_weight and learning_rate, after a few short runs",
+        "--json": "the plan as one JSON object (of all cards: a list of them)",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=words)
+    cards = "plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards"
+    parser.add_argument("--device", default="", help=cards)
+    return parser
+
+
+def _compare(share, *runs: str) -> str:
+    from .results.compare import compare
+
+    names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
+    picture = next(name for name in names if not os.path.lexists(name))
+    return f"{compare(runs, picture)['markdown']}\n\nThe curves over each other are in {picture}."
+
+
+COMMANDS = {  # name: words after it, what it does, the function that does it and tells it
+    "chat": ("RUN", "talk to a finished run", lambda share, run: share.chat(run)),
+    "merge": (
+        "RUN [FOLDER]", "the full model, the adapter folded in, in FOLDER or in the run's merged/",
+        lambda share, *given: f"The full model is in {share.merge(*given)}",
+    ),
+    "export-gguf": ("RUN", "for llama.cpp, Ollama, LM Studio", lambda share, run: share.export_gguf(run)),
+    "compare": ("RUN RUN …", "a table, and compare.png in this folder", _compare),
+    "push": (
+        "RUN OWNER/NAME", "upload it to the hub, private",
+        lambda share, *given: f"Pushed to {share.push(*given)}",
+    ),
+}  # fmt: skip
+
+
+def command(name: str, given: list[str]) -> int:
+    """Call one of COMMANDS with the words after its name; the exit status.
+
+    Raises:
+        UserError: too few or too many words, or a flag.
+    """
+    usage, what, act = COMMANDS[name]
+    if given in (["-h"], ["--help"]):
+        print(f"usage: lazyorpo {name} {usage}\n\n{what}")
         return 0
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(why[0].upper() + why[1:] + ".")
-    done = run.execute(settings, sources)
-    done.show(f"Everything is in {done.folder}")
-    return 130 if done.interrupted else 0
+    words = usage.split()
+    least, most = sum(word[0] not in "[…" for word in words), 99 if "…" in words else len(words)
+    if not least <= len(given) <= most or any(word.startswith("-") for word in given):
+        use = f"python -m lazyorpo_lib {name} {usage}"
+        raise UserError(f"{' '.join(given) or 'nothing'!r} was given; use it as: {use}.")
+    check_requirements()
+    from .results import share
+
+    said = act(share, *given)
+    if name != "chat":
+        print(said)
+    return 0
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Do what a terminal asks for; the exit status."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    if name in COMMANDS:
+        return command(name, arguments[1:])
+    if name in ("", "run"):
+        return train(arguments[name == "run" :])
+    near = difflib.get_close_matches(name, ["run", *COMMANDS], n=1, cutoff=0)[0]
+    raise UserError(f"There is no command {name!r}; did you mean {near}? All: run, {', '.join(COMMANDS)}.")
+
+
+def console() -> None:
+    """Be the command `lazyorpo`: a mistake is one line, and its exit status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -103,3 +148,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("lazyorpo: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    console()

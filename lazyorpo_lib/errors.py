@@ -1,7 +1,8 @@
-"""What goes wrong between here and the hub, in one sentence with the way out; never with a token in it.
+"""UserError; what the hub, a model or the disk says, in one sentence with the way out.
 
-Nothing is fetched here and nothing heavy imported: errors of datasets, transformers, huggingface_hub and whichever HTTP
-library it is built on are known by the names of their kinds and by their HTTP status.
+Nothing is fetched here, nothing heavy imported, and no token told: errors of datasets, transformers,
+huggingface_hub and whichever HTTP library it is built on are known by the names of their kinds and by their
+HTTP status.
 """
 
 import contextlib
@@ -10,13 +11,18 @@ import re
 import shutil
 from importlib.metadata import version
 
-_AWAY = {
-    "ConnectionError",
-    "TimeoutError",
-    "TransportError",
-    "LocalEntryNotFoundError",
-    "OfflineModeIsEnabled",
+_AWAY = {"ConnectionError", "TimeoutError", "TransportError", "OfflineModeIsEnabled"}
+_AWAY |= {"LocalEntryNotFoundError"}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_MODEL = {  # what a text of transformers holds: the end of "The model … "
+    "does not recognize this architecture|Unrecognized model|Unrecognized configuration": (
+        "is of a kind that transformers {} does not know: choose another base_model, or upgrade transformers"
+    ),
+    "custom code|trust_remote_code": (
+        "needs code from the hub, which this kit never runs; choose one that transformers has built in"
+    ),
 }
+_NO_WEIGHTS = "has no weights in safetensors, the only format this kit loads; choose or convert to one"
 
 
 class UserError(ValueError):
@@ -27,7 +33,8 @@ class UserError(ValueError):
 
 
 def dissect(error: Exception) -> tuple[set[str], set[int], str]:
-    """Kinds and HTTP statuses of an error and of those behind it; its text on one line, without what looks like a token."""
+    """Give kinds and HTTP statuses of an error and of those behind it; its text on one line, without what
+    looks like a token."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -38,41 +45,54 @@ def dissect(error: Exception) -> tuple[set[str], set[int], str]:
 
 
 def explain_hub(error: Exception, page: str, instead: str) -> str:
-    """The end of a sentence that begins with what could not be fetched; empty if the hub is not to blame.
+    """Write the end of a sentence that begins with what could not be fetched; empty if the hub is not to
+    blame.
 
     Args:
         page: where the hub shows it, without the host: "owner/name" or "datasets/owner/name".
         instead: what can be given in its place.
     """
     kinds, status, text = dissect(error)
-    missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"} or (
-        404 in status and "EntryNotFoundError" not in kinds
-    )
-    if (
-        "GatedRepoError" in kinds
-        or "is a gated dataset" in text
-        or 403 in status
-        or (401 in status and not missing)
-    ):
+    missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}
+    missing = missing or 404 in status and "EntryNotFoundError" not in kinds
+    gated = "GatedRepoError" in kinds or "is a gated dataset" in text or 403 in status
+    if gated or 401 in status and not missing:
         return (
-            f"needs a login: ask for access at https://huggingface.co/{page} and set HF_TOKEN to a token of that account (in "
-            f"Colab: the secret of that name), or give {instead}"
+            f"needs a login: ask for access at https://huggingface.co/{page} and set HF_TOKEN to a token of "
+            f"that account (in Colab: the secret of that name), or give {instead}"
         )
     if 429 in status:
-        return f"is refused by the hub for now (too many requests): wait a few minutes, set HF_TOKEN, or give {instead}"
-    if missing:
-        return f"is not here and not on the hub: check the name, set HF_TOKEN if it is private, or give {instead}"
-    if max(status) >= 500 or kinds & _AWAY:
-        return f"is not here, and the hub cannot be reached: check the network, or give {instead}"
-    return ""
+        why = "is refused by the hub for now (too many requests): wait a few minutes, set HF_TOKEN"
+    elif missing:
+        why = "is not here and not on the hub: check the name, set HF_TOKEN if it is private"
+    elif max(status) >= 500 or kinds & _AWAY:
+        why = "is not here, and the hub cannot be reached: check the network"
+    else:
+        return ""
+    return f"{why}, or give {instead}"
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+@contextlib.contextmanager
+def explain_model(name: str):
+    """Turn what transformers and the hub raise about a model into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = dissect(error)[-1]
+        known = (why.format(version("transformers")) for said, why in _MODEL.items() if re.search(said, text))
+        why = next(known, "") or explain_hub(error, name, "a local folder as base_model")
+        if not why:
+            no_weights = "safetensors" in text or "Can't load the model" in text
+            why = _NO_WEIGHTS if no_weights else f"could not be loaded ({text[:200]}); check base_model"
+        raise UserError(f"The model {name!r} {why}.") from None  # their texts may hold a token
 
 
 @contextlib.contextmanager
 def explain_disk(folder):
-    """One sentence where the disk of `folder` is full or fails, whichever library met it; other errors pass as they are."""
+    """Say it in one sentence where the disk of `folder` is full or fails, whichever library met it; other
+    errors pass."""
     try:
         yield
     except UserError:
@@ -85,41 +105,8 @@ def explain_disk(folder):
             "PytorchStreamWriter|inline_container.* unexpected pos", text
         ):
             raise
+        free = shutil.disk_usage(folder).free / 2**20
         raise UserError(
-            f"Nothing more can be written to {folder} ({text}; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free): make "
-            "room, then run again: it goes on from the last complete checkpoint."
+            f"Nothing more can be written to {folder} ({text}; {free:,.0f} MiB are free): make room, then "
+            "run again: it goes on from the last complete checkpoint."
         ) from None
-
-
-@contextlib.contextmanager
-def explain_model(name: str):
-    """Turn what transformers and the hub raise about a model into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"The model {name!r} {_about_model(error, name)}."
-        ) from None  # their texts may hold a token
-
-
-def _about_model(error: Exception, name: str) -> str:
-    text = dissect(error)[-1]
-    if any(
-        said in text
-        for said in (
-            "does not recognize this architecture",
-            "Unrecognized model",
-            "Unrecognized configuration",
-        )
-    ):
-        known = f"transformers {version('transformers')}"
-        return f"is of a kind that {known} does not know: choose another base_model, or upgrade transformers"
-    if "custom code" in text or "trust_remote_code" in text:
-        return "needs code from the hub, which this kit never runs; choose one that transformers has built in"
-    if told := explain_hub(error, name, "a local folder as base_model"):
-        return told
-    if "safetensors" in text or "Can't load the model" in text:
-        return "has no weights in safetensors, the only format this kit loads; choose or convert to one"
-    return f"could not be loaded ({text[:200]}); check base_model"

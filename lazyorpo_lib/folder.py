@@ -1,8 +1,8 @@
-"""What the kit wrote, and so may write over or delete. The only module that deletes.
+"""What a run leaves behind: name, lock, JSON lines, atomic writes, copies to Drive.
 
-Every folder that the kit writes holds a marker with the names of the kit's own files in it. A folder without one is written
-into only while it is empty; a name in it that is not listed is somebody else's and stays; links are never followed.
-It knows nothing of what the files hold.
+Every folder that the kit writes holds a marker with the names of the kit's own files in it. A folder without
+one is written into only while it is empty; a name in it that is not listed is somebody else's and stays;
+links are never followed. The only module that deletes; it knows nothing of what the files hold.
 """
 
 import contextlib
@@ -16,23 +16,178 @@ import re
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from .errors import UserError
 from .settings import Settings
 
 MARKER = ".lazyorpo.json"
 DRAFT = "draft"  # what a folder is until it is complete: nobody else writes there, so it goes as a whole
+# What a run writes into its folder, checkpoints apart.
+FILES = (
+    ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp",
+    "history.jsonl", "watched.jsonl", "held_out.json", "live.png", "summary.json", "README.md", "model/",
+    ".saving/", "tensorboard/", "wandb/",
+)  # fmt: skip
+# Settings that change where and how a run is carried out, but not what comes out of it.
+NOT_THE_RESULT = {
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
+    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps",
+    "answers", "answer_tokens", "tokens_per_batch", "checkpointed_layers",
+}  # fmt: skip
+_held: dict[Path, FileLock] = {}  # folders this process is at work in
 
 
+# ---- a run's folder
+def fingerprint(settings: Settings) -> str:
+    """Digest, in ten characters, everything in the settings that shapes the result."""
+    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def folder_of(settings: Settings) -> Path:
+    """Name the run's folder, which need not be there yet."""
+    if settings.output_dir != "auto":
+        folder = Path(settings.output_dir).expanduser()
+    else:
+        homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
+        home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
+        names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
+        folder = home / "-".join([*names, fingerprint(settings)])
+    os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
+    return folder.resolve()
+
+
+def keep_base_apart(base_model: str, folder: Path) -> None:
+    """Refuse a base model in the folder that is going to be written over."""
+    base = Path(base_model).expanduser()
+    if base.exists() and base.resolve().is_relative_to(folder):
+        raise UserError(
+            f"base_model is {base_model!r}, which lies in the run's own folder {folder}: "
+            "choose another output_dir."
+        )
+
+
+def claim(folder: Path) -> None:
+    """Hold the folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if folder in _held:
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # filelock's Timeout is one
+        raise UserError(
+            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
+        ) from None
+    _held[folder] = lock
+
+
+# ---- files that a kill leaves whole
+def is_begun(folder: Path, settings: Settings) -> bool:
+    """Tell whether the folder holds this run, begun.
+
+    Raises:
+        UserError: it holds one with other settings, or this one and `resume` is never.
+    """
+    older = read_json(folder / "settings.json")
+    if not older or not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
+        return False
+    if older["fingerprint"] != fingerprint(settings):
+        now, then = dataclasses.asdict(settings), older["settings"]
+        differ = [name for name in now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
+        other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
+        raise UserError(
+            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose another "
+            "output_dir, or delete that folder."
+        )
+    if settings.resume == "never":
+        raise UserError(
+            f"{folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
+        )
+    return True
+
+
+def append_row(path, row: dict) -> None:
+    """Add one flat row as one line in one unbuffered write; what a kill left of one before is cut off."""
+    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _plain(value):
+    if value is None or isinstance(value, int | str):
+        return value
+    value = float(value)  # NumPy and torch scalars too
+    return value if math.isfinite(value) else None
+
+
+def read_rows(path) -> list[dict]:
+    """Read every complete row, oldest first; a torn last line is left out, and no file is no rows.
+
+    Raises:
+        UserError: a complete line is not a JSON object, so something else has changed the file.
+    """
+    rows, data = [], Path(path).read_bytes() if os.path.exists(path) else b""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+        if len(rows) < number or not isinstance(rows[-1], dict):
+            raise UserError(f"Line {number} of {path} is {line[:40]!r}, not a JSON object; delete that line.")
+    return rows
+
+
+def read_json(path) -> dict:
+    """Read the object in one of a run's files; no file is an empty one."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+
+
+def truncate_after(path, step: int) -> None:
+    """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1: all."""
+    if os.path.exists(path):
+        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Give a file to write; a reader, and a kill in the middle, find the old content or the new. No link is
+    followed."""
+    draft = Path(path).with_name(Path(path).name + ".tmp")
+    with open(draft, "wb", opener=not_through_links) as file:
+        yield file
+    os.replace(draft, path)
+
+
+def not_through_links(name, flags: int) -> int:
+    """Open a file as `open` does, but never what a link leads to."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def write_atomically(path, data: bytes) -> None:
+    """Write a whole file, as `writing` does."""
+    with writing(path) as file:
+        file.write(data)
+
+
+# ---- whose a file is
 def marked(folder: Path) -> dict | None:
-    """Read a folder's marker, {"what": kind of folder, "files": {path in it: bytes or null}}; None where it has none that can be
-    read. A folder's name ends with a slash."""
-    with contextlib.suppress(OSError, ValueError):
+    """Read a folder's marker, {"what": its kind, "files": {path in it: bytes or null}}; None without one.
+
+    The name of a folder in it ends with a slash.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
-        if (
-            isinstance(found, dict)
-            and isinstance(found.get("files"), dict)
-            and isinstance(found.get("what"), str)
-        ):
+        if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
             return found
     return None
 
@@ -41,71 +196,58 @@ def check(folder: Path, what: str) -> dict:
     """Give the marker that `folder` has, or would get.
 
     Raises:
-        UserError: it holds what the kit did not write, or another kind of thing that it wrote, or is no folder.
+        UserError: it holds what the kit did not write, or another kind of thing, or is no folder.
     """
-    found = marked(folder)
+    found, why, way_out = marked(folder), "", "choose another folder"
     try:
         other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder."
-        ) from None
-    if other and _is_run(folder):
-        raise UserError(
-            f"{str(folder)!r} holds a run of an earlier version, or one that was copied without its hidden file {MARKER}: nothing in it "
-            "was touched; copy the folder whole, or choose another one."
-        )
+        raise _unwritable(folder, error) from None
     if other:
-        raise UserError(
-            f"{str(folder)!r} holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''}, which this kit did not write: "
-            "nothing in it was touched; choose a new or an empty folder."
-        )
-    if found and found["what"] != what:
-        raise UserError(
-            f"{str(folder)!r} holds a {found['what']}, not a {what}: nothing in it was touched; choose another folder."
-        )
+        why = f"{', '.join(other[:3])}{' …' if len(other) > 3 else ''}, which this kit did not write"
+        way_out = "choose a new or an empty folder"
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if {"fingerprint", "sources"} <= read_json(folder / "settings.json").keys():
+                why = f"a run of an earlier version, or one that was copied without its hidden file {MARKER}"
+                way_out = "copy the folder whole, or choose another one"
+    elif found and found["what"] != what:
+        why = f"a {found['what']}, not a {what}"
+    if why:
+        raise UserError(f"{str(folder)!r} holds {why}: nothing in it was touched; {way_out}.")
     return found or {"what": what, "files": {}}
 
 
-def _is_run(folder: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return {"fingerprint", "sources"} <= read_json(folder / "settings.json").keys()
-    return False
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.")
 
 
-def _name(path: Path) -> str:
-    return path.name + "/" * path.is_dir()
+def _foreign(path: Path, way_out: str) -> UserError:
+    return UserError(f"{str(path)!r} was not written by this kit, and it would be: move it away{way_out}.")
 
 
 def take(folder, what: str, *names: str) -> Path:
-    """Make a folder the kit's, and `names` in it, where nobody else's files are in the way; known before anything is written.
+    """Make a folder the kit's, and `names` in it (a folder's ends with a slash), before anything is written.
 
     Args:
         what: kind of the folder; one that was taken as another kind is refused.
-        names: of files; those of folders end with a slash.
 
     Returns:
         the folder, made, absolute, without links.
 
     Raises:
-        UserError: it holds what the kit did not write, under one of `names` or without a marker, or cannot be written.
+        UserError: somebody else's file is there, under one of `names` or without a marker; or no right to.
     """
     folder = Path(folder).expanduser()
     try:
         found = check(folder, what)
         for path in (folder / name for name in names):
-            if path.is_symlink() or (
-                path.exists() and _name(path) not in found["files"] and not marked(path)
-            ):
-                raise UserError(
-                    f"{str(path)!r} was not written by this kit, and it would be: move it away, or choose another folder."
-                )
+            own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
+            if path.is_symlink() or path.exists() and not own:
+                raise _foreign(path, ", or choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, found | {"files": dict.fromkeys(names) | found["files"]})
     except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder."
-        ) from None
+        raise _unwritable(folder, error) from None
     return folder.resolve()
 
 
@@ -114,7 +256,7 @@ def _mark(folder: Path, content: dict) -> None:
 
 
 def seal(folder: Path, what: str) -> None:
-    """Flush a finished folder to the disk, and list its files with their sizes, by which a torn one is known."""
+    """Flush a finished folder to the disk; list its files with their sizes, by which a torn one is known."""
     sizes = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MARKER):
         with open(file, "r+b") as opened:
@@ -140,16 +282,15 @@ def replacing(target: Path, what: str):
     Files of `target` that the kit did not write stay, beside the new ones.
 
     Raises:
-        UserError: `target` is not the kit's, is no `what`, or has another's file where one of the new ones belongs.
+        UserError: `target` is not the kit's, is no `what`, or has another's file where a new one belongs.
     """
     if target.is_symlink():
         raise UserError(f"{str(target)!r} is a link, and links are not followed: give the folder itself.")
     draft = target.with_name(f".{target.name}.partial")
     check(target, what)
-    if (marked(draft) or {}).get("what") == what:  # sealed, and then killed
-        remove(draft)
-    elif os.path.lexists(draft):
-        check(draft, DRAFT)
+    if os.path.lexists(draft):
+        sealed = (marked(draft) or {}).get("what") == what  # and then killed
+        check(draft, what if sealed else DRAFT)
         remove(draft)
     take(draft, DRAFT)
     try:
@@ -161,16 +302,13 @@ def replacing(target: Path, what: str):
 
 
 def put(draft: Path, target: Path, what: str) -> None:
-    """Seal a finished folder and put it in the place of an older `what`, beside what others have put there."""
+    """Seal a finished folder and put it in the place of an older `what`, beside what others put there."""
     before = check(target, what)
     seal(draft, what)
     new = marked(draft)
-    if others := [
-        name for name in new["files"] if os.path.lexists(target / name) and name not in before["files"]
-    ]:
-        raise UserError(
-            f"{str(target / others[0])!r} was not written by this kit, and it would be: move it away first."
-        )
+    for name in new["files"]:
+        if name not in before["files"] and os.path.lexists(target / name):
+            raise _foreign(target / name, " first")
     remove(target)
     if not target.exists():
         draft.rename(target)
@@ -182,7 +320,7 @@ def put(draft: Path, target: Path, what: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder of the kit's; of a folder the files that its marker lists, so that what others put there stays.
+    """Delete a file of the kit's, or what a folder's marker lists; all that others put there stays.
 
     What is listed neither in a marker of its own nor in that of the folder around it is left alone.
     """
@@ -202,15 +340,12 @@ def remove(path: Path) -> None:
 def _remove_listed(folder: Path, found: dict) -> None:
     home = folder.resolve()
     files = [folder / name for name in found["files"]]
-    files = [
-        f for f in files if f.parent.resolve().is_relative_to(home)
-    ]  # a marker is a file: it may name others
+    files = [f for f in files if f.parent.resolve().is_relative_to(home)]  # a marker may have been changed
     for file in files:
         if file.is_symlink() or not file.is_dir():
             file.unlink(missing_ok=True)
-    for within in sorted(
-        {p for f in files for p in f.parents if p != folder and p.is_relative_to(folder)}, reverse=True
-    ):
+    inside = {p for file in files for p in file.parents if p != folder and p.is_relative_to(folder)}
+    for within in sorted(inside, reverse=True):
         with contextlib.suppress(OSError):  # it still holds something
             within.rmdir()
     _mark(folder, found | {"files": {}})
@@ -220,76 +355,9 @@ def _remove_listed(folder: Path, found: dict) -> None:
             folder.rmdir()
 
 
-def append_row(path, row: dict) -> None:
-    """Add one flat row as one line in one unbuffered write; what a kill leaves of a line, the next append cuts off."""
-    line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
-    with open(path, "a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        if file.write(line.encode()) < len(line):  # unbuffered writes fall short without an error
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def _plain(value):
-    if value is None or isinstance(value, int | str):
-        return value
-    value = float(value)  # NumPy and torch scalars too
-    return value if math.isfinite(value) else None
-
-
-def read_rows(path) -> list[dict]:
-    """Every complete row, oldest first; a torn last line is left out, and no file is no rows.
-
-    Raises:
-        UserError: a complete line is not a JSON object, so something else has changed the file.
-    """
-    return [row for row, _ in _rows_and_lines(path)]
-
-
-def read_json(path) -> dict:
-    """The object in one of a run's files; no file is an empty one."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
-
-
-def _rows_and_lines(path):
-    data = Path(path).read_bytes() if os.path.exists(path) else b""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"Line {number} of {path} is {line[:40]!r}, not a JSON object; delete that line.")
-        yield row, line
-
-
-def truncate_after(path, step: int) -> None:
-    """Drop the rows of later steps, for a run that goes on from the checkpoint of `step`; -1 drops every row."""
-    if os.path.exists(path):
-        write_atomically(
-            path, b"".join(line + b"\n" for row, line in _rows_and_lines(path) if row["step"] <= step)
-        )
-
-
-def not_through_links(name, flags: int) -> int:
-    """Open a file as `open` does, but never what a link leads to."""
-    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def write_atomically(path, data: bytes) -> None:
-    """Write a whole file so that a reader, and a kill in the middle, find the old content or the new."""
-    path = Path(path)
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb", opener=not_through_links) as file:
-        file.write(data)
-    os.replace(draft, path)
-
-
+# ---- Google Drive: the run stays on the local disk, since Drive can drop; what is complete is copied
 def drive_folder(name: str) -> Path | None:
-    """Mount Google Drive and give the folder of this run there; None, with a line that says why, where that fails."""
+    """Mount Google Drive and give this run's folder there; None, and a line why, where that fails."""
     home = Path("/content/drive")
     try:
         from google.colab import drive
@@ -300,25 +368,24 @@ def drive_folder(name: str) -> Path | None:
         return folder
     except Exception as error:  # refused, closed, not on Colab: the run goes on without it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(
-            f"save_to is drive, but Google Drive could not be mounted ({reason}): everything stays on local disk."
-        )
+        why = f"save_to is drive, but Google Drive could not be mounted ({reason})"
+        print(f"{why}: everything stays on local disk.")
         return None
 
 
 def mirror(source: Path, target: Path) -> bool:
-    """Copy a run's files, complete checkpoints and model; the same call with the two swapped brings a run back.
+    """Copy a run's files, complete checkpoints and model; with the two swapped it brings a run back.
 
     Returns:
         False, with a line that says why, if the disk failed; what had been there is still there.
     """
     try:
         for name in sorted((marked(source) or {"files": {}})["files"]):
-            item, is_checkpoint = source / name, name.startswith("checkpoint-")
-            done = is_checkpoint and (
-                (target / name).exists() or not is_whole(item, "checkpoint")
-            )  # one never changes
-            if item.exists() and not done and not name.startswith(".") and item.suffix != ".tmp":
+            item = source / name
+            if not item.exists() or name.startswith(".") or item.suffix == ".tmp":
+                continue
+            is_checkpoint = name.startswith("checkpoint-")  # which never changes
+            if not is_checkpoint or is_whole(item, "checkpoint") and not (target / name).exists():
                 take(target, "run", name)
                 copy_complete(item, target / name)
         for old in target.glob("checkpoint-*"):
@@ -333,102 +400,12 @@ def mirror(source: Path, target: Path) -> bool:
 
 def copy_complete(source: Path, target: Path) -> None:
     """Copy a file or folder so that `target` is there whole or not at all."""
-    if source.is_dir():
-        with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-            top = str(source)  # whose marker the copy gets anew
-            shutil.copytree(
-                source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ()
-            )
-    else:
-        draft = target.with_name(target.name + ".tmp")
-        with open(source, "rb") as old, open(draft, "wb", opener=not_through_links) as new:
+    if not source.is_dir():
+        with open(source, "rb") as old, writing(target) as new:
             shutil.copyfileobj(old, new)
-        draft.replace(target)
-
-
-# What a run writes into its folder, checkpoints apart.
-FILES = (
-    ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp", "history.jsonl", "watched.jsonl",
-    "held_out.json", "live.png", "summary.json", "README.md", "model/", ".saving/", "tensorboard/", "wandb/",
-)  # fmt: skip
-
-
-# Settings that change where and how a run is carried out, but not what comes out of it.
-NOT_THE_RESULT = {
-    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
-    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps", "answers",
-    "answer_tokens", "tokens_per_batch", "checkpointed_layers",
-}  # fmt: skip
-
-
-_held: dict[Path, object] = {}  # folders this process is at work in
-
-
-def fingerprint(settings: Settings) -> str:
-    """Short digest of everything in the settings that shapes the result."""
-    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def folder_of(settings: Settings) -> Path:
-    """The run's folder, which need not be there yet."""
-    if settings.output_dir != "auto":
-        folder = Path(settings.output_dir).expanduser()
-    else:
-        homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
-        home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
-        names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
-        folder = home / "-".join([*names, fingerprint(settings)])
-    os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
-    return folder.resolve()
-
-
-def keep_base_apart(base_model: str, folder: Path) -> None:
-    """Refuse a base model in the folder that is going to be written over."""
-    base = Path(base_model).expanduser()
-    if base.exists() and base.resolve().is_relative_to(folder):
-        raise UserError(
-            f"base_model is {base_model!r}, which lies in the run's own folder {folder}: choose another output_dir."
-        )
-
-
-def claim(folder: Path) -> None:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
         return
-    if folder in _held:
-        return
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
-        ) from None
-    _held[folder] = lock
-
-
-def is_begun(folder: Path, settings: Settings) -> bool:
-    """Tell whether the folder holds this run, begun.
-
-    Raises:
-        UserError: it holds one with other settings, or this one and `resume` is never.
-    """
-    older = read_json(folder / "settings.json")
-    if not older or not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
-        return False
-    if older["fingerprint"] != fingerprint(settings):
-        now, then = dataclasses.asdict(settings), older["settings"]
-        differ = [name for name in now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
-        other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
-        raise UserError(
-            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose another "
-            "output_dir, or delete that folder."
+    with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
+        top = str(source)  # whose marker the copy gets anew
+        shutil.copytree(
+            source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ()
         )
-    if settings.resume == "never":
-        raise UserError(
-            f"{folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
-        )
-    return True

@@ -1,4 +1,7 @@
-"""Memory of the device: the peak of a run, what is free, and the one way in which running out is met."""
+"""Device, number format and why, one timing of products, memory.
+
+It trains nothing and knows no model.
+"""
 
 import contextlib
 import functools
@@ -21,14 +24,124 @@ from .settings import Settings
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What there is to compute with."""
+
+    device: str  # cuda, mps or cpu
+    name: str
+    memory_gib: float  # the GPU's, or the machine's without one
+    capability: tuple[int, int] = (0, 0)  # CUDA's
+    free_gib: float | None = None  # what this process may have of the GPU at hand, where that is known
+
+    @property
+    def gpu_gib(self) -> float:
+        return self.memory_gib if self.device == "cuda" else 0.0
+
+
+def this_machine() -> Machine:
+    """Look at what there is.
+
+    Raises:
+        UserError: a torch that cannot use the GPU that the driver has; a GPU that others fill.
+    """
+    if torch.cuda.is_available():
+        return _this_gpu(int(os.environ.get("LOCAL_RANK", 0)))  # each of several processes has its own
+    visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # all else hides all
+    if torch.version.cuda and visible and has_gpu():
+        raise UserError(
+            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA "
+            f"{torch.version.cuda}, does not answer, or CUDA_VISIBLE_DEVICES names another: update it, install "
+            "a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+        )
+    ram = psutil.virtual_memory().total / GIB
+    if torch.backends.mps.is_available():
+        return Machine("mps", "Apple GPU", ram)
+    return Machine("cpu", f"CPU, {torch.get_num_threads()} threads", ram)
+
+
+def _this_gpu(index: int) -> Machine:
+    card, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
+    total = card.total_memory / GIB
+    built = [re.findall(r"_(\d+)(\d)", arch)[0] for arch in torch.cuda.get_arch_list()]
+    oldest = min((tuple(map(int, pair)) for pair in built), default=(0, 0))
+    if capability < oldest:
+        raise UserError(
+            f"{card.name} has compute capability {_dotted(capability)}, and torch {torch.__version__} was built "
+            f"for {_dotted(oldest)} and later: install an older build of torch, or hide this GPU with "
+            "CUDA_VISIBLE_DEVICES=-1."
+        )
+    free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
+    if free < 1:
+        raise UserError(
+            f"Other processes hold all but {free:.1f} of the {total:.1f} GiB of {card.name}: end them "
+            "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
+        )
+    return Machine("cuda", card.name, total, capability, free)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def check_apple(settings: Settings, machine: Machine) -> None:
+    """Raise UserError where the settings need bitsandbytes on an Apple GPU, before anything is downloaded."""
+    for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
+        value = getattr(settings, name)
+        if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
+            raise UserError(
+                f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose "
+                f"{instead}."
+            )
+
+
+def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
+    """Choose the number format of the computation, with one sentence why.
+
+    Never by `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4.
+    """
+    has_bfloat16 = machine.capability >= (8, 0)
+    capability = f"compute capability {_dotted(machine.capability)}"
+    if setting != "auto":
+        if setting == "bfloat16" and machine.device == "cuda" and not has_bfloat16:
+            raise UserError(
+                f"precision is bfloat16, but {machine.name} only emulates it ({capability}, 8.0 is needed); "
+                "choose float16 or auto."
+            )
+        return getattr(torch, setting), f"{setting}: chosen"
+    if machine.device == "cuda":
+        if has_bfloat16:
+            return torch.bfloat16, f"bfloat16: {machine.name} has it in hardware ({capability})"
+        return torch.float16, f"float16: {machine.name} has no bfloat16 in hardware ({capability})"
+    if machine.device == "mps":
+        return torch.float32, "float32: the safe choice on Apple GPUs; float16 is the faster one"
+    gain = product_rate("cpu", torch.bfloat16) / product_rate("cpu", torch.float32)
+    timed = "on this CPU in a short timing"
+    if gain > 1.5:
+        return torch.bfloat16, f"bfloat16: {gain:.1f} times as fast as float32 {timed}"
+    return torch.float32, f"float32: bfloat16 runs at {gain:.2f} times its speed {timed}"
+
+
+@functools.cache  # so that the runs of a process agree
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Time a large product of random matrices (of equal numbers it is quicker); operations a second."""
+    n, seconds = 768 if device == "cpu" else 4096, []
+    own = torch.Generator(device).manual_seed(0)  # the run's random numbers stay as they are
+    a = torch.randn(n, n, dtype=dtype, device=device, generator=own)
+    while len(seconds) < 5 and sum(seconds) < 0.5:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
 def memory_gib(device) -> float:
-    """Give the peak since `forget_peak_memory`, GiB: of the GPU all that its allocator reserved, and what is not in its
-    count (CUDA's context, other processes); else of the process."""
+    """Give the peak since `forget_peak_memory`, GiB: of the process, or of the GPU all that its allocator
+    reserved, and what is not in its count (CUDA's context, other processes)."""
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return (
-            torch.cuda.max_memory_reserved(device) + total - free - torch.cuda.memory_reserved(device)
-        ) / GIB
+        outside = total - free - torch.cuda.memory_reserved(device)
+        return (torch.cuda.max_memory_reserved(device) + outside) / GIB
     with contextlib.suppress(OSError, IndexError):  # Linux alone keeps a peak that can be reset
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     process = psutil.Process().memory_info()
@@ -37,15 +150,13 @@ def memory_gib(device) -> float:
 
 def allocated_gib(device) -> float | None:
     """Give the peak of what tensors held of a GPU, GiB; None elsewhere."""
-    return (
-        round(torch.cuda.max_memory_allocated(device) / GIB, 3)
-        if torch.device(device).type == "cuda"
-        else None
-    )
+    is_gpu = torch.device(device).type == "cuda"
+    return round(torch.cuda.max_memory_allocated(device) / GIB, 3) if is_gpu else None
 
 
 def forget_peak_memory() -> None:
-    """Start the peak anew. On a GPU it starts at what is reserved, so what lies unused in the cache goes first."""
+    """Start the peak anew. On a GPU it starts at what is reserved, so what lies unused in the cache goes
+    first."""
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -54,20 +165,19 @@ def forget_peak_memory() -> None:
 
 
 def free_bytes(device) -> int:
-    """Count what can still be allocated: of the GPU, with what its allocator holds unused; else of the machine."""
+    """Count what can still be allocated: of the GPU, with what its allocator holds unused; else of the
+    machine."""
     if torch.device(device).type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 
 def attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
-    """Call `compute`; give what it returns and "", or None and the message where memory ran out, the cache emptied.
+    """Call `compute`; give what it returns and "", or None and why where memory ran out, the cache emptied.
 
-    Of several processes none can go back alone, for the others wait in a collective: there the error is raised.
+    Of several processes none can go back alone, for the others wait in a collective: there the error is
+        raised.
     """
     try:
         return compute(), ""
@@ -88,123 +198,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _in_company() -> bool:
     group = torch.distributed
     return group.is_available() and group.is_initialized() and group.get_world_size() > 1
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to compute with. `memory_gib` is the GPU's, or the machine's without one; `free_gib` is what this
-    process may have of the GPU at hand, None where that is not known."""
-
-    device: str  # cuda, mps or cpu
-    name: str
-    memory_gib: float
-    capability: tuple[int, int] = (0, 0)  # CUDA's
-    free_gib: float | None = None
-
-    @property
-    def gpu_gib(self) -> float:
-        return self.memory_gib if self.device == "cuda" else 0.0
-
-
-def this_machine() -> Machine:
-    """Look at what there is.
-
-    Raises:
-        UserError: a torch that cannot use the GPU that the driver has; a GPU that others fill.
-    """
-    if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", 0))  # of several processes each has a GPU of its own
-        card, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
-        built_for = [
-            tuple(map(int, re.findall(r"_(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()
-        ]
-        if built_for and capability < min(built_for):
-            raise UserError(
-                f"{card.name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was built for "
-                f"{min(built_for)[0]}.{min(built_for)[1]} and later: install an older build of torch, or hide this GPU with "
-                "CUDA_VISIBLE_DEVICES=-1."
-            )
-        free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
-        if free < 1:
-            raise UserError(
-                f"Other processes hold all but {free:.1f} of the {card.total_memory / GIB:.1f} GiB of {card.name}: end them "
-                "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
-            )
-        return Machine("cuda", card.name, card.total_memory / GIB, capability, free)
-    visible = re.match(
-        r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    )  # any other value hides all
-    if torch.version.cuda and visible and has_gpu():
-        raise UserError(
-            f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA {torch.version.cuda}, does not "
-            "answer, or CUDA_VISIBLE_DEVICES names another: update it, install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to "
-            "use the CPU."
-        )
-    ram = psutil.virtual_memory().total / 2**30
-    if torch.backends.mps.is_available():
-        return Machine("mps", "Apple GPU", ram)
-    return Machine("cpu", f"CPU, {torch.get_num_threads()} threads", ram)
-
-
-def check_apple(settings: Settings, machine: Machine) -> None:
-    """Apple GPUs have no bitsandbytes. Raises UserError where the settings need it, before anything is downloaded."""
-    for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
-        value = getattr(settings, name)
-        if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
-            raise UserError(
-                f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose {instead}."
-            )
-
-
-def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
-    """The number format of the computation and one sentence why.
-
-    By compute capability, never by `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4.
-    """
-    if setting != "auto":
-        if setting == "bfloat16" and machine.device == "cuda" and machine.capability[0] < 8:
-            raise UserError(
-                f"precision is bfloat16, but {machine.name} only emulates it (compute capability "
-                f"{machine.capability[0]}.{machine.capability[1]}, 8.0 is needed); choose float16 or auto."
-            )
-        return getattr(torch, setting), f"{setting}: chosen"
-    if machine.device == "cuda":
-        major, minor = machine.capability
-        if major >= 8:
-            return (
-                torch.bfloat16,
-                f"bfloat16: {machine.name} has it in hardware (compute capability {major}.{minor})",
-            )
-        return (
-            torch.float16,
-            f"float16: {machine.name} has no bfloat16 in hardware (compute capability {major}.{minor})",
-        )
-    if machine.device == "mps":
-        return torch.float32, "float32: the safe choice on Apple GPUs; float16 is the faster one"
-    gain = _bfloat16_gain()
-    if gain > 1.5:
-        return torch.bfloat16, f"bfloat16: {gain:.1f} times as fast as float32 on this CPU in a short timing"
-    return (
-        torch.float32,
-        f"float32: bfloat16 runs at {gain:.2f} times its speed on this CPU in a short timing",
-    )
-
-
-@functools.cache  # so that the runs of a process agree
-def _bfloat16_gain() -> float:
-    """How many times faster this CPU multiplies bfloat16 matrices than float32 ones."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 512, dtype=dtype)
-        b = torch.ones(512, 512, dtype=dtype)
-        a @ b
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def checkpoint_layers(model, count: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lazyorpo_lib import model, run
+from lazyorpo_lib import run
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.machine import Machine, pick_precision
 from lazyorpo_lib.plan.planner import Lengths, make_plan
@@ -24,7 +24,7 @@ def test_precision_is_float32_unless_float16_is_asked_for():
 def test_what_needs_bitsandbytes_is_refused_before_anything_is_fetched_or_written(
     changes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(model, "this_machine", lambda: APPLE)
+    monkeypatch.setattr(run, "this_machine", lambda: APPLE)
     settings = Settings(base_model="owner/never-fetched", output_dir=str(tmp_path / "run"), **changes)
     (value,) = changes.values()
     with pytest.raises(UserError, match=f"is {value}, .* Apple GPUs; choose"):

@@ -1,4 +1,5 @@
-"""The hub is refused, slow, cut off or away: what is cached works, and the rest is said in one sentence with the way out."""
+"""The hub is refused, slow, cut off or away: what is cached works, and the rest is said in one sentence with
+the way out."""
 
 import json
 import os
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 class Downloads:
-    """A process that fetches from the hub at `url` into the cache `home`; `errors` is the file of what it writes to stderr."""
+    """A process that fetches from the hub at `url` into the cache `home`; `errors` is the file of what it
+    writes to stderr."""
 
     def __init__(self, url, home, **environment):
         self.errors = open(home.with_name(home.name + ".err"), "a+")
@@ -57,11 +59,12 @@ class Downloads:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """What the hub has: a model and a dataset, and a model whose weights are a pickle, or that brings code."""
-    from lazyorpo_lib.model import _write_tiny
+    """What the hub has: a model and a dataset, and a model whose weights are a pickle, or that brings
+    code."""
+    from lazyorpo_lib.demo.model import write_tiny
 
     home = tmp_path_factory.mktemp("hub")
-    _write_tiny(home / "models" / "tiny")
+    write_tiny(home / "models" / "tiny")
     pickled = shutil.copytree(home / "models" / "tiny", home / "models" / "pickled")
     (pickled / "model.safetensors").unlink()
     (pickled / "pytorch_model.bin").write_bytes(booby_trap(home / "sprung"))

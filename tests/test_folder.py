@@ -1,8 +1,12 @@
-"""folder.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached by."""
+"""folder.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached
+by."""
 
 import json
 import os
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,17 @@ from lazyorpo_lib import folder as folder_module
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import MARKER, folder_of, is_whole, mirror, remove, replacing, seal, take
+from lazyorpo_lib.folder import (
+    MARKER,
+    drive_folder,
+    folder_of,
+    is_whole,
+    mirror,
+    remove,
+    replacing,
+    seal,
+    take,
+)
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run
@@ -378,3 +392,114 @@ def test_a_run_without_its_marker_is_told_from_a_strangers_folder(tmp_path):
         UserError, match="a run of an earlier version, or one that was copied without its hidden file"
     ):
         Run(settings(tmp_path), {}, show=str)
+
+
+# One run at a time.
+
+
+def test_a_folder_is_one_processes_until_that_ends_however_it_ends(tmp_path):
+    code = "import sys, pathlib; from lazyorpo_lib.folder import claim; claim(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    root = Path(lazyorpo_lib.__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="Another run is at work in .*: wait for it to end, or choose"):
+            folder_module.claim(tmp_path)
+        other.kill()
+    for _ in range(2):  # a second run of this process is this process's matter
+        folder_module.claim(tmp_path)
+    folder_module._held.pop(tmp_path).release()
+
+
+# Google Drive.
+
+
+def test_a_drive_that_cannot_be_mounted_is_a_warning(monkeypatch, capsys):
+    def mount(path):
+        raise ValueError("mount failed\nwith much detail")
+
+    colab = types.ModuleType("google.colab")
+    colab.drive = types.SimpleNamespace(mount=mount)
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    assert drive_folder("run") is None
+    assert "(ValueError: mount failed): everything stays on local disk" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run(tmp_path):
+    own = ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model")
+    folder = take(
+        tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp"
+    )
+    for name in (*own, "their notes"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+        if name in own:
+            seal(folder / name, name.split("-")[0])
+    for name in ("history.jsonl", ".lock", "live.png.tmp"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(folder):
+    return sorted(item.name for item in folder.iterdir() if item.name != MARKER)
+
+
+def test_mirror_copies_what_is_complete_and_removes_the_checkpoints_that_the_run_no_longer_has(run, tmp_path):
+    drive = tmp_path / "drive"
+    assert mirror(run, drive)
+    assert names(drive) == ["checkpoint-10", "checkpoint-100", "checkpoint-5", "history.jsonl", "model"]
+    assert (drive / "checkpoint-100" / "weights").read_text() == "checkpoint-100"
+    remove(run / "checkpoint-5")
+    write(drive, "checkpoint-7/theirs")
+    assert mirror(run, drive)
+    assert names(drive) == ["checkpoint-10", "checkpoint-100", "checkpoint-7", "history.jsonl", "model"]
+
+
+def test_mirror_the_other_way_brings_a_run_back(run, tmp_path):
+    mirror(run, tmp_path / "drive")
+    mirror(tmp_path / "drive", tmp_path / "new")
+    assert names(tmp_path / "new") == names(tmp_path / "drive")
+
+
+def test_a_torn_checkpoint_on_the_drive_stays_torn(run, tmp_path):
+    mirror(run, tmp_path / "drive")
+    (tmp_path / "drive" / "checkpoint-100" / "weights").write_text("cut")
+    mirror(tmp_path / "drive", tmp_path / "new")
+    assert [c.name for c in checkpoints.complete(tmp_path / "new")] == ["checkpoint-5", "checkpoint-10"]
+
+
+def test_a_link_where_a_copy_is_drafted_is_not_followed(run, tmp_path):
+    (tmp_path / "precious").write_text("theirs")
+    take(tmp_path / "drive", "run")
+    (tmp_path / "drive" / "history.jsonl.tmp").symlink_to(tmp_path / "precious")
+    assert not mirror(run, tmp_path / "drive")
+    assert (tmp_path / "precious").read_text() == "theirs"
+
+
+def test_mirror_takes_in_what_changed(run, tmp_path):
+    mirror(run, tmp_path / "drive")
+    (run / "history.jsonl").write_text("more")
+    (run / "model" / "weights").write_text("better")
+    mirror(run, tmp_path / "drive")
+    assert (tmp_path / "drive" / "history.jsonl").read_text() == "more"
+    assert (tmp_path / "drive" / "model" / "weights").read_text() == "better"
+
+
+def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, monkeypatch, capsys):
+    def copytree(source, target, **options):
+        target.mkdir(exist_ok=True)
+        (target / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_module.shutil, "copytree", copytree)
+    assert not mirror(run, tmp_path / "drive")
+    assert "No space left on device" in capsys.readouterr().out
+    assert not [
+        c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")
+    ]
+    monkeypatch.undo()
+    assert mirror(run, tmp_path / "drive")
+    assert not [c for c in names(tmp_path / "drive") if c.endswith(".tmp")]

@@ -1,4 +1,5 @@
-"""What a model's files could do to the user is not done; what the user has stays here: a token, and what is outside output_dir."""
+"""What a model's files could do to the user is not done; what the user has stays here: a token, and what is
+outside output_dir."""
 
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lazyorpo_lib import model
+from lazyorpo_lib.demo.model import write_tiny
 from lazyorpo_lib.errors import UserError
 from tests import audit
 from tests.conftest import PLANTED, booby_trap, files_holding
@@ -23,7 +25,7 @@ def base(folder):
 
 @pytest.fixture
 def tiny(tmp_path):
-    model._write_tiny(tmp_path / "tiny")
+    write_tiny(tmp_path / "tiny")
     return tmp_path / "tiny"
 
 

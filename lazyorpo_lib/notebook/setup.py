@@ -1,20 +1,22 @@
-"""What a notebook needs before anything else: packages, a token, Google Drive. Standard library only at import.
+"""What is needed before anything else: packages, a token. Standard library only at import.
 
-It installs what is missing or too old and touches nothing else, so that Colab's own packages stay as they are. It asks
-for nothing, and never imports torch.
+It installs what is missing or too old and touches nothing else, so that Colab's own packages stay as they
+are. It asks for nothing, and never imports torch.
 """
 
 import functools
-import importlib.metadata
+import importlib
 import os
-import subprocess
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
-from .. import has_gpu
+from .. import has_gpu, pip
 from ..errors import UserError
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+OPTIONAL = {"bitsandbytes", "pyarrow", "ipywidgets", "matplotlib", "nbval", "gguf"}  # a run can do without
 NO_GPU = (
     "This runtime has no GPU: the demo trains on the CPU in a few minutes. For larger models choose "
     "Runtime > Change runtime type > T4 GPU, then Run all."
@@ -22,7 +24,7 @@ NO_GPU = (
 
 
 def prepare() -> None:
-    """The first cell: install what is missing, find the token, say what there is. No network when nothing is missing.
+    """Install what is missing, find the token, say what there is: the first cell. No network if all is there.
 
     Raises:
         UserError: pip failed, or a package in use was replaced and the session must be restarted.
@@ -38,65 +40,87 @@ def prepare() -> None:
 
 
 def on_colab() -> bool:
-    return "google.colab" in sys.modules  # its kernel imports it at the start
+    """Tell whether this is a notebook of Colab, whose kernel imports its package at the start."""
+    return "google.colab" in sys.modules
 
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 
-def requirements() -> list:
-    """The lines of requirements.txt, as `packaging` requirements."""
-    from packaging.requirements import Requirement
+def requirements() -> list[tuple[str, str]]:
+    """Give the packages of requirements.txt, or those that the kit was installed with, and their floors."""
+    lines = metadata.requires("lazyorpo") if _is_installed() else REQUIREMENTS.read_text("utf-8").splitlines()
+    return [found.groups() for line in lines if (found := re.match(r"([\w.-]+)>=([\d.]+)", line))]
 
-    lines = (line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
-    return [Requirement(line) for line in lines if line]
+
+def _is_installed() -> bool:  # then such a file beside the package is somebody else's
+    return REQUIREMENTS.parent.name.endswith("-packages") or not REQUIREMENTS.is_file()
 
 
 def missing_requirements() -> list[str]:
-    """What of the requirements is not installed, or older than its floor."""
+    """List what of the requirements is not installed, or older than its floor."""
+
+    def numbers(version):  # 2.11.0+cu128 is as new as 2.11; without packaging, which may be missing too
+        return [int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split(".")]
+
     return [
-        str(wanted)
-        for wanted in requirements()
-        if not ((found := _version(wanted.name)) and wanted.specifier.contains(found, prereleases=True))
+        f"{name}>={floor}"
+        for name, floor in requirements()
+        if not (found := _version(name)) or numbers(found) < numbers(floor)
     ]
 
 
+def check_requirements() -> None:
+    """Raise UserError where something that a run needs is missing or too old; imports none of it."""
+    needed = [wanted.split(">=") for wanted in missing_requirements()]
+    needed = {name: floor for name, floor in needed if name not in OPTIONAL}
+    if needed:
+        said = (
+            f"{n} is {_version(n) or 'not installed'}, but >={floor} is needed" for n, floor in needed.items()
+        )
+        command = " ".join(f"'{name}>={floor}'" for name, floor in needed.items())
+        raise UserError(f"{'; '.join(said)}: pip install {command}, then start anew.")
+
+
 def install(missing: list[str]) -> None:
-    """pip install exactly these; never -U, so that what is good enough stays."""
-    loaded = {wanted.name: _version(wanted.name) for wanted in requirements() if wanted.name in sys.modules}
+    """Install exactly these with pip; never -U, so that what is good enough stays.
+
+    Raises:
+        UserError: pip failed, or a package in use was replaced.
+    """
+    loaded = {name: _version(name) for name, _ in requirements() if name in sys.modules}
     print(f"Installing {', '.join(missing)} …")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", *missing]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = pip("install", *missing)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise UserError(
-            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a terminal."
+            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a "
+            "terminal."
         )
     importlib.invalidate_caches()
     if stale := [name for name, version in loaded.items() if _version(name) != version]:
         raise UserError(
-            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then Run all."
+            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then "
+            "Run all."
         )
 
 
 def find_token() -> str:
-    """Where the Hugging Face token comes from, in words. Colab's goes into the environment; it is never shown."""
+    """Say where the Hugging Face token comes from. Colab's goes into the environment; it is never shown."""
     if os.environ.get("HF_TOKEN"):
         return "from the environment"
-    if on_colab():
-        token, problem = _colab_secret()
-        if token:
-            os.environ["HF_TOKEN"] = token
-            return "from Colab's secrets"
-        return f"none ({problem}); public models and datasets need none"
-    return "none in the environment; public models and datasets need none"
+    token, problem = _colab_secret() if on_colab() else ("", "")
+    if token:
+        os.environ["HF_TOKEN"] = token
+        return "from Colab's secrets"
+    return f"none {f'({problem})' if problem else 'in the environment'}; public models and datasets need none"
 
 
-@functools.cache  # each call may wait ten seconds for the page
+@functools.cache  # each call may wait ten seconds for the page, and the hub's own get_token asks again
 def _colab_secret() -> tuple[str, str]:
     try:
         from google.colab import userdata
@@ -104,6 +128,3 @@ def _colab_secret() -> tuple[str, str]:
         return userdata.get("HF_TOKEN") or "", "the secret HF_TOKEN is empty"
     except Exception as error:  # not there, not allowed, timed out: its errors have no common class
         return "", f"Colab's secrets: {type(error).__name__}"
-
-
-# Google Drive: the run stays on the local disk, since Drive can drop at any time, and what is complete is copied.

@@ -1,4 +1,5 @@
-"""The first cell: what is installed and what is left alone, where the token comes from, what reaches Google Drive."""
+"""The first cell: what is installed and what is left alone, where the token comes from; what a run cannot do
+without."""
 
 import importlib.metadata
 import os
@@ -8,11 +9,11 @@ import types
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+import lazyorpo_lib
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import MARKER, drive_folder, mirror, seal, take
 from lazyorpo_lib.notebook import setup
-from lazyorpo_lib.orpo import checkpoints
 
 COLAB = Path(__file__).parents[3] / "shared" / "data" / "colab-runtime-2026-08-19.txt"
 ABSENT_ON_COLAB = {"bitsandbytes", "nbval", "gguf"}
@@ -26,18 +27,21 @@ def test_importing_it_imports_nothing_heavy():
 
 
 def test_requirements_are_floors_only():
-    for wanted in setup.requirements():
-        assert [s.operator for s in wanted.specifier] == [">="], wanted
+    lines = [line.split("#")[0].strip() for line in setup.REQUIREMENTS.read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    for one in wanted:
+        assert [s.operator for s in one.specifier] == [">="], one
+    assert [f"{name}>={floor}" for name, floor in setup.requirements()] == list(map(str, wanted))
 
 
 @pytest.mark.skipif(not COLAB.is_file(), reason="the package list of Colab's runtime is not here")
 def test_nothing_that_colab_ships_is_changed():
     frozen = dict(line.split("==") for line in COLAB.read_text().splitlines() if "==" in line)
     frozen = {name.lower().replace("_", "-"): version for name, version in frozen.items()}
-    for wanted in setup.requirements():
-        shipped = frozen.get(wanted.name.lower().replace("_", "-"))
-        assert (shipped is None) == (wanted.name in ABSENT_ON_COLAB), wanted
-        assert shipped is None or wanted.specifier.contains(shipped), (str(wanted), shipped)
+    for name, floor in setup.requirements():
+        shipped = frozen.get(name.lower().replace("_", "-"))
+        assert (shipped is None) == (name in ABSENT_ON_COLAB), name
+        assert shipped is None or Requirement(f"{name}>={floor}").specifier.contains(shipped), (name, shipped)
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def wishes(tmp_path, monkeypatch):
 
     wishes.exit_status, wishes.complaint, wishes.commands = 0, "", commands
     monkeypatch.setattr(setup, "REQUIREMENTS", path)
-    monkeypatch.setattr(setup.subprocess, "run", run)
+    monkeypatch.setattr(lazyorpo_lib.subprocess, "run", run)
     return wishes
 
 
@@ -65,7 +69,7 @@ def test_only_what_is_missing_or_too_old_is_wanted(wishes):
 
 def test_a_local_or_development_version_is_new_enough(wishes, monkeypatch):
     versions = {"torch": "2.11.0+cu128", "numpy": "3.0.0.dev0"}
-    monkeypatch.setattr(setup.importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(setup.metadata, "version", versions.__getitem__)
     wishes("torch>=2.6\nnumpy>=1.26\n")
     assert setup.missing_requirements() == []
 
@@ -76,6 +80,44 @@ def test_pip_gets_exactly_the_missing_and_no_upgrade(wishes):
     assert wishes.commands == [
         [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "a>=1", "b>=2"]
     ]
+
+
+def test_without_pip_uv_runs_it_and_without_both_a_sentence_says_what_to_run(wishes, monkeypatch):
+    wishes("")
+    monkeypatch.setattr(lazyorpo_lib.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lazyorpo_lib.shutil, "which", lambda name: f"/bin/{name}")
+    setup.install(["a>=1"])
+    (command,) = wishes.commands
+    assert command[:3] == ["/bin/uv", "tool", "run"] and command.count(sys.executable) == 2
+    assert command[-4:] == ["install", "-q", "--disable-pip-version-check", "a>=1"]
+    monkeypatch.setattr(lazyorpo_lib.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"neither pip nor uv: run .* -m ensurepip, then again"):
+        setup.install(["a>=1"])
+
+
+# What a run cannot do without.
+
+
+def test_a_torch_below_the_floor_is_one_sentence(monkeypatch):
+    there = setup._version
+    monkeypatch.setattr(setup, "_version", lambda name: "2.5.1+cu124" if name == "torch" else there(name))
+    with pytest.raises(UserError, match=r"torch is 2\.5\.1\+cu124, but >=2\.6 is needed: pip install"):
+        setup.check_requirements()
+
+
+@pytest.mark.parametrize("command", [[], ["--plan"], ["merge", "a"], ["chat", "a"]])
+def test_where_something_is_missing_the_command_line_says_what_to_install_before_it_imports_anything(command):
+    """In a Python that sees no installed packages at all."""
+    code = "import runpy, sys; sys.path.append('.'); sys.argv[1:] = {}; "
+    code += "runpy.run_module('lazyorpo_lib', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code.format(command)], capture_output=True, text=True,
+        cwd=Path(lazyorpo_lib.__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub"):
+        assert f"{name} is not installed, but >=" in done.stderr and f"'{name}>=" in done.stderr
+    assert "nbval" not in done.stderr and "pip install 'torch>=" in done.stderr
 
 
 def test_a_failing_pip_is_one_sentence(wishes):
@@ -147,7 +189,7 @@ def test_colabs_refusals_are_told_once_and_stop_nothing(colab, name):
 def test_colab_without_a_gpu_names_the_menu_and_goes_on(colab, wishes, monkeypatch, capsys):
     wishes("")
     colab.userdata.get = {}.get
-    monkeypatch.setattr(setup.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(lazyorpo_lib.shutil, "which", lambda tool: None)
     setup.prepare()
     assert "Runtime > Change runtime type > T4 GPU" in capsys.readouterr().out
 
@@ -156,92 +198,6 @@ def test_elsewhere_no_gpu_is_not_a_matter_for_setup(wishes, capsys):
     wishes("")
     setup.prepare()
     assert "GPU" not in capsys.readouterr().out
-
-
-def test_a_drive_that_cannot_be_mounted_is_a_warning(colab, capsys):
-    def mount(path):
-        raise ValueError("mount failed\nwith much detail")
-
-    colab.drive.mount = mount
-    assert drive_folder("run") is None
-    assert "(ValueError: mount failed): everything stays on local disk" in capsys.readouterr().out
-
-
-# What reaches the Drive.
-
-
-@pytest.fixture
-def run(tmp_path):
-    own = ("checkpoint-5", "checkpoint-10", "checkpoint-100", "model")
-    folder = take(
-        tmp_path / "run", "run", *(f"{name}/" for name in own), "history.jsonl", ".lock", "live.png.tmp"
-    )
-    for name in (*own, "their notes"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "weights").write_text(name)
-        if name in own:
-            seal(folder / name, name.split("-")[0])
-    for name in ("history.jsonl", ".lock", "live.png.tmp"):
-        (folder / name).write_text(name)
-    return folder
-
-
-def names(folder):
-    return sorted(item.name for item in folder.iterdir() if item.name != MARKER)
-
-
-def test_mirror_copies_what_is_complete_and_keeps_the_newest(run, tmp_path):
-    drive = tmp_path / "drive"
-    assert mirror(run, drive, keep=2)
-    assert names(drive) == ["checkpoint-10", "checkpoint-100", "history.jsonl", "model"]
-    assert (drive / "checkpoint-100" / "weights").read_text() == "checkpoint-100"
-
-
-def test_mirror_the_other_way_brings_a_run_back(run, tmp_path):
-    mirror(run, tmp_path / "drive")
-    mirror(tmp_path / "drive", tmp_path / "new")
-    assert names(tmp_path / "new") == names(tmp_path / "drive")
-
-
-def test_a_torn_checkpoint_on_the_drive_stays_torn(run, tmp_path):
-    mirror(run, tmp_path / "drive")
-    (tmp_path / "drive" / "checkpoint-100" / "weights").write_text("cut")
-    mirror(tmp_path / "drive", tmp_path / "new")
-    assert [c.name for c in checkpoints.complete(tmp_path / "new")] == ["checkpoint-10"]
-
-
-def test_a_link_where_a_copy_is_drafted_is_not_followed(run, tmp_path):
-    (tmp_path / "precious").write_text("theirs")
-    take(tmp_path / "drive", "run")
-    (tmp_path / "drive" / "history.jsonl.tmp").symlink_to(tmp_path / "precious")
-    assert not mirror(run, tmp_path / "drive")
-    assert (tmp_path / "precious").read_text() == "theirs"
-
-
-def test_mirror_takes_in_what_changed(run, tmp_path):
-    mirror(run, tmp_path / "drive")
-    (run / "history.jsonl").write_text("more")
-    (run / "model" / "weights").write_text("better")
-    mirror(run, tmp_path / "drive")
-    assert (tmp_path / "drive" / "history.jsonl").read_text() == "more"
-    assert (tmp_path / "drive" / "model" / "weights").read_text() == "better"
-
-
-def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, monkeypatch, capsys):
-    def copytree(source, target, **options):
-        target.mkdir(exist_ok=True)
-        (target / "weights").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(setup.shutil, "copytree", copytree)
-    assert not mirror(run, tmp_path / "drive")
-    assert "No space left on device" in capsys.readouterr().out
-    assert not [
-        c for c in names(tmp_path / "drive") if c.startswith("checkpoint-") and not c.endswith(".tmp")
-    ]
-    monkeypatch.undo()
-    assert mirror(run, tmp_path / "drive")
-    assert not [c for c in names(tmp_path / "drive") if c.endswith(".tmp")]
 
 
 # Colab's torchao 0.10, at which peft raises.

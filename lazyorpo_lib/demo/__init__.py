@@ -1,0 +1,1 @@
+"""The demo's pairs; its model where no hub is in reach."""
