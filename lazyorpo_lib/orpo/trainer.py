@@ -26,8 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import folder as folders
 from ..errors import UserError, explain_disk
-from ..fast.attention import PairScorer
-from ..fast.head import ScoringForward
+from ..fast.layouts import PairScorer
 from ..machine import attempt, memory_gib
 from ..model import adapters_off, apply_liger, causal_lm
 from ..session import SaveByTheClock, StepGuard, StepWindow
@@ -184,7 +183,7 @@ class OrpoTrainer(Trainer):
             apply_liger(model)
         # After the Trainer has put the model in its place, before it wraps it for training.
         with self.accelerator.autocast():
-            self.scorer = PairScorer(ScoringForward(causal_lm(model)))
+            self.scorer = PairScorer(causal_lm(model))
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.remove_callback(PrinterCallback)
         self.sampler = None
@@ -284,21 +283,21 @@ class OrpoTrainer(Trainer):
                 last
             )  # DeepSpeed steps in the backward that synchronizes
             # FSDP would hold whole gradients where it is told to wait.
+            synced = last or world == 1 or self.sharded
             with (
-                contextlib.nullcontext()
-                if last or world == 1 or self.sharded
-                else self.accelerator.no_sync(model)
+                contextlib.nullcontext() if synced else self.accelerator.no_sync(model),
+                self.scorer.inputs(batch) as inputs,
             ):
-                out = model(**self.scorer.inputs(batch))
-                table = pair_table(out["logps"], batch, self._reference_of(micro), settings.dpo_beta)
+                logps, router_loss = self.scorer.read(model(**inputs), batch)
+                table = pair_table(logps, batch, self._reference_of(micro), settings.dpo_beta)
                 column = dict(zip(SUMS, table.sum(0).unbind(), strict=True))
                 if settings.objective == "dpo":
                     loss = column["dpo"] / total_pairs
                 else:
                     or_weight = settings.or_weight if settings.objective == "orpo" else 0.0
                     loss = column["nll"] / nll_tokens + or_weight * column["or_loss"] / total_pairs
-                if out["router_loss"] is not None:
-                    loss = loss + out["router_loss"] * len(micro) / total_pairs
+                if router_loss is not None:
+                    loss = loss + router_loss * len(micro) / total_pairs
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(loss * weight * world)
             step_loss += loss.detach() * weight
@@ -432,8 +431,8 @@ class OrpoTrainer(Trainer):
         batch = collate(micro, nll_over=self.settings.nll_over, layout=self.scorer.layout).to(
             self.args.device
         )
-        with self.accelerator.autocast():
-            return batch, self.model_wrapped(**self.scorer.inputs(batch))["logps"]
+        with self.accelerator.autocast(), self.scorer.inputs(batch) as inputs:
+            return batch, self.scorer.read(self.model_wrapped(**inputs), batch)[0]
 
     def pair_tables(
         self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
