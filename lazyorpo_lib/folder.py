@@ -86,7 +86,6 @@ def claim(folder: Path) -> None:
     _held[folder] = lock
 
 
-# ---- files that a kill leaves whole
 def is_begun(folder: Path, settings: Settings) -> bool:
     """Tell whether the folder holds this run, begun.
 
@@ -109,6 +108,9 @@ def is_begun(folder: Path, settings: Settings) -> bool:
             f"{folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
         )
     return True
+
+
+# ---- files that a kill leaves whole
 
 
 def append_row(path, row: dict) -> None:

@@ -9,12 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +27,13 @@ from .fast.layouts import PairScorer
 from .machine import allocated_gib, check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
 from .orpo.encoding import Encoder, PairFile, Subset, encode_rows, prepare_tokenizer
-from .orpo.loss import TERMS
 from .orpo.trainer import OrpoTrainer, make_accelerator
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import summarise
 from .session import Stop, Stopped, progress_bar
-from .settings import FIELDS, Settings
+from .settings import Settings
 
 
 def _stage(method):
@@ -62,7 +59,9 @@ class Run:
         self.settings, self.sources = settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # so says accelerate launch
+        self.sharded = (
+            os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        )  # so says accelerate launch
         self.folder, self.started = folders.folder_of(settings), time.time()
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.drive, self.record, self.seconds = None, {}, {"training": 0.0, "evaluation": 0.0}
@@ -81,7 +80,9 @@ class Run:
         model.check_liger(settings, self.machine)
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
-            folders.take(self.folder, "run", *folders.FILES, *(f"{c.name}/" for c in checkpoints.numbered(self.folder)))
+            folders.take(
+                self.folder, "run", *folders.FILES, *(f"{c.name}/" for c in checkpoints.numbered(self.folder))
+            )
             folders.claim(self.folder)
             self.drive = folders.drive_folder(self.folder.name) if settings.save_to == "drive" else None
         if self.drive and not checkpoints.complete(self.folder):
@@ -92,7 +93,9 @@ class Run:
         self.settings = dataclasses.replace(settings, **chosen)
         try:
             self.dtype, why = pick_precision(self.settings.precision, self.machine)
-        except UserError:  # begun in bfloat16 by auto, and this GPU has none: weights are in float32 either way
+        except (
+            UserError
+        ):  # begun in bfloat16 by auto, and this GPU has none: weights are in float32 either way
             if settings.precision != "auto":
                 raise
             self.settings = dataclasses.replace(self.settings, precision="auto")
@@ -126,7 +129,10 @@ class Run:
         self.encoder = Encoder(self.tokenizer, **limits)
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
-        with open(draft, "w", encoding="utf-8") as dropped, progress_bar(None, "pairs", desc="cleaning") as bar:
+        with (
+            open(draft, "w", encoding="utf-8") as dropped,
+            progress_bar(None, "pairs", desc="cleaning") as bar,
+        ):
 
             def write(row: dict) -> None:
                 dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -243,7 +249,10 @@ class Run:
 
     def cards(self) -> str:
         """Say what these pairs would take on each card that the planner knows, by each method."""
-        config, lengths = model.load_config(self.settings.base_model), planner.measured_lengths(self.train_pairs)
+        config, lengths = (
+            model.load_config(self.settings.base_model),
+            planner.measured_lengths(self.train_pairs),
+        )
         return planner.cards_table(planner.plan_cards(config, self.settings, lengths))
 
     def example_loss(self) -> dict[str, float]:
@@ -283,7 +292,9 @@ class Run:
         self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
             self.show(f"Stopped at step {trainer.step}: {self.stopped}. Run again to go on from there.")
-        self.show(f"Reading of the curves: {reading.read_curves(folders.read_rows(self.folder / 'history.jsonl'))}.")
+        self.show(
+            f"Reading of the curves: {reading.read_curves(folders.read_rows(self.folder / 'history.jsonl'))}."
+        )
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
@@ -308,7 +319,9 @@ class Run:
         trainer, began = self.trainer, time.monotonic()
         self.peak_before = memory_gib(trainer.device)
         forget_peak_memory()
-        bar = progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training") if self.main else None
+        bar = (
+            progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training") if self.main else None
+        )
         with bar or contextlib.nullcontext() as self.bar:
             trainer.train()
         self.seconds["training"] = time.monotonic() - began

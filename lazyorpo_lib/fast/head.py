@@ -1,7 +1,7 @@
 """Log-probabilities of the scored tokens from hidden states, without ever holding the logits.
 
 `token_logps` is the maths; `ScoringForward` finds a model's output layer and what is done to its logits.
-It runs no model body and knows no layout: hidden states in, one number a token out.
+It knows no layout: hidden states in, one number a token out.
 """
 
 import inspect
@@ -14,19 +14,13 @@ TILE = 128  # rows that a GPU's matrix product takes at once: part of a tile cos
 
 
 def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias=None, softcap=0.0, scale=1.0
 ) -> Tensor:
-    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target] for each token, in blocks.
+    """Compute log softmax(cap(scale * (hidden @ weight.T + bias)))[target] of each token, in blocks.
 
-    A frozen weight (LoRA, QLoRA) stores d logp / d hidden in the forward, so the backward needs no logits at all;
-    a trained one recomputes its blocks. Matrix products run in the dtype of `weight` (autocast's, where
-    it is on); softmax and sums in float32.
+    A frozen weight (LoRA, QLoRA) stores d logp / d hidden in the forward, so the backward needs no logits at all; a
+    trained one recomputes its blocks. Matrix products run in the dtype of `weight` (autocast's, where it is on);
+    softmax and sums in float32. (torch's own chunked linear_cross_entropy is young, recomputes, and knows no cap.)
 
     Args:
         hidden: (M, H). weight: (V, H). targets: (M,) int64. bias: (V,).
@@ -36,18 +30,16 @@ def token_logps(
     Returns:
         (M,) float32, nats.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = weight.dtype
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     function = _TrainedHead if trained else _FrozenHead
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return function.apply(hidden.to(dtype), weight.to(dtype), bias, targets, softcap, scale)
 
 
 def _log_softmax(hidden, weight, bias, softcap, scale):
-    """One block of log-probabilities in float32 (m, V), and d capped / d raw where there is soft-capping, else None."""
+    """Give a block of log-probabilities in float32 (m, V), and d capped / d raw where there is a cap, else None."""
     logits = hidden @ weight.T
     if logits.dtype != torch.float16 or bias is not None or scale != 1.0 or softcap:
         logits = logits.float()  # else log_softmax casts as it reads (on CUDA)
@@ -70,7 +62,7 @@ def _blocks(weight: Tensor, tokens: int):
 
 
 def _block_gradient(logps, slope, targets, scale):
-    """d logp / d (hidden @ weight.T + bias) of a block (m, V); `logps` are overwritten."""
+    """Give d logp / d (hidden @ weight.T + bias) of a block (m, V); `logps` are overwritten."""
     gradient = logps.exp_().neg_()
     gradient.scatter_add_(1, targets[:, None], torch.ones_like(gradient[:, :1]))
     if slope is not None:
@@ -79,31 +71,26 @@ def _block_gradient(logps, slope, targets, scale):
 
 
 def _block(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
-    """The log-probabilities of a block (m,). A function, so that no block's logits outlive it."""
+    """Compute the log-probabilities of a block (m,). A function, so that no block's logits outlive it."""
     all_logps, slope = _log_softmax(hidden, weight, bias, softcap, scale)
     logps = all_logps.gather(1, targets[:, None])[:, 0]
-    if jacobian is not None and slope is not None:
+    if jacobian is None:
+        return logps
+    if slope is not None:
         torch.mm(_block_gradient(all_logps, slope, targets, scale).to(weight.dtype), weight, out=jacobian)
-    elif (
-        jacobian is not None
-    ):  # scale * (weight[target] - p @ weight): 1 - p of a target is never rounded to 16 bit
-        p = torch.exp(
-            all_logps,
-            out=all_logps
-            if weight.dtype == torch.float32
-            else torch.empty_like(all_logps, dtype=weight.dtype),
-        )
+    else:  # scale * (weight[target] - p @ weight): 1 - p of a target is never rounded to 16 bit
+        same = weight.dtype == torch.float32
+        p = torch.exp(all_logps, out=all_logps if same else torch.empty_like(all_logps, dtype=weight.dtype))
         torch.addmm(weight.index_select(0, targets), p, weight, beta=scale, alpha=-scale, out=jacobian)
     return logps
 
 
 def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
-    """The log-probabilities (M,), block by block; fills `jacobian` (M, H) with d logp / d hidden where it is given."""
+    """Compute the log-probabilities (M,), block by block; fill `jacobian` (M, H), where given, with d logp / d hidden."""
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for s in _blocks(weight, len(targets)):
-        logps[s] = _block(
-            hidden[s], weight, bias, targets[s], softcap, scale, None if jacobian is None else jacobian[s]
-        )
+        part = None if jacobian is None else jacobian[s]
+        logps[s] = _block(hidden[s], weight, bias, targets[s], softcap, scale, part)
     return logps
 
 
@@ -135,10 +122,8 @@ class _TrainedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for s in _blocks(weight, len(targets)):
-            gradient = _block_gradient(
-                *_log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale), targets[s], ctx.scale
-            )
-            gradient *= grad[s, None]
+            all_logps, slope = _log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale)
+            gradient = _block_gradient(all_logps, slope, targets[s], ctx.scale).mul_(grad[s, None])
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
@@ -147,13 +132,13 @@ class _TrainedHead(torch.autograd.Function):
                 grad_weight.addmm_(gradient.T, hidden[s])
             else:
                 grad_weight += gradient.T @ hidden[s]
-            del gradient  # before the next block's logits exist
+            del all_logps, slope, gradient  # before the next block's logits exist
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
 class ScoringForward:
-    """Gives a causal LM a second way of being called: `model(input_ids=…, hidden_index=…, targets=…)` returns the
-    log-probability of each target in place of logits.
+    """Gives a causal LM a second way of being called: `model(input_ids=…, hidden_index=…, targets=…)` returns
+    {"logps": the log-probability of each target (M,), "router_loss": a scalar or None} in place of logits.
 
     It replaces `forward` on the one instance, so that everything wrapped around it (PEFT, DDP, FSDP, autocast) acts as
     for any forward. The model's own forward still runs (and adds what it adds, such as a router loss), asked for the
@@ -164,19 +149,20 @@ class ScoringForward:
 
     Attributes:
         plain: whether `token_logps` stands in for the output layer. Where it cannot (an adapter on the head, an unknown
-            class; `check` decides), the model's own logits are used, at the scored positions alone.
+            class; the probe of layouts.py decides), the model's own logits are used, at the scored positions alone.
     """
 
     def __init__(self, model):
-        config = model.config.get_text_config()
-        self.model, self.original = model, model.forward
-        body = model.get_decoder()
+        config, body = model.config.get_text_config(), model.get_decoder()
+
+        def factor(name: str, default: float = 1.0) -> float:
+            return float(getattr(config, name, None) or default)
+
+        self.model, self.original, self.hidden = model, model.forward, None
         self.plain = type(model.get_output_embeddings()) is torch.nn.Linear
-        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self.router_loss = float(getattr(config, "router_aux_loss_coef", None) or 0.0)
-        self.hidden = None
+        self.softcap = factor("final_logit_softcapping", 0.0)
+        self.scale = factor("logit_scale") / factor("logits_scaling")
+        self.router_loss = factor("router_aux_loss_coef", 0.0)
         (model.model if body is model else body).register_forward_hook(self._catch)  # Llama 4 names itself
         self.__signature__ = inspect.signature(model.forward)  # generate() asks what a forward takes
         model.forward = self
@@ -191,24 +177,20 @@ class ScoringForward:
         router = self.router_loss and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
         if router:  # transformers' router loss cannot read a dense mask, so gpt-oss goes without
             kwargs["output_router_logits"] = True
-        keep = (
-            hidden_index[:0] if self.plain else 0
-        )  # an index of the positions whose logits are wanted, or 0 for all
+        keep = hidden_index[:0] if self.plain else 0  # the positions whose logits are wanted, or 0 for all
         try:
             out = self.original(*args, use_cache=False, logits_to_keep=keep, **kwargs)
         finally:  # also where memory ran out: the graph behind it must not live on
             hidden, self.hidden = self.hidden, None
         if self.plain:
-            layer = self.model.get_output_embeddings()
-            hidden = hidden.flatten(0, 1).index_select(0, hidden_index)
-            logps = token_logps(
-                hidden, layer.weight, targets, bias=layer.bias, softcap=self.softcap, scale=self.scale
+            hidden, layer = (
+                hidden.flatten(0, 1).index_select(0, hidden_index),
+                self.model.get_output_embeddings(),
             )
+            options = dict(bias=layer.bias, softcap=self.softcap, scale=self.scale)
+            logps = token_logps(hidden, layer.weight, targets, **options)
         else:
             logits = out.logits.flatten(0, 1).index_select(0, hidden_index).float()
             logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
-        router_loss = getattr(out, "aux_loss", None) if router else None
-        return {
-            "logps": logps,
-            "router_loss": None if router_loss is None else self.router_loss * router_loss,
-        }
+        loss = getattr(out, "aux_loss", None) if router else None
+        return {"logps": logps, "router_loss": None if loss is None else self.router_loss * loss}

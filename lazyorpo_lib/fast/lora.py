@@ -1,7 +1,7 @@
 """A LoRA layer's forward and backward in one piece: no scaled copy of its output, no second sum over its input.
 
-PEFT owns the adapters: it makes, saves, loads, disables and merges them. `fuse` only replaces how a layer is computed while
-it is trained; the maths is the same. It knows no pairs and no losses.
+PEFT owns the adapters: it makes, saves, loads, disables and merges them. `fuse` only replaces how a layer is
+computed while it is trained; the maths is the same. It knows no pairs and no losses.
 """
 
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a frozen linear layer, (out, in) in `dtype`; a 4-bit one is dequantised, anew each time."""
+    """Give the weight of a frozen linear layer, (out, in) in `dtype`; a 4-bit one is dequantised, anew each time."""
     weight = layer.weight
     if getattr(weight, "quant_state", None) is None:
         return weight.to(dtype)
@@ -21,18 +21,17 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x @ W.T + bias + scale * y @ A.T @ B.T with gradients for x, y, A and B; y is x after dropout, or None for x itself."""
+    """x @ W.T + bias + scale * y @ A.T @ B.T with gradients for x, y, A and B; y is x after dropout, or None for x."""
 
     @staticmethod
-    def forward(ctx, x, y, a, b, layer, scale):
+    def forward(ctx, x, y, a, b, layer, scale, weight_of):
         # x, y (M, in), A (rank, in), B (out, rank)
         seen = x if y is None else y
         down = seen @ a.to(x.dtype).T
-        out = nn.functional.linear(
-            x, frozen_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype)
-        )
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        out = nn.functional.linear(x, weight_of(layer, x.dtype), bias)
         ctx.save_for_backward(seen, a, b, down)
-        ctx.layer, ctx.scale = layer, scale
+        ctx.layer, ctx.scale, ctx.weight_of = layer, scale, weight_of
         return out.addmm_(down, b.to(x.dtype).T, alpha=scale)
 
     @staticmethod
@@ -40,23 +39,17 @@ class _AdaptedLinear(torch.autograd.Function):
         seen, a, b, down = ctx.saved_tensors
         up, narrow = (w.to(seen.dtype) for w in (b, a))
         grad_down = (grad @ up).mul_(ctx.scale)
-        grad_x = grad @ frozen_weight(ctx.layer, seen.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.weight_of(ctx.layer, seen.dtype) if ctx.needs_input_grad[0] else None
         grad_y = None
         if ctx.needs_input_grad[1]:
             grad_y = grad_down @ narrow
         elif grad_x is not None:
             grad_x.addmm_(grad_down, narrow)
-        return (
-            grad_x,
-            grad_y,
-            (grad_down.T @ seen).to(a.dtype),
-            (grad.T @ down).mul_(ctx.scale).to(b.dtype),
-            None,
-            None,
-        )
+        grad_a, grad_b = (grad_down.T @ seen).to(a.dtype), (grad.T @ down).mul_(ctx.scale).to(b.dtype)
+        return grad_x, grad_y, grad_a, grad_b, None, None, None
 
 
-def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:
+def _forward(lora, plain, weight_of, x: Tensor, *args, **kwargs) -> Tensor:
     if lora.disable_adapters or lora.merged or not torch.is_grad_enabled():
         return plain(x, *args, **kwargs)
     (name,) = lora.active_adapters
@@ -66,18 +59,21 @@ def _forward(lora, plain, x: Tensor, *args, **kwargs) -> Tensor:
     dropout = lora.lora_dropout[name]
     dropped = None if isinstance(dropout, nn.Identity) else dropout(flat)
     weights = lora.lora_A[name].weight, lora.lora_B[name].weight
-    out = _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name])
+    out = _AdaptedLinear.apply(flat, dropped, *weights, lora.base_layer, lora.scaling[name], weight_of)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def fuse(model) -> None:
+def fuse(model, weight_of=frozen_weight) -> None:
     """Have the LoRA layers of a PEFT model that lie over an `nn.Linear`, plain or in 4 bit, computed in one piece.
 
-    The forward is replaced on each instance, and PEFT's own is used where no gradient is asked for, or the adapter is off.
+    The forward is replaced on each instance; PEFT's own is used where no gradient is asked for, or the adapter is off.
+
+    Args:
+        weight_of: gives a layer's weight in a dtype, as `frozen_weight`.
     """
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if hasattr(module, "lora_A") and isinstance(base, nn.Linear):
             # Other quantised layers (8-bit, FP8) compute in ways of their own, which stay PEFT's.
             if type(base) is nn.Linear or getattr(base.weight, "quant_state", None) is not None:
-                module.forward = functools.partial(_forward, module, module.forward)
+                module.forward = functools.partial(_forward, module, module.forward, weight_of)

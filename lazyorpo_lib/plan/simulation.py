@@ -8,7 +8,6 @@ launches; weights and optimizer state are planner.py's.
 
 import contextlib
 import copy
-import functools
 import importlib.util
 import logging
 import math
@@ -16,32 +15,30 @@ import sys
 import warnings
 import weakref
 from dataclasses import dataclass, fields
-from unittest.mock import patch
 
 import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations import moe
+from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, explain_model
-from ..fast import attention
-from ..fast import lora as adapters
+from ..fast.attention import RowAttention, in_two_calls, takes_sdpa
 from ..fast.head import BLOCK_BYTES, ScoringForward
+from ..fast.layouts import dense_masks
+from ..fast.lora import fuse
 from ..machine import Machine, checkpoint_layers
 from ..model import add_adapters, causal_lm
 from ..orpo.batching import EncodedPair, collate
 from ..settings import Settings
 
-SIMULATED = "lazyorpo-simulated"  # the kit's attention, as the planned device would compute it
 LAYERS = 3  # two checkpointed, then one that is not: enough to tell what one more of either kind adds
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}  # their time is operations over a rate
 LOOKUPS = {"embedding", "index_select", "gather", "index"}  # read no more than they write
@@ -170,7 +167,7 @@ class _FourBit(nn.Linear):
 
 
 def _dequantised(layer, dtype):
-    """What `adapters.frozen_weight` holds for a moment, of a 4-bit layer and of any other."""
+    """Stand in for `lora.frozen_weight`: hold what it holds for a moment, of a 4-bit layer and of any other."""
     if not isinstance(layer, _FourBit):
         return layer.weight.to(dtype)
     scales = torch.zeros(layer.weight.numel() // 64, dtype=torch.float32)  # double quantisation undone, first
@@ -265,32 +262,43 @@ class _Kernel(torch.autograd.Function):
         return gradients
 
 
-def _gpu_attention(flash: bool, module, query, key, value, attention_mask, **kwargs):
-    """`attention.attention` of a shared row on a GPU: all [prompt, chosen] in one call, all rejected in another."""
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    if not flash:  # the memory-efficient kernel wants a key for every head
-        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    return attention._in_two_calls(
-        lambda q, k, v, *rest: _Kernel.apply(q, k, v), query, key, value, None, None
-    ), None
+class _GpuAttention(RowAttention):
+    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof."""
 
+    flash = False
 
-AttentionMaskInterface.register(SIMULATED, lambda *args, **kwargs: None)
+    def __call__(self, module, query, key, value, attention_mask, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+        if not self.flash:  # the memory-efficient kernel wants a key for every head
+            key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+        return in_two_calls(lambda q, k, v, *rest: _Kernel.apply(q, k, v), self.row, query, key, value), None
 
 
 def _no_mask(n, total, window, like):
-    """A mask that takes no memory: CUDA builds none, and the planner adds the CPU's, which grow with each pair's square."""
+    """Stand in for a mask: CUDA builds none, and the planner adds the CPU's, which grow with each pair's square."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(n, total)
 
 
-_layer_norm = nn.functional.layer_norm
+class _OfTheDevice(TorchFunctionMode):
+    """What the planned device computes in another way than fakes on the CPU would.
 
+    Args:
+        wide_norms: layer_norm in float32, as autocast runs it on CUDA; on the CPU it leaves it alone.
+    """
 
-def _float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-    """As autocast runs it on CUDA; on the CPU it leaves layer_norm alone."""
-    x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
-    return _layer_norm(x, shape, weight, bias, eps)
+    def __init__(self, wide_norms: bool):
+        super().__init__()
+        self.wide_norms = wide_norms
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("grouped_mm", "_grouped_mm"):  # whose fake takes bfloat16 alone
+            return torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
+        if name == "layer_norm" and func is nn.functional.layer_norm and self.wide_norms:
+            args = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
+            kwargs = {k: x.float() if isinstance(x, torch.Tensor) else x for k, x in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def simulate(
@@ -320,8 +328,6 @@ def simulate(
             raise
         except Exception:  # whatever a model raises on fakes, it means the same: not this one
             continue
-        finally:
-            attention.start_batch(None)
     return Profile(
         tuple((n, _estimate(n, text, dtype.itemsize)) for n in counts), 0.0, False, "a rough estimate"
     )
@@ -357,8 +363,12 @@ def _written_by_transformers(config):
         return
     fresh = importlib.util.module_from_spec(module.__spec__)
     module.__spec__.loader.exec_module(fresh)
-    with patch.multiple(module, **{name: getattr(fresh, name) for name in swapped}):
+    liger = {name: getattr(module, name) for name in swapped}
+    vars(module).update({name: getattr(fresh, name) for name in swapped})
+    try:
         yield
+    finally:
+        vars(module).update(liger)
 
 
 @contextlib.contextmanager
@@ -392,46 +402,34 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     cuda, autocast = machine.device == "cuda", dtype != torch.float32
     model = _small_model(config, settings, method, dtype, sharded)
     lm = causal_lm(model)
-    dense = not attention.takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
+    dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
+    at_home = ("cpu",) if machine.device == "cpu" else ()
+    attention = (_GpuAttention if cuda else RowAttention)(
+        cpu_kernel_devices=at_home, mask=_no_mask, name="lazyorpo-simulated"
+    )
+    attention.flash = autocast and machine.capability[0] >= 8
     mode, results = FakeTensorMode(), []
-    with mode, contextlib.ExitStack() as stack:
+    with mode, _OfTheDevice(cuda and autocast), contextlib.ExitStack() as stack:
         _fake(model)
-        flash = autocast and machine.capability[0] >= 8
-        AttentionInterface.register(
-            SIMULATED, functools.partial(_gpu_attention, flash) if cuda else attention.attention
-        )
-        lm.set_attn_implementation("eager" if dense else SIMULATED)
+        fuse(model, _dequantised)
+        lm.set_attn_implementation("eager" if dense else attention.name)
         ScoringForward(lm)
         model.train()
         checkpoint_layers(model, LAYERS - 1)
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
-        stack.enter_context(patch.object(adapters, "frozen_weight", _dequantised))
-        stack.enter_context(patch.object(attention, "_mask", _no_mask))
-        stack.enter_context(
-            patch.object(moe, "_can_use_grouped_mm", lambda *args: False, create=True)
-        )  # its fake takes bfloat16 alone
-        if machine.device != "cpu":
-            stack.enter_context(patch.object(attention, "CPU_KERNEL", ()))
-        if cuda and autocast:
-            stack.enter_context(patch.object(nn.functional, "layer_norm", _float32_layer_norm))
         if machine.device == "mps":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for pairs in rows:
             batch = _fake_batch(mode, pairs, settings)
-            given = (
-                dict(attention_mask=attention.dense_masks(batch, lm.config.get_text_config(), lm.dtype))
-                if dense
-                else {}
-            )
-            attention.start_batch(None if dense else batch)
+            given = dict(input_ids=batch.input_ids, position_ids=batch.position_ids)
+            given |= dict(hidden_index=batch.hidden_index, targets=batch.targets)
+            if dense:
+                given["attention_mask"] = dense_masks(batch, lm.config.get_text_config(), lm.dtype)
             ledger.restart()
-            with ledger:
+            with contextlib.nullcontext() if dense else attention.over(batch), ledger:
                 with torch.autocast("cpu", dtype, enabled=autocast):
-                    out = model(
-                        input_ids=batch.input_ids, position_ids=batch.position_ids,
-                        hidden_index=batch.hidden_index, targets=batch.targets, **given,
-                    )  # fmt: skip
+                    out = model(**given)
                 loss = out["logps"].sum()
                 if out["router_loss"] is not None:
                     loss = loss + out["router_loss"]

@@ -13,7 +13,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from ..errors import UserError
-from ..fast.attention import start_batch
 from ..machine import attempt, free_bytes
 
 WHEN = ("before", "after")  # training
@@ -153,7 +152,6 @@ def answers(
     Raises:
         UserError: memory runs out on a single prompt.
     """
-    start_batch(None)  # after training in this process: ordinary attention again
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
     texts: dict[int, str] = {}

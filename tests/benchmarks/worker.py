@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from lazyorpo_lib import model
-from lazyorpo_lib.fast import attention
+from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.orpo import data
-from lazyorpo_lib.orpo.batching import EncodedPair, StepSampler
+from lazyorpo_lib.orpo.batching import EncodedPair, StepSampler, collate
 from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
 from lazyorpo_lib.settings import Settings
@@ -122,18 +122,18 @@ def attention_seconds(job: dict, trained, step: int) -> float:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     pair = encoded_pairs(job)[step]
     dtype, times = getattr(torch, job["precision"]), []
-    attention.start_batch(attention.collate([pair]))
     q, k, v = (
         torch.randn(1, h, pair.tokens(), size, dtype=dtype, device=job["device"], requires_grad=True)
         for h in (heads, few, few)
     )
-    for _ in range(4):
-        began = time.perf_counter()
-        attention.attention(trained, q, k, v, None)[0].sum().backward()
-        if job["device"] == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    attention.start_batch(None)
+    attention = RowAttention()
+    with attention.over(collate([pair]).to(job["device"])):
+        for _ in range(4):
+            began = time.perf_counter()
+            attention(trained, q, k, v, None)[0].sum().backward()
+            if job["device"] == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
     return min(times) * config.num_hidden_layers
 
 

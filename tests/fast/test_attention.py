@@ -1,11 +1,13 @@
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import attention
-from lazyorpo_lib.fast.attention import LADDER, SHORT, PairScorer, start_batch
-from lazyorpo_lib.fast.head import ScoringForward
+from lazyorpo_lib.fast.attention import SHORT, Row, RowAttention, in_two_calls
+from lazyorpo_lib.fast.layouts import LADDER, PairScorer
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from tests.architectures import DENSE, NOT_SHARED, SHARED, tiny_model
 from tests.conftest import random_pairs
@@ -22,15 +24,14 @@ def separate(model, pairs):
     return torch.cat(out)
 
 
-def scored(name, seed=0):
+def scored(name, seed=0, attention=None):
     model = tiny_model(name, seed)
-    truth = model.forward
-    return model, truth, PairScorer(ScoringForward(model))
+    return model, PairScorer(model, attention)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_rows_equal_separate_forwards(name):
-    model, _, scorer = scored(name)
+    model, scorer = scored(name)
     assert scorer.rung == "shared", scorer.refused
     assert scorer.forward.plain
     pairs = random_pairs(3, seed=1, longest=20)
@@ -44,15 +45,15 @@ def test_shared_rows_equal_separate_forwards(name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "mixtral", "gpt2"])
 def test_gradients_of_shared_rows_equal_those_of_separate_forwards(name):
-    model, _, scorer = scored(name)
+    model, scorer = scored(name)
     pairs, gradients = random_pairs(3, seed=2, longest=20), []
     weights = torch.randn(sum(len(a) for p in pairs for a in p[2:]))
     for shared in (True, False):
         model.zero_grad()
         model.set_attn_implementation("lazyorpo" if shared else scorer.own_attention)
-        logps = model(**scorer.inputs(collate(pairs)))["logps"] if shared else separate(model, pairs)
-        (logps @ weights).backward()
-        start_batch(None)
+        with scorer.inputs(collate(pairs)) if shared else contextlib.nullcontext() as inputs:
+            logps = model(**inputs)["logps"] if shared else separate(model, pairs)
+            (logps @ weights).backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for parameter, true in gradients[1].items():
         error = (gradients[0][parameter] - true).norm() / true.norm().clamp(min=1e-6)
@@ -76,12 +77,15 @@ class Kernels(TorchDispatchMode):
 def test_under_bfloat16_the_cpus_kernel_takes_short_pairs_in_float32_and_never_copies_a_key_for_its_heads(
     prompt, dtype
 ):
-    _, _, scorer = scored("llama")  # with fewer keys than queries
+    _, scorer = scored("llama")  # with fewer keys than queries
     (pair,) = random_pairs(1, seed=3, longest=5)
     pair = pair._replace(prompt=[7] * prompt)
-    with Kernels() as kernels, torch.autocast("cpu", torch.bfloat16):
-        scorer.model(**scorer.inputs(collate([pair])))["logps"].sum().backward()
-    start_batch(None)
+    with (
+        Kernels() as kernels,
+        torch.autocast("cpu", torch.bfloat16),
+        scorer.inputs(collate([pair])) as inputs,
+    ):
+        scorer.model(**inputs)["logps"].sum().backward()
     assert kernels.seen == {
         f"aten::_scaled_dot_product_flash_attention_for_cpu{way}": {dtype} for way in ("", "_backward")
     }  # the one kernel that is quick
@@ -89,7 +93,7 @@ def test_under_bfloat16_the_cpus_kernel_takes_short_pairs_in_float32_and_never_c
 
 @pytest.mark.parametrize("name", DENSE)
 def test_models_with_eager_attention_share_through_dense_masks(name):
-    model, _, scorer = scored(name)
+    model, scorer = scored(name)
     assert scorer.rung == "shared, dense masks", scorer.refused
     pairs = random_pairs(3, seed=1, longest=20)
     with torch.no_grad():
@@ -98,7 +102,7 @@ def test_models_with_eager_attention_share_through_dense_masks(name):
 
 @pytest.mark.parametrize("name", NOT_SHARED)
 def test_models_that_cannot_share_are_refused_and_still_score_rightly(name):
-    model, _, scorer = scored(name)
+    model, scorer = scored(name)
     assert scorer.rung in ("packed", "padded")
     assert scorer.refused["shared"] and scorer.refused["shared, dense masks"]
     pairs = random_pairs(3, seed=1, longest=20)
@@ -109,7 +113,7 @@ def test_models_that_cannot_share_are_refused_and_still_score_rightly(name):
 
 @pytest.mark.parametrize("rung,layout,implementation", LADDER)
 def test_every_rung_gives_the_same_numbers_where_the_model_takes_all(rung, layout, implementation):
-    model, _, scorer = scored("llama")
+    model, scorer = scored("llama")
     scorer.rung, scorer.layout = rung, layout
     pairs = random_pairs(4, seed=3)
     with torch.no_grad():
@@ -123,7 +127,7 @@ def test_probe_catches_a_head_that_is_not_what_it_seems():
     model = tiny_model("llama")
     layer, plain = model.get_output_embeddings(), torch.nn.Linear.forward
     layer.forward = lambda x: plain(layer, x) * 1.7  # what an adapter on the head would do
-    scorer = PairScorer(ScoringForward(model))
+    scorer = PairScorer(model)
     assert scorer.rung == "shared" and not scorer.forward.plain
     pairs = random_pairs(2, seed=1)
     with torch.no_grad():
@@ -131,7 +135,7 @@ def test_probe_catches_a_head_that_is_not_what_it_seems():
 
 
 def test_outside_a_batch_the_attention_is_transformers_own():
-    model, _, scorer = scored("mistral")
+    model, scorer = scored("mistral")
     ids = torch.randint(5, 100, (2, 30))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -142,9 +146,10 @@ def test_outside_a_batch_the_attention_is_transformers_own():
 
 
 def test_router_loss_of_a_mixture_of_experts_is_kept():
-    model, _, scorer = scored("mixtral")
-    out = model(**scorer.inputs(collate(random_pairs(2))))
-    assert out["router_loss"].item() > 0 and out["router_loss"].requires_grad
+    model, scorer = scored("mixtral")
+    with scorer.inputs(batch := collate(random_pairs(2))) as inputs:
+        _, router_loss = scorer.read(model(**inputs), batch)
+    assert router_loss.item() > 0 and router_loss.requires_grad
 
 
 # A row in two calls, as a GPU computes it: here with a stand-in for the kernel.
@@ -170,14 +175,15 @@ def reference(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, window):
     return torch.cat([attend(*piece, scale, window) for piece in pieces])
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """Kernels that take a whole row, by name, and the CPU as a device that has them."""
-    monkeypatch.setattr(attention, "KERNEL_DEVICES", {"cpu"})
-    monkeypatch.setattr(attention, "KERNELS", {"reference": reference})
+@pytest.fixture(autouse=True)
+def nothing_proven(monkeypatch):
     monkeypatch.setattr(attention, "_verdicts", {})
-    yield attention.KERNELS
-    start_batch(None)
+
+
+@pytest.fixture
+def ours():
+    """Attention with a kernel that takes a whole row, on the CPU."""
+    return RowAttention(kernels={"reference": reference}, kernel_devices=("cpu",))
 
 
 def row_of(lengths, heads=4, few=2, size=8):
@@ -202,13 +208,13 @@ ROWS = {
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("path", ["reference", "pair by pair"])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_rows_equal_attention_of_each_text_alone_in_value_and_gradient(lengths, path, window, few, kernels):
+def test_rows_equal_attention_of_each_text_alone_in_value_and_gradient(lengths, path, window, few, ours):
     if path != "reference":
-        kernels.clear()
+        ours.kernels.clear()
     batch, inputs, upstream = row_of(lengths, few=few)
-    start_batch(batch)
-    out = attention.attention(None, *inputs, None, scaling=0.4, sliding_window=window)[0]
-    ours = [out, *torch.autograd.grad(out, inputs, upstream)]
+    with ours.over(batch):
+        out = ours(None, *inputs, None, scaling=0.4, sliding_window=window)[0]
+        computed = [out, *torch.autograd.grad(out, inputs, upstream)]
     assert attention.kernels_taken() == ["reference" if path == "reference" else "a pair at a time"]
     q, k, v = (x[0].transpose(0, 1) for x in inputs)
     alone = torch.empty_like(out)
@@ -217,13 +223,13 @@ def test_rows_equal_attention_of_each_text_alone_in_value_and_gradient(lengths, 
         alone[0, whole] = attend(q[whole], k[whole], v[whole], 0.4, window)
         seen = [*range(start, start + p), *range(rejected, rejected + r)]
         alone[0, rejected : rejected + r] = attend(q[rejected : rejected + r], k[seen], v[seen], 0.4, window)
-    for mine, true in zip(ours, [alone, *torch.autograd.grad(alone, inputs, upstream)], strict=True):
+    for mine, true in zip(computed, [alone, *torch.autograd.grad(alone, inputs, upstream)], strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gemma3_text", "deepseek_v3"])
-def test_models_through_a_kernel_equal_separate_forwards(name, kernels):
-    model, _, scorer = scored(name)
+def test_models_through_a_kernel_equal_separate_forwards(name, ours):
+    model, scorer = scored(name, attention=ours)
     assert scorer.rung == "shared" and set(attention.kernels_taken()) == {"reference"}
     pairs = random_pairs(3, seed=1, longest=20)
     with torch.no_grad():
@@ -246,13 +252,11 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_row_in_two_calls_waits_for_no_copy_and_gathers_keys_and_values_once_a_layer(kernels, monkeypatch):
-    _, _, scorer = scored("llama")
-    monkeypatch.setattr(
-        attention, "_proven_kernel", lambda *args: lambda q, k, v, *rest: q * k.sum() + v.sum()
-    )
-    inputs = scorer.inputs(collate(random_pairs(3)))
-    with Operations() as ran:
+def test_a_row_in_two_calls_waits_for_no_copy_and_gathers_keys_and_values_once_a_layer(ours, monkeypatch):
+    _, scorer = scored("llama", attention=ours)
+    light = lambda q, k, v, *rest: q * k.sum() + v.sum()  # noqa: E731
+    monkeypatch.setattr(ours, "proven_kernel", lambda *args, **options: light)
+    with scorer.inputs(collate(random_pairs(3))) as inputs, Operations() as ran:
         scorer.model(**inputs)["logps"].sum().backward()
     layers = scorer.model.config.num_hidden_layers
     assert ran.count["index_select"] == 2 * layers + 1  # and the scored hidden states
@@ -262,13 +266,13 @@ def test_a_row_in_two_calls_waits_for_no_copy_and_gathers_keys_and_values_once_a
     )
 
 
-def test_a_window_that_hides_nothing_is_not_asked_of_a_kernel(kernels):
+def test_a_window_that_hides_nothing_is_not_asked_of_a_kernel(ours):
     asked = []
-    kernels["reference"] = lambda *args: asked.append(args[-1]) or reference(*args)
+    ours.kernels["reference"] = lambda *args: asked.append(args[-1]) or reference(*args)
     batch, inputs, _ = row_of([(5, 4, 6), (3, 2, 1)])
-    start_batch(batch)
     for window in (11, 10):
-        attention.attention(None, *inputs, None, sliding_window=window)
+        with ours.over(batch):
+            ours(None, *inputs, None, sliding_window=window)
         assert asked[-1] == (None if window == 11 else 10)
 
 
@@ -364,10 +368,8 @@ BROKEN = [missing, older, renamed, not_a_number, mixes_values, aligned_at_the_st
 
 
 @pytest.fixture
-def two_operations(kernels, monkeypatch):
+def two_operations(monkeypatch):
     """A way to say what torch's two private operations are."""
-    kernels.clear()
-    kernels.update(flash=attention._flash, efficient=attention._efficient)
 
     def have(flash, efficient):
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
@@ -380,12 +382,12 @@ def two_operations(kernels, monkeypatch):
 @pytest.mark.parametrize("first", [flash, *BROKEN])
 def test_whatever_torch_has_or_lacks_the_row_is_right_and_the_reason_kept(first, other, two_operations):
     batch, inputs, _ = row_of([(5, 4, 1), (30, 20, 25)])
-    start_batch(batch)
-    with torch.no_grad():
-        true = attention._by_pairs(*inputs, 0.0, None, 6)
+    ours = RowAttention(kernel_devices=("cpu",))
+    with torch.no_grad(), ours.over(batch):
+        true = ours.by_pairs(ours.row, *inputs, window=6)
         two_operations(first, other)
-        ours = attention.attention(None, *inputs, None, sliding_window=6)[0]
-    torch.testing.assert_close(ours, true, rtol=1e-5, atol=2e-6)
+        computed = ours(None, *inputs, None, sliding_window=6)[0]
+    torch.testing.assert_close(computed, true, rtol=1e-5, atol=2e-6)
     taken = "flash" if first is flash else "efficient" if other is efficient else "a pair at a time"
     (said,) = attention.kernels_taken()
     assert said.split(";")[0] == taken and said.count("; not ") == [
@@ -399,11 +401,9 @@ def test_whatever_torch_has_or_lacks_the_row_is_right_and_the_reason_kept(first,
 @pytest.mark.parametrize("few,window", [(4, None), (2, 6)])
 def test_the_calls_fit_the_operations_of_the_torch_at_hand(few, window):
     batch, inputs, _ = row_of([(5, 4, 1), (30, 20, 25)], few=few)
-    start_batch(batch.to("meta"))
-    inputs = [x.to("meta") for x in inputs]
-    for kernel in (attention._flash, attention._efficient):
-        assert attention._in_two_calls(kernel, *inputs, None, window).shape == (1, 85, 4, 8)
-    start_batch(None)
+    row, inputs = Row(batch.to("meta")), [x.to("meta") for x in inputs]
+    for kernel in attention.KERNELS.values():
+        assert in_two_calls(kernel, row, *inputs, None, window).shape == (1, 85, 4, 8)
 
 
 # The probe.
@@ -415,37 +415,33 @@ def test_a_model_that_gives_no_numbers_is_told_before_it_is_trained():
     with pytest.raises(
         UserError, match="float32 overflows.*not finite; load its weights anew or choose another"
     ):
-        PairScorer(ScoringForward(model))
+        PairScorer(model)
 
 
-def test_a_layout_that_gives_no_numbers_is_refused():
+def test_a_layout_that_gives_no_numbers_is_refused(ours):
     model = tiny_model("llama")
-    scoring, original = ScoringForward(model), model.forward.original
 
-    def forward(*args, attention_mask=None, position_ids=None, **kwargs):
-        out = original(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        if attention._row is not None:
-            scoring.hidden, out.logits = scoring.hidden * torch.nan, out.logits * torch.nan
+    def spoil(module, args, out):
+        if ours.row is not None:
+            out.last_hidden_state = out.last_hidden_state * torch.nan
         return out
 
-    scoring.original = forward
-    scorer = PairScorer(scoring)
+    model.model.register_forward_hook(spoil)
+    scorer = PairScorer(model, ours)
     assert scorer.rung == "shared, dense masks" and "nan" in scorer.refused["shared"]
 
 
 def test_the_probe_draws_no_random_number_of_the_run_and_seeds_no_device(monkeypatch):
-    scoring = ScoringForward(tiny_model("llama"))
-    before = torch.get_rng_state()
+    model, before = tiny_model("llama"), torch.get_rng_state()
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("it seeds every device"))
-    PairScorer(scoring)
+    PairScorer(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def windowed(limit):
     """A model with a window of 100, and the lengths of the texts that its forward was given; too little memory past `limit` tokens."""
     model, lengths = tiny_model("mistral", sliding_window=100), []
-    scoring = ScoringForward(model)
-    original = scoring.original
+    original = model.forward
 
     def forward(*args, input_ids, **kwargs):
         lengths.append(input_ids.shape[1])
@@ -453,21 +449,21 @@ def windowed(limit):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*args, input_ids=input_ids, **kwargs)
 
-    scoring.original = forward
-    return scoring, lengths
+    model.forward = forward
+    return model, lengths
 
 
 def test_the_probe_reaches_past_a_window_but_makes_no_logits_of_the_prompt():
-    scoring, lengths = windowed(limit=1000)
+    model, lengths = windowed(limit=1000)
     made = []
-    scoring.model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
-    assert PairScorer(scoring).rung == "shared" and max(lengths) > 105
+    model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
+    assert PairScorer(model).rung == "shared" and max(lengths) > 105
     assert max(made) <= 10
 
 
 def test_where_memory_does_not_reach_past_a_window_the_probe_is_shorter():
-    scoring, lengths = windowed(limit=100)
-    assert PairScorer(scoring).rung == "shared" and lengths[0] > 105 > max(lengths[1:])
+    model, lengths = windowed(limit=100)
+    assert PairScorer(model).rung == "shared" and lengths[0] > 105 > max(lengths[1:])
 
 
 def test_weights_that_leave_no_memory_are_told_in_a_sentence():
@@ -479,7 +475,7 @@ def test_a_soft_cap_is_never_lost_where_transformers_says_that_sdpa_would_do(mon
     model = tiny_model("gemma2")
     monkeypatch.setattr(type(model).__mro__[1], "_supports_sdpa", True)  # as before 5.21
     model = tiny_model("gemma2")
-    scorer = PairScorer(ScoringForward(model))
+    scorer = PairScorer(model)
     assert scorer.rung == "shared, dense masks" and "soft-capped" in scorer.refused["shared"]
     pairs = random_pairs(2, seed=1)
     with torch.no_grad():
@@ -491,35 +487,62 @@ def test_a_soft_cap_is_never_lost_where_transformers_says_that_sdpa_would_do(mon
     assert (capped - uncapped).abs().max() > 1e-3
 
 
-def test_a_kernel_that_is_first_tried_in_a_checkpointed_layer_is_judged_as_outside_of_one(kernels):
+def test_a_kernel_that_is_first_tried_in_a_checkpointed_layer_is_judged_as_outside_of_one(ours):
     batch, inputs, upstream = row_of(ROWS["nine pairs"])
-    start_batch(batch)
     results = []
     for checkpointed in (False, True):
         attention._verdicts.clear()
 
         def layer(*x):
-            return attention.attention(None, *x, None)[0] * 2
+            return ours(None, *x, None)[0] * 2
 
-        out = (
-            torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
-            if checkpointed
-            else layer(*inputs)
-        )
-        assert attention.kernels_taken() == ["reference"]
-        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+        with ours.over(batch):
+            if checkpointed:
+                out = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                out = layer(*inputs)
+            assert attention.kernels_taken() == ["reference"]
+            results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for some, plain in zip(*results, strict=True):
+        torch.testing.assert_close(some, plain, rtol=0, atol=0)
 
 
-def test_out_of_memory_while_a_kernel_is_tried_says_nothing_of_the_kernel(kernels):
-    def full(*args):
-        raise torch.OutOfMemoryError("full")
+def test_out_of_memory_while_a_kernel_is_tried_says_nothing_of_the_kernel(ours):
+    def reference_with_little_memory(*args):
+        if full:
+            raise torch.OutOfMemoryError("full")
+        return reference(*args)
 
-    kernels["reference"] = full
+    ours.kernels["reference"] = reference_with_little_memory
     batch, inputs, _ = row_of(ROWS["one pair"])
-    start_batch(batch)
-    attention.attention(None, *inputs, None)
-    kernels["reference"] = reference
-    attention.attention(None, *inputs, None)
-    assert attention.kernels_taken() == ["reference"]
+    for full in (True, False):
+        with ours.over(batch):
+            ours(None, *inputs, None)
+        assert attention.kernels_taken() == ([] if full else ["reference"])
+
+
+# Whose row it is.
+
+
+def test_a_row_ends_with_its_block_also_after_an_error_and_the_one_around_it_goes_on(ours):
+    outer, inner = (row_of(ROWS[name])[0] for name in ("one pair", "nine pairs"))
+    with pytest.raises(RuntimeError, match="on the way"), ours.over(outer):
+        row = ours.row
+        with pytest.raises(ValueError), ours.over(inner):
+            assert ours.row.spans == inner.spans
+            raise ValueError
+        assert ours.row is row
+        raise RuntimeError("on the way")
+    assert ours.row is None
+
+
+def test_two_models_that_take_turns_each_have_their_own_row():
+    (one, first), (two, second) = (scored("llama", seed) for seed in (0, 1))
+    pairs = random_pairs(2, seed=1)
+    with torch.no_grad():
+        ours = [scorer.logps(collate(pairs)) for scorer in (first, second, first)]
+        for model, scorer in ((one, first), (two, second)):
+            model.set_attn_implementation(scorer.own_attention)
+        true = [separate(model, pairs) for model in (one, two, one)]
+    for some, right in zip(ours, true, strict=True):
+        torch.testing.assert_close(some, right, rtol=1e-6, atol=1e-6)

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
-from lazyorpo_lib.fast import attention
+from lazyorpo_lib.fast import layouts
+from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.lora import fuse
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers, training_arguments
@@ -124,14 +125,15 @@ def _attention_error(shape, triples, window, dtype, seen) -> float:
     batch = _row(triples).to(DEVICE)
     *inputs, grad = _inputs(*shape, batch.input_ids.shape[1], dtype)
 
-    def ours(q, k, v):
-        return attention.attention(None, q, k, v, None, sliding_window=window)[0]
+    attention = RowAttention()
 
-    attention.start_batch(batch)
-    some = _with_gradients(ours, inputs, grad)
-    with _Operations() as operations:  # the second time, when no kernel is tried against another any more
-        ours(*inputs)
-    attention.start_batch(None)
+    def ours(q, k, v):
+        return attention(None, q, k, v, None, sliding_window=window)[0]
+
+    with attention.over(batch):
+        some = _with_gradients(ours, inputs, grad)
+        with _Operations() as operations:  # the second time, when no kernel is tried against another any more
+            ours(*inputs)
     seen |= operations.names
     allowed = _allowed(batch, window)
     truth = _with_gradients(lambda q, k, v: _dense(q, k, v, allowed), [x.double() for x in inputs], grad)
@@ -169,20 +171,20 @@ def _speed():
     triples = [(300, 300, 300)] * 8
     batch = _row(triples).to(DEVICE)
     *inputs, grad = _inputs(32, 8, 128, batch.input_ids.shape[1], HALF)
-    mask, options = _allowed(batch, None), dict(enable_gqa=True)
+    mask, options, attention = _allowed(batch, None), dict(enable_gqa=True), RowAttention()
 
     ways = {
-        "the row's kernel": lambda q, k, v: attention.attention(None, q, k, v, None)[0],
-        "a call for every answer": lambda q, k, v: attention._by_pairs(q, k, v, 0.0, None, None),
+        "the row's kernel": lambda q, k, v: attention(None, q, k, v, None)[0],
+        "a call for every answer": lambda q, k, v: attention.by_pairs(attention.row, q, k, v),
         "dense mask": lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, **options
         ).transpose(1, 2),
     }
-    attention.start_batch(batch)
-    times = {
-        name: milliseconds(lambda way=way: _with_gradients(way, inputs, grad)) for name, way in ways.items()
-    }
-    attention.start_batch(None)
+    with attention.over(batch):
+        times = {
+            name: milliseconds(lambda way=way: _with_gradients(way, inputs, grad))
+            for name, way in ways.items()
+        }
     for name, ms in times.items():
         yield check(f"8 x 900 tokens: {name}", ms, unit="ms")
     first, second, _ = times.values()
@@ -314,7 +316,7 @@ def _cpu_step(base, method, pairs, folder, settings):
     """The truth, without the kit's row: two padded rows a pair, on the CPU."""
     given = Settings(save_every_steps=0, eval_pairs=0, **settings)
     arguments = training_arguments(given, dtype=torch.float32, device="cpu", output_dir=Path(folder))
-    with patch.object(attention, "LADDER", attention.LADDER[-1:]):
+    with patch.object(layouts, "LADDER", layouts.LADDER[-1:]):
         trainer = OrpoTrainer(
             _copied(base, method, torch.float32), arguments, given, pairs, tokens_per_batch=10**6
         )

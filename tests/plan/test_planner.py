@@ -6,12 +6,20 @@ import sys
 
 import pytest
 import torch
-from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AttentionInterface,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
+from transformers.integrations import moe
 from transformers.models.llama import modeling_llama
 
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.fast import attention
+from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.notebook.panel import Panel
 from lazyorpo_lib.orpo.batching import EncodedPair
@@ -111,7 +119,7 @@ def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
     planner._profiles.clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
-    monkeypatch.setattr(attention, "attention", missing)
+    monkeypatch.setattr(RowAttention, "__call__", missing)
     assert plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16) == expected
     assert "simulated" not in expected.why
 
@@ -328,9 +336,10 @@ def test_measured_lengths_count_the_prompt_once():
 
 
 def test_planning_leaves_nothing_behind():
-    layer_norm, mask = torch.nn.functional.layer_norm, attention._mask
+    ours, layer_norm, grouped = RowAttention(), torch.nn.functional.layer_norm, moe._can_use_grouped_mm
     plan(lengths=Lengths(400, 61.0, 50.0, 40.0, 220))
-    assert attention._row is None and attention._mask is mask and torch.nn.functional.layer_norm is layer_norm
+    assert AttentionInterface()["lazyorpo"] is ours and ours.row is None
+    assert torch.nn.functional.layer_norm is layer_norm and moe._can_use_grouped_mm is grouped
 
 
 def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
