@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from lazyorpo_lib import folder as folders
 from lazyorpo_lib import session
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.fast.attention import PairScorer
+from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.machine import Machine, checkpoint_layers
 from lazyorpo_lib.model import adapters_off, add_adapters, apply_liger, causal_lm, check_liger, load_base
