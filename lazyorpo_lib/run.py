@@ -275,7 +275,7 @@ class Run:
         self.plot = LivePlot(picture, title=title, total_steps=trainer.steps)
         for row in folders.read_rows(self.folder / "history.jsonl"):
             self.plot.update(row)
-        self.peak_before = self.peak_training = 0.0
+        self.peak_before, self.peak_training, self.peak_allocated = 0.0, 0.0, None
         with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
             try:
                 trainer.prepare(found)
