@@ -47,9 +47,9 @@ def prepare_tokenizer(tokenizer) -> list[str]:
         notes += ["the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"]
         if tokenizer.eos_token is None:
             raise UserError(
-                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an end-of-sequence"
-                " token, so no answer could ever end; set tokenizer.eos_token, save it, and give that folder as "
-                "base_model."
+                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an "
+                "end-of-sequence token, so no answer could ever end; set tokenizer.eos_token, save it, "
+                "and give that folder as base_model."
             )
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         # For generation alone; training has no padding to mistake for an end.
