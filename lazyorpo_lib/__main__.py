@@ -44,8 +44,12 @@ def train(arguments: list[str]) -> int:
         lines = [plan.line(), plan.table(), *plan.method.arithmetic]
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join(lines))
     elif given["probe"]:
-        from .trials.trials import probe
-
+        try:
+            from .trials.trials import probe
+        except ModuleNotFoundError:
+            raise UserError(
+                "--probe is not in the standalone notebook: use it in a clone or pip's package."
+            ) from None
         home = probe(settings)
         print((home / "probe.md").read_text(encoding="utf-8"))
         print(f"The picture it decided from is {home / 'probe.png'}")

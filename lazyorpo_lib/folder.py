@@ -69,11 +69,7 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold the folder for this process; it is let go when that ends. UserError where another one holds it."""
     if folder in _held:
         return
     lock = FileLock(folder / ".lock")
@@ -162,17 +158,12 @@ def truncate_after(path, step: int) -> None:
 
 @contextlib.contextmanager
 def writing(path):
-    """Give a file to write; a reader, and a kill in the middle, find the old content or the new. No link is
-    followed."""
-    draft = Path(path).with_name(Path(path).name + ".tmp")
-    with open(draft, "wb", opener=not_through_links) as file:
+    """Give a file to write; a kill in the middle leaves the old content. No link is followed."""
+    path, no_link = Path(path), getattr(os, "O_NOFOLLOW", 0)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | no_link, 0o666)) as file:
         yield file
     os.replace(draft, path)
-
-
-def not_through_links(name, flags: int) -> int:
-    """Open a file as `open` does, but never what a link leads to."""
-    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_atomically(path, data: bytes) -> None:
@@ -269,12 +260,12 @@ def seal(folder: Path, what: str) -> None:
 
 def is_whole(folder: Path, what: str) -> bool:
     """Tell whether a folder that was sealed as `what` still has all that it had."""
-    found = marked(folder) or {"what": "", "files": {}}
-    try:
-        sizes = [(folder / name).stat().st_size == size for name, size in found["files"].items()]
-    except OSError:
+    found = marked(folder)
+    if not found or found["what"] != what or not found["files"]:
         return False
-    return found["what"] == what and bool(sizes) and all(sizes)
+    with contextlib.suppress(OSError):
+        return all((folder / name).stat().st_size == size for name, size in found["files"].items())
+    return False
 
 
 @contextlib.contextmanager

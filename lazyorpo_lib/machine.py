@@ -51,8 +51,8 @@ def this_machine() -> Machine:
     if torch.version.cuda and visible and has_gpu():
         raise UserError(
             f"There is a GPU, but torch {torch.__version__} cannot use it: its driver is too old for CUDA "
-            f"{torch.version.cuda}, does not answer, or CUDA_VISIBLE_DEVICES names another: update it, install "
-            "a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+            f"{torch.version.cuda}, does not answer, or CUDA_VISIBLE_DEVICES names another: update it, "
+            "install a torch built for it, or set CUDA_VISIBLE_DEVICES=-1 to use the CPU."
         )
     ram = psutil.virtual_memory().total / GIB
     if torch.backends.mps.is_available():
@@ -67,15 +67,16 @@ def _this_gpu(index: int) -> Machine:
     oldest = min((tuple(map(int, pair)) for pair in built), default=(0, 0))
     if capability < oldest:
         raise UserError(
-            f"{card.name} has compute capability {_dotted(capability)}, and torch {torch.__version__} was built "
-            f"for {_dotted(oldest)} and later: install an older build of torch, or hide this GPU with "
+            f"{card.name} has compute capability {_dotted(capability)}, and torch {torch.__version__} was "
+            f"built for {_dotted(oldest)} and later: install an older build of torch, or hide this GPU with "
             "CUDA_VISIBLE_DEVICES=-1."
         )
     free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
     if free < 1:
         raise UserError(
             f"Other processes hold all but {free:.1f} of the {total:.1f} GiB of {card.name}: end them "
-            "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with CUDA_VISIBLE_DEVICES."
+            "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with "
+            "CUDA_VISIBLE_DEVICES."
         )
     return Machine("cuda", card.name, total, capability, free)
 

@@ -168,7 +168,7 @@ def adapters_off(model):
 
 
 def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None) -> None:
-    """Save adapter or full model (safetensors), tokenizer, template, generation settings: all of it or nothing.
+    """Save adapter or full model (safetensors), tokenizer, template, generation settings: all or nothing.
 
     Args:
         base_model: what an adapter names as its base, not a folder of this machine; empty for a merged model.

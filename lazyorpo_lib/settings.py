@@ -13,159 +13,136 @@ from dataclasses import dataclass, field
 from .errors import UserError
 
 
-def _setting(default, help, *, choices=(), low=None, high=None, auto=False):
-    return field(
-        default=default,
-        metadata={"help": help, "choices": tuple(choices), "low": low, "high": high, "auto": auto},
-    )
+def _setting(default, help, low=None, high=None, choices=()):
+    auto = default == "auto" and low is not None  # a number, or "auto"
+    about = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto}
+    return field(default=default, metadata=about)
+
+
+def _choice(choices: str, help: str):
+    """One of several words, of which the first is the default."""
+    return _setting(choices.split()[0], help, choices=tuple(choices.split()))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. The same names serve the notebook's parameter cell, the panel,
-    `LAZYORPO_<NAME>` in the environment and `--name-with-dashes` on the command line."""
+    """The settings of one run. The same names serve the notebook's parameter cell, the panel, the environment
+    (`LAZYORPO_<NAME>`) and the command line (`--name-with-dashes`)."""
 
     base_model: str = _setting(
         "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
     )
     dataset: str = _setting(
         "demo",
-        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/.parquet file",
+        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/"
+        ".parquet file",
     )
-    epochs: float = _setting(1.0, "passes over the training pairs", low=0.001, high=1000)
+    epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
     learning_rate: float = _setting(
-        5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", low=0, high=1
+        5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", 0, 1
     )
-    preset: str = _setting(
-        "auto",
+    preset: str = _choice(
+        "auto demo tiny colab-t4 phi2-article llama2 mistral-orpo-beta",
         "named set of values that lies under everything set explicitly",
-        choices=("auto", "demo", "tiny", "colab-t4", "phi2-article", "llama2", "mistral-orpo-beta"),
     )
-    objective: str = _setting(
-        "orpo",
-        "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)",
-        choices=("orpo", "sft", "dpo"),
+    objective: str = _choice(
+        "orpo sft dpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)"
     )
     or_weight: float = _setting(
         0.1,
-        "weight of the odds-ratio term: the paper's lambda, TRL's beta; 0.1 for 7B, 0.25 to 1 for small models",
-        low=0,
-        high=100,
+        "weight of the odds-ratio term: the paper's lambda, TRL's beta; "
+        "0.1 for 7B, 0.25 to 1 for small models",
+        0,
+        100,
     )
-    dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", low=0, high=100)
-    nll_over: str = _setting(
-        "answer",
+    dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
+    nll_over: str = _choice(
+        "answer prompt+answer",
         "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)",
-        choices=("answer", "prompt+answer"),
     )
-    method: str = _setting(
-        "auto",
+    method: str = _choice(
+        "auto full lora qlora",
         "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)",
-        choices=("auto", "full", "lora", "qlora"),
     )
-    lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", low=1, high=1024)
-    lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", low=1, high=4096)
-    lora_dropout: float = _setting(0.0, "share of adapter inputs dropped while training", low=0, high=0.9)
-    max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", low=1, high=1_000_000)
-    max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", low=2, high=2_000_000)
-    overlong: str = _setting(
-        "drop",
+    lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", 1, 1024)
+    lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", 1, 4096)
+    lora_dropout: float = _setting(0.0, "share of adapter inputs dropped while training", 0, 0.9)
+    max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", 1, 10**6)
+    max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", 2, 2 * 10**6)
+    overlong: str = _choice(
+        "drop truncate",
         "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
-        choices=("drop", "truncate"),
     )
     columns: str = _setting(
         "",
-        "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; empty: recognise the shape",
+        "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; "
+        "empty: recognise the shape",
     )
-    pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", low=1, high=65536)
+    pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", 1, 65536)
     tokens_per_batch: int = _setting(
         "auto",
-        "tokens computed at once (a step is split into such batches; the result does not depend on it), or auto",
-        low=16,
-        high=100_000_000,
-        auto=True,
+        "tokens computed at once (a step is split into such batches; "
+        "the result does not depend on it), or auto",
+        16,
+        10**8,
     )
     checkpointed_layers: int = _setting(
         "auto",
         "layers whose activations are recomputed in the backward: less memory, more time; or auto",
-        low=0,
-        high=100_000,
-        auto=True,
-    )
-    warmup_steps: int = _setting(
-        0, "optimizer steps over which the learning rate rises from 0", low=0, high=1_000_000
-    )
-    lr_schedule: str = _setting(
-        "cosine",
-        "learning rate after warmup",
-        choices=("cosine", "linear", "inverse_sqrt", "constant", "constant_with_warmup"),
-    )
-    optimizer: str = _setting(
-        "adamw",
-        "optimizer; 8-bit states need bitsandbytes",
-        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"),
-    )
-    weight_decay: float = _setting(0.0, "AdamW's weight decay", low=0, high=10)
-    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", low=1e-6, high=1e6)
-    precision: str = _setting(
-        "auto",
-        "number format of the computation; auto chooses by capability and says why",
-        choices=("auto", "bfloat16", "float16", "float32"),
-    )
-    max_steps: int = _setting(
-        0, "stop after this many optimizer steps; 0: the epochs decide", low=0, high=100_000_000
-    )
-    max_minutes: float = _setting(
-        0.0, "stop and save after this many minutes of training; 0: no limit", low=0, high=1_000_000
-    )
-    max_pairs: int = _setting(
-        0, "read at most this many rows of the dataset; 0: all", low=0, high=1_000_000_000
-    )
-    eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", low=0, high=1_000_000)
-    eval_every_steps: int = _setting(
         0,
-        "evaluate on the held-out pairs every so many steps; 0: before and after training only",
-        low=0,
-        high=100_000_000,
+        10**5,
+    )
+    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", 0, 10**6)
+    lr_schedule: str = _choice(
+        "cosine linear inverse_sqrt constant constant_with_warmup", "learning rate after warmup"
+    )
+    optimizer: str = _choice(
+        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor",
+        "optimizer; 8-bit states need bitsandbytes",
+    )
+    weight_decay: float = _setting(0.0, "AdamW's weight decay", 0, 10)
+    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", 1e-6, 1e6)
+    precision: str = _choice(
+        "auto bfloat16 float16 float32",
+        "number format of the computation; auto chooses by capability and says why",
+    )
+    max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
+    max_minutes: float = _setting(
+        0.0, "stop and save after this many minutes of training; 0: no limit", 0, 10**6
+    )
+    max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", 0, 10**9)
+    eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", 0, 10**6)
+    eval_every_steps: int = _setting(
+        0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", 0, 10**8
     )
     answers: int = _setting(
-        3, "held-out prompts answered by base and tuned model, side by side; 0: none", low=0, high=1000
+        3, "held-out prompts answered by base and tuned model, side by side; 0: none", 0, 1000
     )
-    answer_tokens: int = _setting(128, "longest generated answer, tokens", low=1, high=8192)
+    answer_tokens: int = _setting(128, "longest generated answer, tokens", 1, 8192)
     watch_every_steps: int = _setting(
-        0,
-        "answer the first held-out prompts every so many steps while training; 0: never",
-        low=0,
-        high=100_000_000,
+        0, "answer the first held-out prompts every so many steps while training; 0: never", 0, 10**8
     )
-    log_every_steps: int = _setting(1, "steps between rows of the history", low=1, high=1_000_000)
+    log_every_steps: int = _setting(1, "steps between rows of the history", 1, 10**6)
     save_every_minutes: float = _setting(
-        10.0,
-        "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock",
-        low=0,
-        high=1_000_000,
+        10.0, "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock", 0, 10**6
     )
-    save_every_steps: int = _setting(0, "steps between checkpoints; 0: not by steps", low=0, high=100_000_000)
-    keep_checkpoints: int = _setting(2, "newest checkpoints kept", low=1, high=1000)
-    seed: int = _setting(42, "seed of the data order, adapters and dropout", low=0, high=2**32 - 1)
+    save_every_steps: int = _setting(0, "steps between checkpoints; 0: not by steps", 0, 10**8)
+    keep_checkpoints: int = _setting(2, "newest checkpoints kept", 1, 1000)
+    seed: int = _setting(42, "seed of the data order, adapters and dropout", 0, 2**32 - 1)
     output_dir: str = _setting(
         "auto",
         "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset",
     )
-    resume: str = _setting(
-        "auto",
-        "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an empty folder",
-        choices=("auto", "never"),
+    resume: str = _choice(
+        "auto never",
+        "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an "
+        "empty folder",
     )
-    save_to: str = _setting(
-        "local",
-        "drive: also copy finished checkpoints and the model to Google Drive (Colab)",
-        choices=("local", "drive"),
+    save_to: str = _choice(
+        "local drive", "drive: also copy finished checkpoints and the model to Google Drive (Colab)"
     )
-    report_to: str = _setting(
-        "none",
-        "experiment tracker beside the run's own files",
-        choices=("none", "wandb", "tensorboard", "trackio"),
+    report_to: str = _choice(
+        "none wandb tensorboard trackio", "experiment tracker beside the run's own files"
     )
     hub_repo: str = _setting(
         "", "hub repository to push the finished model to (private); empty: nothing is uploaded"
@@ -175,50 +152,55 @@ class Settings:
     def __post_init__(self):
         if self.max_prompt_tokens >= self.max_tokens:
             raise UserError(
-                f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}: "
-                "prompt plus answer must be longer than the prompt alone; raise max_tokens or lower max_prompt_tokens."
+                f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}: prompt "
+                "plus answer must be longer than the prompt alone; raise max_tokens or lower "
+                "max_prompt_tokens."
             )
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
-# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C and the authors' scripts at xfactlab/orpo 208d2d6.
-COLAB_MINUTES = (
-    15  # of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it
-)
+# Of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it.
+COLAB_MINUTES = 15
+# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; the authors' scripts at
+# xfactlab/orpo 208d2d6.
 PRESETS = {
     "demo": dict(
-        method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128,
-        warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44,
+        method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256,
+        max_prompt_tokens=128, warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44,
     ),
     "tiny": dict(
-        base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4, max_steps=6,
-        max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8, max_tokens=512, max_prompt_tokens=256, save_every_steps=3,
+        base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4,
+        max_steps=6, max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8, max_tokens=512,
+        max_prompt_tokens=256, save_every_steps=3,
     ),
     "colab-t4": dict(
-        base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora", learning_rate=5e-5, or_weight=0.25,
-        max_pairs=6000, max_tokens=1024, max_prompt_tokens=512, warmup_steps=10, eval_pairs=64, save_every_steps=50,
+        base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora",
+        learning_rate=5e-5, or_weight=0.25, max_pairs=6000, max_tokens=1024, max_prompt_tokens=512,
+        warmup_steps=10, eval_pairs=64, save_every_steps=50,
     ),
     "phi2-article": dict(
-        base_model="microsoft/phi-2", dataset="argilla/dpo-mix-7k", method="full", epochs=1.0, learning_rate=5e-6,
-        or_weight=0.25, warmup_steps=100, max_prompt_tokens=128, max_tokens=2048, pairs_per_step=4, optimizer="paged_adamw_32bit",
+        base_model="microsoft/phi-2", dataset="argilla/dpo-mix-7k", method="full", epochs=1.0,
+        learning_rate=5e-6, or_weight=0.25, warmup_steps=100, max_prompt_tokens=128, max_tokens=2048,
+        pairs_per_step=4, optimizer="paged_adamw_32bit",
     ),
     "llama2": dict(
-        base_model="meta-llama/Llama-2-7b-hf", dataset="argilla/ultrafeedback-binarized-preferences-cleaned", method="full",
-        epochs=10.0, learning_rate=8e-6, or_weight=0.2, warmup_steps=200, pairs_per_step=32, max_prompt_tokens=1024,
-        max_tokens=2048, optimizer="paged_adamw_32bit",
+        base_model="meta-llama/Llama-2-7b-hf", dataset="argilla/ultrafeedback-binarized-preferences-cleaned",
+        method="full", epochs=10.0, learning_rate=8e-6, or_weight=0.2, warmup_steps=200, pairs_per_step=32,
+        max_prompt_tokens=1024, max_tokens=2048, optimizer="paged_adamw_32bit",
     ),
     "mistral-orpo-beta": dict(
-        base_model="mistralai/Mistral-7B-v0.1", dataset="argilla/ultrafeedback-binarized-preferences-cleaned", method="full",
-        epochs=5.0, learning_rate=5e-6, or_weight=0.1, warmup_steps=200, lr_schedule="inverse_sqrt", pairs_per_step=32,
-        max_prompt_tokens=1792, max_tokens=2048, optimizer="paged_adamw_32bit",
+        base_model="mistralai/Mistral-7B-v0.1", dataset="argilla/ultrafeedback-binarized-preferences-cleaned",
+        method="full", epochs=5.0, learning_rate=5e-6, or_weight=0.1, warmup_steps=200,
+        lr_schedule="inverse_sqrt", pairs_per_step=32, max_prompt_tokens=1792, max_tokens=2048,
+        optimizer="paged_adamw_32bit",
     ),
 }  # fmt: skip
 
 
 def coerce(name: str, value):
-    """The one typed door for a setting's value, whatever it came as ("5e-6", 2.0 for an int, "False").
+    """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type.
 
     Raises:
         UserError: unknown name (the nearest known one is named), wrong type, out of limits, not a choice.
@@ -230,7 +212,7 @@ def coerce(name: str, value):
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
     if (
         kind is str and not str(value).strip() and FIELDS[name].default
-    ):  # a variable of the shell that was never set
+    ):  # a shell's variable that was never set
         raise UserError(f"{name} is empty, but must be text: {meta['help']}.")
     if meta["auto"] and str(value).strip().lower() == "auto":
         return "auto"
@@ -273,39 +255,34 @@ def _to_type(kind, value):
 
 
 def from_environment(environ=None) -> dict:
-    """The `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error, so that no typo is silent."""
+    """Read the `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error, as a typo would
+    be."""
     environ = os.environ if environ is None else environ
-    found = {}
-    for key, value in environ.items():
-        if key.startswith("LAZYORPO_"):
-            name = key.removeprefix("LAZYORPO_").lower()
-            found[name] = coerce(name, value)
-    return found
+    found = {key.removeprefix("LAZYORPO_").lower(): key for key in environ if key.startswith("LAZYORPO_")}
+    return {name: coerce(name, environ[key]) for name, key in found.items()}
 
 
 def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
-    """What `preset="auto"` stands for, and why.
+    """Say what `preset="auto"` stands for, and why.
 
     Args:
         explicit: the settings that somebody set, by name.
         gpu_gib: memory of the GPU at hand, GiB; 0 without one.
     """
-    if gpu_gib and not {"base_model", "dataset"} & explicit.keys():
-        return (
-            "colab-t4",
-            f"a GPU with {gpu_gib:.0f} GiB and no model or dataset chosen: about {COLAB_MINUTES} minutes of training on a T4",
-        )
-    if not {"base_model", "dataset"} & explicit.keys():
+    if {"base_model", "dataset"} & explicit.keys():
+        return "", "a model or dataset was chosen, so every other setting keeps its default"
+    if not gpu_gib:
         return "demo", "no GPU and no model or dataset chosen: the demo, a few minutes on a CPU"
-    return "", "a model or dataset was chosen, so every other setting keeps its default"
+    why = f"about {COLAB_MINUTES} minutes of training on a T4"
+    return "colab-t4", f"a GPU with {gpu_gib:.0f} GiB and no model or dataset chosen: {why}"
 
 
 def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Settings, dict, str]:
     """Put the layers of settings together; later layers win.
 
     Args:
-        layers: (source, {name: value}) from weakest to strongest, e.g. [("env", …), ("cell", …), ("panel", …)].
-            The defaults and the preset lie under all of them.
+        layers: (source, {name: value}) from weakest to strongest, e.g. [("env", …), ("cell", …), ("panel",
+            …)]. The defaults and the preset lie under all of them.
         gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
 
     Returns:
@@ -321,12 +298,7 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
     from_preset = dict(PRESETS.get(preset, {}))
     if "epochs" in explicit:
         from_preset.pop("max_steps", None)  # whoever asks for epochs does not mean a preset's short cut
-    values = DEFAULTS | from_preset | explicit
+    settings = Settings(**DEFAULTS | from_preset | explicit | {"preset": preset or "auto"})
     sources = {name: f"preset {preset}" for name in from_preset} | sources
-    values["preset"] = preset or "auto"
-    settings = Settings(**values)
-    return (
-        settings,
-        {name: sources.get(name, "default") for name in FIELDS},
-        f"preset {preset or 'none'}: {why}",
-    )
+    sources = {name: sources.get(name, "default") for name in FIELDS}
+    return settings, sources, f"preset {preset or 'none'}: {why}"

@@ -37,7 +37,8 @@ class Downloads:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hub"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            [sys.executable, "-m", "tests.hub"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True,
             env=os.environ | settings | environment,
         )  # fmt: skip
 
@@ -121,8 +122,10 @@ def test_a_hub_that_fails_is_one_sentence_with_the_way_out(fetch, what, owner):
 @pytest.mark.parametrize(
     "what,name,sentence",
     [
-        ("model", "fine/pickled", "no weights in safetensors"), ("model", "fine/coded", "which this kit never runs"),
-        ("dataset", "fine/scripted", "no code of a dataset is ever run"), ("model", "fine/none", "not on the hub"),
+        ("model", "fine/pickled", "no weights in safetensors"),
+        ("model", "fine/coded", "which this kit never runs"),
+        ("dataset", "fine/scripted", "no code of a dataset is ever run"),
+        ("model", "fine/none", "not on the hub"),
     ],
 )  # fmt: skip
 def test_pickles_and_code_on_the_hub_are_refused_and_never_run(fetch, shelf, what, name, sentence):

@@ -398,7 +398,8 @@ def test_a_run_without_its_marker_is_told_from_a_strangers_folder(tmp_path):
 
 
 def test_a_folder_is_one_processes_until_that_ends_however_it_ends(tmp_path):
-    code = "import sys, pathlib; from lazyorpo_lib.folder import claim; claim(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = "import sys, pathlib; from lazyorpo_lib.folder import claim; "
+    code += "claim(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     root = Path(lazyorpo_lib.__file__).parents[1]
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -25,7 +25,8 @@ def gpu(monkeypatch):
     """A card of 40 GiB: 9 reserved here (10 at the peak) with 6 in use (8), 1 of context and others, 30
     free."""
     numbers = dict(
-        is_available=True, mem_get_info=(30 * GIB, 40 * GIB), memory_reserved=9 * GIB, max_memory_reserved=10 * GIB,
+        is_available=True, mem_get_info=(30 * GIB, 40 * GIB), memory_reserved=9 * GIB,
+        max_memory_reserved=10 * GIB,
         memory_allocated=6 * GIB, max_memory_allocated=8 * GIB, get_device_capability=(8, 6),
         get_arch_list=["sm_75", "sm_100", "compute_120"],
         get_device_properties=types.SimpleNamespace(name="A40", total_memory=40 * GIB),
@@ -152,7 +153,8 @@ def test_of_several_processes_none_goes_back_alone(monkeypatch):
 def allocator(before="", **environment):
     """What a new process has set once lazyorpo_lib is imported."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    code = f"import os, sys, types; told = []; {before}; import lazyorpo_lib; print([os.environ.get(n) for n in {names}], told)"
+    code = f"import os, sys, types; told = []; {before}; import lazyorpo_lib; "
+    code += f"print([os.environ.get(n) for n in {names}], told)"
     env = {name: value for name, value in os.environ.items() if name not in names} | environment
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
@@ -161,7 +163,8 @@ def allocator(before="", **environment):
 
 SEGMENTS = "expandable_segments:True"
 TORCH = (
-    "sys.modules['torch'] = types.SimpleNamespace(version=types.SimpleNamespace(cuda='13.0'), _C=types.SimpleNamespace({new}),"
+    "sys.modules['torch'] = types.SimpleNamespace("
+    "version=types.SimpleNamespace(cuda='13.0'), _C=types.SimpleNamespace({new}),"
     "cuda=types.SimpleNamespace(is_initialized=lambda: {begun}, memory=types.SimpleNamespace({old})))"
 )
 

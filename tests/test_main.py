@@ -61,8 +61,10 @@ def test_commands_tell_wrong_use_and_wrong_folders(name, tmp_path):
 @pytest.mark.parametrize(
     "name,given,said",
     [
-        ("merge", ["a"], "The full model is in ('a',)"), ("merge", ["a", "b"], "The full model is in ('a', 'b')"),
-        ("export-gguf", ["a"], "('a',)"), ("push", ["a", "me/b"], "Pushed to ('a', 'me/b')"), ("chat", ["a"], ""),
+        ("merge", ["a"], "The full model is in ('a',)"),
+        ("merge", ["a", "b"], "The full model is in ('a', 'b')"),
+        ("export-gguf", ["a"], "('a',)"), ("push", ["a", "me/b"], "Pushed to ('a', 'me/b')"),
+        ("chat", ["a"], ""),
     ],
 )  # fmt: skip
 def test_a_command_hands_its_words_on_and_tells_what_came_of_it(name, given, said, monkeypatch, capsys):
@@ -105,5 +107,6 @@ def test_what_never_was_is_not_found_as_ever():
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, lazyorpo_lib; print([m for m in ('torch', 'numpy', 'argparse', 'difflib') if m in sys.modules])"
+    heavy = "torch", "numpy", "argparse", "difflib"
+    code = f"import sys, lazyorpo_lib; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -82,8 +82,10 @@ def test_a_token_stays_unsaid_and_nothing_is_written_outside_the_runs_folder(tmp
             "HOME": str(tmp_path / "home"),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2", "--save-every-steps", "1", "--hub-repo",
-             "me/tuned", "--output-dir", str(tmp_path / "run")], cwd=tmp_path / "here", capture_output=True, text=True,
+            [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2",
+                "--save-every-steps", "1", "--hub-repo",
+             "me/tuned", "--output-dir", str(tmp_path / "run")], cwd=tmp_path / "here", capture_output=True,
+             text=True,
             env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
     assert (

@@ -22,7 +22,8 @@ from lazyorpo_lib.settings import (
 @pytest.mark.parametrize(
     "name,given,value",
     [
-        ("learning_rate", "5e-6", 5e-6), ("epochs", 2, 2.0), ("max_steps", 2.0, 2), ("max_steps", "7", 7), ("seed", "0", 0),
+        ("learning_rate", "5e-6", 5e-6), ("epochs", 2, 2.0), ("max_steps", 2.0, 2), ("max_steps", "7", 7),
+        ("seed", "0", 0),
         ("liger_kernel", "False", False), ("liger_kernel", 1, True), ("tokens_per_batch", "auto", "auto"),
         ("tokens_per_batch", "4096", 4096), ("base_model", " a/b ", "a/b"), ("method", "qlora", "qlora"),
     ],
@@ -34,9 +35,12 @@ def test_every_door_gives_the_same_typed_value(name, given, value):
 @pytest.mark.parametrize(
     "name,given,said",
     [
-        ("learning_rate", "fast", "a number"), ("learning_rate", "nan", "a number"), ("learning_rate", -1, "between"),
-        ("max_steps", 2.5, "a whole number"), ("max_steps", True, "a whole number"), ("liger_kernel", "maybe", "true or false"),
-        ("base_model", 3, "text"), ("method", "loraa", "one of auto, full, lora, qlora"), ("epochs", None, "a number"),
+        ("learning_rate", "fast", "a number"), ("learning_rate", "nan", "a number"),
+        ("learning_rate", -1, "between"),
+        ("max_steps", 2.5, "a whole number"), ("max_steps", True, "a whole number"),
+        ("liger_kernel", "maybe", "true or false"),
+        ("base_model", 3, "text"), ("method", "loraa", "one of auto, full, lora, qlora"),
+        ("epochs", None, "a number"),
         ("tokens_per_batch", "many", "or 'auto'"), ("lerning_rate", 1, "did you mean learning_rate"),
     ],
 )  # fmt: skip
@@ -83,7 +87,8 @@ def test_phi2_article_has_every_value_of_the_article():
 
 @pytest.mark.parametrize(
     "explicit,gpu,preset",
-    [({}, 0, "demo"), ({}, 14.7, "colab-t4"), ({"dataset": "x.jsonl"}, 0, "auto"), ({"base_model": "m"}, 48, "auto"),
+    [({}, 0, "demo"), ({}, 14.7, "colab-t4"), ({"dataset": "x.jsonl"}, 0, "auto"),
+        ({"base_model": "m"}, 48, "auto"),
      ({"epochs": 2}, 0, "demo")],
 )  # fmt: skip
 def test_auto_preset_goes_by_hardware_and_by_what_was_chosen(explicit, gpu, preset):
@@ -115,7 +120,8 @@ def test_a_misspelt_environment_variable_is_not_silent():
 
 
 @pytest.mark.parametrize("module,heavy", [("lazyorpo_lib", "torch"), ("lazyorpo_lib.settings", "numpy"),
-                                          ("lazyorpo_lib.orpo.data", "torch"), ("lazyorpo_lib.results.reading", "torch")])  # fmt: skip
+                                          ("lazyorpo_lib.orpo.data", "torch"),
+                                          ("lazyorpo_lib.results.reading", "torch")])  # fmt: skip
 def test_light_modules_do_not_import_heavy_ones(module, heavy):
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

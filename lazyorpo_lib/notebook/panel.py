@@ -1,7 +1,7 @@
-"""The panel: a form over the settings of the parameter cell. The last thing touched wins; each value names its source.
+"""The panel: a form over the settings of the parameter cell; the last thing touched wins.
 
-The only module that imports ipywidgets; where that is absent or broken the panel is a table. It starts no training, and
-knows no type and no limit: `settings.coerce` does.
+The only module that imports ipywidgets; where that is absent or broken the panel is a table. Each value names
+its source. It starts no training, and knows no type and no limit: `settings.coerce` does.
 """
 
 from collections.abc import Callable
@@ -22,32 +22,30 @@ GROUPS = {
         "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay", "max_grad_norm", "seed",
     ),
     "Memory": (
-        "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision", "liger_kernel",
+        "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision",
+        "liger_kernel",
     ),
     "Data": ("overlong", "columns", "max_pairs", "eval_pairs"),
 }  # fmt: skip
-GROUPS["Run"] = tuple(
-    name for name in FIELDS if name not in FIRST and not any(name in g for g in GROUPS.values())
-)
+GROUPS["Run"] = tuple(name for name in FIELDS if name not in sum(GROUPS.values(), FIRST))
 SUGGESTIONS = {
     "base_model": (
         DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
     ),
     "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
 }  # fmt: skip
-_MEMORY = (
-    "_lazyorpo_panel"  # in the notebook's globals: lives as long as the kernel, however often the cell is run
-)
+_MEMORY = "_lazyorpo_panel"  # in the notebook's globals: as old as the kernel, however often the cell is run
 
 
 class Panel:
-    """The settings of a notebook: its globals, `LAZYORPO_*` and the edits made in the form.
+    """Hold the settings of a notebook: its globals, `LAZYORPO_*` and the edits made in the form.
 
-    From strongest to weakest: an edit in the panel made after the cell's value last changed; a value in the cell that
-    is not the default (form, hand, papermill); the environment; preset and default.
+    From strongest to weakest: an edit in the panel made after the cell's value last changed; a value in the
+    cell that is not the default (form, hand, papermill); the environment; preset and default.
 
     Args:
-        namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps them.
+        namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps
+            them.
         gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
         estimate: what a run with these settings will take, as text; asked again when a value has changed.
     """
@@ -62,7 +60,7 @@ class Panel:
         self.box = None if ipywidgets is None else self._build()
 
     def resolve(self) -> tuple[Settings, dict[str, str], str]:
-        """The settings as they stand, where each came from, and a sentence on the preset.
+        """Give the settings as they stand, where each came from, and a sentence on the preset.
 
         Raises:
             UserError: a value is not allowed, or a name is unknown.
@@ -79,7 +77,7 @@ class Panel:
             display(self.box)
 
     def table(self) -> str:
-        """Every setting, its value and its source, as text."""
+        """Write every setting, its value and its source, as text."""
         try:
             settings, sources, why = self.resolve()
         except UserError as error:
@@ -89,7 +87,7 @@ class Panel:
 
     def edit(self, name: str, value) -> None:
         """Take in an edit, as if it were made in the form."""
-        self._look()
+        self._changed_in_cell()
         self.memory["edits"][name] = value
         self._refresh()
 
@@ -99,10 +97,15 @@ class Panel:
         self._refresh()
 
     def _layers(self) -> list[tuple[str, dict]]:
-        return [("env", from_environment()), ("cell", self._look()), ("panel", self.memory["edits"])]
+        return [
+            ("env", from_environment()),
+            ("cell", self._changed_in_cell()),
+            ("panel", self.memory["edits"]),
+        ]
 
-    def _look(self) -> dict:
-        """The cell's values that are not defaults. An edit gives way where the cell has changed since the last look."""
+    def _changed_in_cell(self) -> dict:
+        """Give the cell's values that are not defaults. An edit gives way where the cell has changed since
+        then."""
         edits, seen, changed = self.memory["edits"], self.memory["seen"], {}
         for name in FIELDS.keys() & self.namespace.keys():
             now, default = _mark(name, self.namespace[name]), _mark(name, DEFAULTS[name])
@@ -139,9 +142,8 @@ class Panel:
         columns = w.Layout(grid_template_columns="440px minmax(0, 1fr)")
 
         def rows(names):
-            return w.GridBox(
-                [x for name in names for x in (self.inputs[name], self.notes[name])], layout=columns
-            )
+            pairs = ((self.inputs[name], self.notes[name]) for name in names)
+            return w.GridBox([widget for pair in pairs for widget in pair], layout=columns)
 
         groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None)
         for i, title in enumerate(GROUPS):
@@ -152,7 +154,8 @@ class Panel:
         return w.VBox([rows(FIRST), groups, self.status, button])
 
     def _make(self, kind, **options):
-        """A widget that shares its style, as it shares its layout: each of them is saved with the notebook."""
+        """A widget that shares its style, as it shares its layout: each of them is saved with the
+        notebook."""
         made = kind(style=self._styles.get(kind, {"description_width": "150px"}), **options)
         self._styles[kind] = made.style
         return made
@@ -166,10 +169,7 @@ class Panel:
             return self._make(w.Dropdown, options=choices, value=value, **options)
         if field.type is bool:
             return self._make(w.Checkbox, value=value is True, **options)
-        options |= {
-            "value": str(value),
-            "continuous_update": False,
-        }  # told when a value is finished, not at each key
+        options |= {"value": str(value), "continuous_update": False}  # an edit is a finished value, not a key
         if name in SUGGESTIONS:
             return self._make(w.Combobox, options=SUGGESTIONS[name], ensure_option=False, **options)
         return self._make(w.Text, **options)
@@ -198,7 +198,7 @@ class Panel:
 
 
 def _mark(name: str, value):
-    """What a cell's value is compared by: 5e-6 and "5e-6" are the same, and a wrong value is itself."""
+    """Give what a cell's value is compared by: 5e-6 and "5e-6" are the same, and a wrong value is itself."""
     try:
         return coerce(name, value)
     except UserError:

@@ -1,22 +1,18 @@
-"""What the notebook shows of a run: one pair as it is scored, the loss, the answers, the held-out figures, the files.
+"""What cells show of a run: a pair as it is scored, the loss, answers, held-out figures, files.
 
-Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and datasets are
-escaped. It computes nothing that `run` does not know, and writes no file.
+Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and
+datasets are escaped. It computes nothing that `run` does not know, and writes no file.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-BLUE, ORANGE = (
-    "0,114,178",
-    "213,94,0",
-)  # as in the live picture; solid and dashed lines tell them apart in print
+BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print
 CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em"
 LONGEST = 400  # tokens of one text that are shown
 TERMS = {
     "nll": "per token of the chosen answers, nats; what plain fine-tuning would lower alone",
-    "or_loss": f"ln 2 = {math.log(2):.4f} where chosen and rejected have equal odds; below it, chosen is ahead",
+    "or_loss": "ln 2 = 0.6931 where chosen and rejected have equal odds; below it, chosen is ahead",
     "log_odds_chosen": "the blue curve of the picture",
     "log_odds_rejected": "the orange curve",
     "loss": "what is minimised",
@@ -24,10 +20,10 @@ TERMS = {
 
 
 class Shown:
-    """Something to look at: `_repr_html_` for notebooks, `str` for everything else."""
+    """Hold something to look at: `_repr_html_` for notebooks, `str` for everything else."""
 
-    def __init__(self, text: str, html: str):
-        self.text, self.html = text, html
+    def __init__(self, text: str, html: str = ""):
+        self.text, self.html = text, html or escape(text)
 
     def __repr__(self) -> str:
         return self.text
@@ -37,7 +33,7 @@ class Shown:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> Shown:
-    """A table; every cell is taken as text, and escaped."""
+    """Show a table; every cell is taken as text, and escaped."""
     rows = [[str(cell) for cell in row] for row in rows]
     lines = ["".join(f'<td style="{CELL}">{escape(cell)}</td>' for cell in row) for row in rows]
     head = "".join(f'<th style="text-align:left">{escape(name)}</th>' for name in header)
@@ -46,7 +42,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> Shown:
 
 
 def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token. One that is only part of a character is joined to the next ones."""
+    """Give the text of each token. One that is only part of a character is joined to the next ones."""
     out, start = [], 0
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[max(0, start - 8) : start], clean_up_tokenization_spaces=False)
@@ -58,24 +54,15 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def pair(run) -> Shown:
-    """One held-out pair, token by token: what is only read, what counts for nll, what for the odds."""
+    """Show one held-out pair, token by token: what is only read, what counts for nll, what for the odds."""
     one = (run.eval_pairs if len(run.eval_pairs) else run.train_pairs)[0]
     prompt_use = "nll" if run.settings.nll_over == "prompt+answer" else "read, not scored"
+    mark = "background:rgba({0},.16);border-bottom:2px {1} rgb({0})"
     text, html = [], []
     for name, ids, use, style in (
         ("prompt", one.prompt, prompt_use, ""),
-        (
-            "chosen",
-            one.chosen,
-            "nll and odds",
-            f"background:rgba({BLUE},.16);border-bottom:2px solid rgb({BLUE})",
-        ),
-        (
-            "rejected",
-            one.rejected,
-            "odds",
-            f"background:rgba({ORANGE},.16);border-bottom:2px dashed rgb({ORANGE})",
-        ),
+        ("chosen", one.chosen, "nll and odds", mark.format(BLUE, "solid")),
+        ("rejected", one.rejected, "odds", mark.format(ORANGE, "dashed")),
     ):
         shown = [t.replace("\n", "↵\n") if style else t for t in pieces(run.tokenizer, ids[-LONGEST:])]
         lead = "… " if len(ids) > LONGEST else ""
@@ -89,28 +76,26 @@ def pair(run) -> Shown:
 
 
 def loss(run) -> Shown:
-    """The terms of the loss on a few held-out pairs before training, beside what they mean."""
+    """Show the terms of the loss on a few held-out pairs before training, beside what they mean."""
     if run.finished:
-        return Shown(
-            *["This run is finished; the figures before training are in the table further down."] * 2
-        )
+        return Shown("This run is finished; the figures before training are in the table further down.")
     terms = run.example_loss()
     return table(("term", "now", ""), [(name, f"{terms[name]:.4f}", note) for name, note in TERMS.items()])
 
 
 def answers(run, most: int = 5) -> Shown:
-    """Held-out prompts with the answers of the base and of the tuned model."""
+    """Show held-out prompts with the answers of the base and of the tuned model."""
     rows = [(row["prompt"], row["base"], row["tuned"]) for row in run.answers()[:most]]
     if not rows:
-        return Shown(*["No answers were asked for, or the run was stopped before they were given."] * 2)
+        return Shown("No answers were asked for, or the run was stopped before they were given.")
     return table(("prompt", "base", "tuned"), rows)
 
 
 def held_out(run) -> Shown:
-    """Figures of the held-out pairs before and after, with 95 % intervals over the pairs."""
+    """Show the figures of the held-out pairs before and after, with 95 % intervals over the pairs."""
     results = run.held_out_results()
     if not results:
-        return Shown(*["No figures: eval_pairs is 0, or the run was stopped before they were taken."] * 2)
+        return Shown("No figures: eval_pairs is 0, or the run was stopped before they were taken.")
 
     def spread(figure, when):
         low, high = figure[when + "_interval"]
@@ -121,39 +106,27 @@ def held_out(run) -> Shown:
         for name, f in results["held_out"].items()
     ]
     if "habit_before" in results:
-        rows.append(
-            (
-                "answers with the demo's habit",
-                "",
-                f"{results['habit_before']:.0%}",
-                f"{results['habit_after']:.0%}",
-                "",
-            )
-        )
+        habit = (f"{results[f'habit_{when}']:.0%}" for when in ("before", "after"))
+        rows.append(("answers with the demo's habit", "", *habit, ""))
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
 
 
 def size(count: int) -> str:
-    """A number of bytes as people read it."""
-    return next(
-        (
-            f"{count / 2**n:.1f} {unit}"
-            for n, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
-            if count >= 2**n
-        ),
-        f"{count} bytes",
-    )
+    """Write a number of bytes as people read it."""
+    units = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+    return next((f"{count / 2**n:.1f} {unit}" for n, unit in units if count >= 2**n), f"{count} bytes")
 
 
 def files(run) -> Shown:
-    """What the run left in its folder, and the lines that load the model again."""
+    """Show what the run left in its folder, and the lines that load the model again."""
     rows = []
     for item in sorted(run.folder.iterdir()):
         if not item.name.startswith("."):
             inside = [f for f in item.rglob("*") if f.is_file()] if item.is_dir() else [item]
             rows.append((item.name + "/" * item.is_dir(), size(sum(f.stat().st_size for f in inside))))
     shown = table((str(run.folder), "size"), rows)
-    code = f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({str(run.folder / 'model')!r})"
+    home = str(run.folder / "model")
+    code = f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({home!r})"
     return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")

@@ -1,22 +1,23 @@
 """Preference rows of any common shape -> clean pairs; every dropped row counted and kept.
 
-`open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs, `split_held_out` parts them. No tokenizer:
-what is too long in tokens is for the caller to find and to `report.drop`. Nothing is repaired: a row is kept as it is,
-apart from white space around its answers, or dropped with a reason. Text is never parsed as JSON.
+`open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs, `split_held_out` parts them. No
+tokenizer: what is too long in tokens is for the caller to find and to `report.drop`. Nothing is repaired: a
+row is kept as it is, apart from white space around its answers, or dropped with a reason. Text is never
+parsed as JSON.
 
 Where the prompt may be; none of this has to be said (`Pair.shape` names what was found):
 - messages: inside `chosen` and `rejected`, which are message lists; it wins over any prompt column
 - transcript: inside both answers, each a `\\n\\nHuman: … \\n\\nAssistant: …` text (Anthropic HH)
 - conversations: a list of the turns so far
-- prompt, instruction, question, query, input: text or messages; `input` and `context` go below all but `prompt`
-Messages are role/content or from/value. A `system` or `system_prompt` column is used where they have no system turn.
-Answers are text, one message or a list of them, called chosen/rejected, chosen_response/rejected_response, or
-response_j (the better)/response_k.
+- prompt, instruction, question, query, input: text or messages; `input`, `context` go below all but `prompt`
+Messages are role/content or from/value. A `system` or `system_prompt` column is used where they have no
+system turn. Answers are text, one message or a list of them, called as in ANSWERS, the better one first.
 
 Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), prompts_differ,
-empty_prompt, no_user_turn (the prompt does not end with the user), no_answer (a side does not end with the assistant),
-empty_answer, identical_answers (white space apart), duplicate (the same pair was kept before), contradiction (the same
-answers are also ranked the other way round: every row of them goes). The caller adds its own.
+empty_prompt, no_user_turn (the prompt does not end with the user), no_answer (a side does not end with the
+assistant), empty_answer, identical_answers (white space apart), duplicate (the same pair was kept before),
+contradiction (the same answers are also ranked the other way round: every row of them goes). The caller adds
+its own.
 """
 
 import dataclasses
@@ -48,9 +49,9 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt, ending with a user turn, and its two answers. `index` is the row's number in the dataset, from 0."""
+    """One prompt, ending with a user turn, and its two answers."""
 
-    index: int
+    index: int  # the row's number in the dataset, from 0
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
@@ -64,20 +65,21 @@ class BadRow(Exception):
 def clean(
     rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None
 ) -> tuple[Iterator[Pair], "Report"]:
-    """Rows -> clean pairs, one at a time. The rows are read twice: first to find the pairs that contradict each other.
+    """Turn rows into clean pairs, one at a time; they are read twice, first to find what contradicts itself.
 
     Memory is flat but for a digest of each distinct pair, about 0.15 kB.
 
     Args:
         rows: (index, row) tuples that can be iterated again, as from `open_rows`.
         columns: explicit mapping "prompt=…,chosen=…,rejected=…[,system=…]"; "" recognises the shape.
-        on_drop: called for each dropped row with {"index", "reason", "row"}, always valid as strict UTF-8 JSON.
+        on_drop: is given each dropped row as {"index", "reason", "row"}, always valid as strict UTF-8 JSON.
 
     Returns:
         an iterator of `Pair`, and the `Report` that fills as it is consumed.
 
     Raises:
-        UserError: the mapping is wrong, or none of the first 100 rows is in a known shape. A bad row never raises.
+        UserError: the mapping is wrong, or none of the first 100 rows has a known shape. A bad row never
+            raises.
     """
     if iter(rows) is rows:
         raise TypeError("rows are read twice: pass something that can be iterated again")
@@ -85,8 +87,7 @@ def clean(
     return _keep(rows, mapping, _contradicted(rows, mapping), report), report
 
 
-def _try(index, row, mapping):
-    """(pair, "") or (None, reason)."""
+def _try(index, row, mapping):  # (pair, "") or (None, reason)
     try:
         return to_pair(index, row, mapping), ""
     except BadRow as bad:
@@ -143,7 +144,7 @@ def _hash(text):
 
 
 def _digest(pair):
-    """The prompt with its two answers in either order, 16 bytes; and which of the two orders it is."""
+    """Give the prompt with its two answers in either order as 16 bytes; and which of the two orders it is."""
     chosen, rejected = _hash(pair.chosen).hex(), _hash(pair.rejected).hex()
     turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
     return _hash("".join([*sorted((chosen, rejected)), *turns])), chosen < rejected
@@ -161,13 +162,13 @@ def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """{"prompt": "a", …} of "prompt=a,chosen=b,rejected=c[,system=d]"; {} of "". Raises UserError on anything else."""
+    """Read "prompt=a,chosen=b,rejected=c[,system=d]" as {"prompt": "a", …}; "" is {}, all else a
+    UserError."""
     mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
     known = mapping.keys() <= {"prompt", "chosen", "rejected", "system"} <= mapping.keys() | {"system"}
     if columns.strip() and not (known and len(mapping) == columns.count("=") == columns.count(",") + 1):
-        raise UserError(
-            f"columns is {columns!r}, which is no mapping of prompt, chosen and rejected: {MAPPING}."
-        )
+        why = "which is no mapping of prompt, chosen and rejected"
+        raise UserError(f"columns is {columns!r}, {why}: {MAPPING}.")
     return mapping
 
 
@@ -175,18 +176,16 @@ def parse_columns(columns: str) -> dict[str, str]:
 
 
 def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
-    """A row of any shape as a pair; `columns` as from `parse_columns`. Raises BadRow(reason) and nothing else."""
-    if (
-        not isinstance(row, dict) or None in row
-    ):  # the key None: a CSV line with more cells than there are columns
+    """Turn a row of any shape into a pair; `columns` as from `parse_columns`. It raises BadRow(reason)
+    alone."""
+    if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than columns
         raise BadRow("malformed")
     if columns:
         row = {name: row[column] for name, column in columns.items() if column in row}
-    answers = next(
-        ([row[name] for name in names] for names in ANSWERS if all(name in row for name in names)), None
-    )
-    if answers is None:
+    names = next((names for names in ANSWERS if names[0] in row and names[1] in row), None)
+    if names is None:
         raise BadRow("unknown_shape")
+    answers = [row[name] for name in names]
     shape, given = _given(row)
     if all(map(_is_transcript, answers)) and (not given or _is_transcript(row[shape])):
         inside, sides = "transcript", [_transcript(text) for text in answers]
@@ -207,19 +206,19 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
 
 
 def _given(row):
-    """The name of the prompt column and its turns, whatever the answers may hold themselves."""
+    """Give the name of the prompt column and its turns, whatever the answers may hold themselves."""
     name = next((name for name in PROMPTS if not _missing(row.get(name))), "")
     turns = _turns(row.get(name), "user")
     if name in PROMPTS[2:] and turns:
-        below = [
-            row[extra] for extra in ("input", "context") if extra != name and isinstance(row.get(extra), str)
-        ]
-        turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *filter(str.strip, below)])
+        below = [row.get(extra) for extra in ("input", "context") if extra != name]
+        below = [text for text in below if isinstance(text, str) and text.strip()]
+        turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *below])
     return name, turns
 
 
 def _joined(row, head, given):
-    """The prompt, out of the turns inside the answers, the prompt column and the system column; nothing twice."""
+    """Put the prompt together, out of the turns inside the answers, the prompt column and the system column;
+    nothing twice."""
     system = next((row[name] for name in ("system", "system_prompt") if not _missing(row.get(name))), None)
     system = _turns(system, "system") or [turn for turn in given[:1] if turn["role"] == "system"]
     turns = head + given
@@ -253,7 +252,7 @@ def _missing(value):
 
 
 def _turns(cell, role):
-    """A cell as messages: text is one turn of `role`, unless it is the prompt of a transcript."""
+    """Give a cell as messages: text is one turn of `role`, unless it is the prompt of a transcript."""
     if _missing(cell):
         return []
     if isinstance(cell, str):
@@ -285,10 +284,8 @@ def _is_transcript(cell):
 def _transcript(text):
     _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
     who = {"Human": "user", "Assistant": "assistant"}
-    return [
-        Message(role=who[name], content=said.strip())
-        for name, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [Message(role=who[name], content=said.strip()) for name, said in turns]
 
 
 # ---- the account of what was read
@@ -319,7 +316,8 @@ class Report:
         self.longer += sign * (len(pair.chosen) > len(pair.rejected))
 
     def drop(self, index: int, reason: str, row) -> None:
-        """Count a dropped row and hand it to `on_drop`. A row that is a `Pair` had been kept, and goes after all."""
+        """Count a dropped row and hand it to `on_drop`. A row that is a `Pair` had been kept, and goes after
+        all."""
         self.dropped[reason] += 1
         if isinstance(row, Pair):
             self.add(row, -1)
@@ -337,14 +335,13 @@ class Report:
         }
 
     def __str__(self) -> str:
-        dropped = ", ".join(
-            f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common()
-        )
-        return f"kept {self.kept:,} of {self.read:,} pairs" + (f"; dropped {dropped}" if dropped else "")
+        lost = [f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common()]
+        return f"kept {self.kept:,} of {self.read:,} pairs" + ("; dropped " + ", ".join(lost)) * bool(lost)
 
 
 def json_safe(value, depth: int = 50):
-    """Any object as what strict UTF-8 JSON can hold: lone surrogates and bytes escaped, what is nested deeper named."""
+    """Give any object as strict UTF-8 JSON can hold it: lone surrogates and bytes escaped, what is deeper
+    named."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -368,11 +365,11 @@ def json_safe(value, depth: int = 50):
 
 
 def split_held_out(pairs: Iterable[Pair], eval_pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """Positions in `pairs` of the training and of the held-out pairs, both ascending; no prompt is in both.
+    """Give the positions in `pairs` of training and held-out pairs, both ascending; no prompt is in both.
 
-    Prompts (white space apart) are held out whole, in the order of a hash of (seed, prompt), so the same ones are taken
-    whatever the order of the rows: at most `eval_pairs` pairs, and at most a fifth of all there are. A prompt with more
-    pairs than there is room for is passed over.
+    Prompts (white space apart) are held out whole, in the order of a hash of (seed, prompt), so the same ones
+    are taken whatever the order of the rows: at most `eval_pairs` pairs, and at most a fifth of all. A prompt
+    with more pairs than there is room for is passed over.
     """
     groups: dict[bytes, list[int]] = {}
     for position, pair in enumerate(pairs):

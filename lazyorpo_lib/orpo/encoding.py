@@ -1,10 +1,11 @@
 """A pair of texts -> token ids: what the model reads, what is scored, what is cut.
 
-Scored are the tokens of each answer and the token that ends it, nothing else. The chat template is the tokenizer's own;
-a base model without one gets `DEFAULT_TEMPLATE`. It drops no pair itself (it says why one cannot be used), and builds no
-batches.
+Scored are the tokens of each answer and the token that ends it, nothing else. The chat template is the
+tokenizer's own; a base model without one gets `DEFAULT_TEMPLATE`. It drops no pair itself (it says why one
+cannot be used), and builds no batches.
 """
 
+import contextlib
 import re
 import tempfile
 from array import array
@@ -17,8 +18,8 @@ from ..errors import UserError
 from .batching import EncodedPair
 from .data import Report, clean
 
-# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows, and its own
-# end token after each assistant turn. It is saved with the trained model.
+# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
+# and its own end token after each assistant turn. It is saved with the trained model.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -40,25 +41,21 @@ def prepare_tokenizer(tokenizer) -> list[str]:
     Raises:
         UserError: nothing in its vocabulary can end an answer.
     """
-    notes = []
+    notes, bos = [], tokenizer.bos_token_id
     if not tokenizer.chat_template:
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-            tokenizer.bos_token_id
-        ]
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
-        notes.append(
-            "the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"
-        )
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + DEFAULT_TEMPLATE
+        notes += ["the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"]
         if tokenizer.eos_token is None:
             raise UserError(
-                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an end-of-sequence token, so no "
-                "answer could ever end; set tokenizer.eos_token, save it, and give that folder as base_model."
+                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an "
+                "end-of-sequence token, so no answer could ever end; set tokenizer.eos_token, save it, "
+                "and give that folder as base_model."
             )
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # for generation alone; training has no padding to mistake for an end
-        notes.append(f"no pad token: {tokenizer.eos_token!r} pads while generating")
+        # For generation alone; training has no padding to mistake for an end.
+        tokenizer.pad_token = tokenizer.eos_token
+        notes += [f"no pad token: {tokenizer.eos_token!r} pads while generating"]
     return notes
 
 
@@ -68,7 +65,7 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer, after `prepare_tokenizer`.
         max_prompt_tokens, max_tokens: longest prompt, and longest prompt plus answer, in tokens.
-        overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens but never its end.
+        overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens, never its end.
     """
 
     def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
@@ -76,15 +73,13 @@ class Encoder:
         self.max_prompt_tokens = min(
             max_prompt_tokens, max_tokens - 2
         )  # room for one answer token and its end
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
-            tokenizer.all_special_tokens
-        )
-        self._special = re.compile(
-            "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True) if t) or r"(?!)"
-        )
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
-        """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be used."""
+        """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be
+        used."""
         pairs = iter(pairs)
         while some := list(islice(pairs, chunk)):
             yield from zip(some, self._encode_chunk(some), strict=True)
@@ -101,10 +96,8 @@ class Encoder:
         for i, pair in enumerate(pairs):
             try:
                 before, end = self._around_answer(pair.prompt)
-                lead = before[len(before.rstrip(" ")) :]
-                before = before.removesuffix(
-                    lead
-                )  # "[/INST] " + "Hi": the space belongs to the token of "Hi"
+                lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
+                before = before.removesuffix(lead)
                 answers = [lead + pair.chosen, lead + pair.rejected]
                 if self._mentions_special(pair.prompt) or any(map(self._special.search, answers)):
                     ends = self._ids([end])[0]
@@ -116,18 +109,17 @@ class Encoder:
             except Unusable as why:
                 results[i] = str(why)
         ids = iter(self._ids(texts) if texts else [])
-        for i in plain:
-            prompt, chosen, rejected = next(ids), next(ids), next(ids)
+        for i, prompt, *sides in zip(plain, ids, ids, ids, strict=True):
             try:
-                results[i] = self._finish(
-                    pairs[i].index, prompt, self._after(prompt, chosen), self._after(prompt, rejected)
-                )
+                answers = (self._after(prompt, side) for side in sides)
+                results[i] = self._finish(pairs[i].index, prompt, *answers)
             except Unusable as why:
                 results[i] = str(why)
         return results
 
     def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
-        """Token ids without anything added; `as_text` reads even the names of special tokens as plain text."""
+        """Give token ids without anything added; `as_text` reads even the names of special tokens as plain
+        text."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
 
     def _mentions_special(self, messages) -> bool:
@@ -137,58 +129,47 @@ class Encoder:
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def _around_answer(self, messages) -> tuple[str, str]:
-        """What the template puts before the answer to `messages`, and what ends it."""
-        mark = _MARK.format("answer")
-        text = None
+        """Give what the template puts before the answer to `messages`, and what ends it."""
+        mark, text = _MARK.format("answer"), ""
         for form in (messages, _merged(messages)):
-            try:
-                text = self._render([*form, {"role": "assistant", "content": mark}])
-                break
-            except (
-                Exception
-            ):  # templates raise what they like at turns they do not know; the merged form is tried next
-                continue
-        if text is None or text.count(mark) != 1:
+            # Templates raise what they like at turns they do not know; the merged form is tried next.
+            with contextlib.suppress(Exception):
+                text = text or self._render([*form, {"role": "assistant", "content": mark}])
+        if text.count(mark) != 1:
             raise Unusable("template_refuses")
         before, after = text.split(mark)
-        special = self._special.search(after)
-        if special:
+        if special := self._special.search(after):
             return before, after[: special.end()]
         if self.tokenizer.eos_token is None:
             raise Unusable("no_end_token")
         return before, self.tokenizer.eos_token
 
     def _join(self, messages, before: str) -> list[int]:
-        """Token ids of the prompt where its texts name special tokens: the template's own count, the texts' do not."""
+        """Give the ids of a prompt whose texts name special tokens: the template's own count, the texts' do
+        not."""
+        answer = {"role": "assistant", "content": _MARK.format("answer")}
         for form in (messages, _merged(messages)):
             marks = [_MARK.format(i) for i in range(len(form))]
+            marked = [m | {"content": mark} for m, mark in zip(form, marks, strict=True)]
             try:
-                around = self._render([m | {"content": mark} for m, mark in zip(form, marks, strict=True)] + [
-                    {"role": "assistant", "content": _MARK.format("answer")}
-                ])  # fmt: skip
+                around = self._render([*marked, answer])
             except Exception:
                 continue
-            around = around.split(_MARK.format("answer"))[0].rstrip(" ")
-            pieces = re.split(r"(lazyorpo\d+mark)", around)
-            for strip in (False, True):
-                texts = [m["content"].strip() if strip else m["content"] for m in form]
-                filled = [texts[marks.index(p)] if p in marks else p for p in pieces]
-                if "".join(filled) == before:
-                    parts = [
-                        self._ids([t], as_text=p in marks)[0]
-                        for t, p in zip(filled, pieces, strict=True)
-                        if t
-                    ]
-                    return [i for part in parts for i in part]
+            pieces = re.split(r"(lazyorpo\d+mark)", around.split(answer["content"])[0].rstrip(" "))
+            for clean in (str, str.strip):
+                texts = dict(zip(marks, (clean(m["content"]) for m in form), strict=True))
+                filled = [(texts.get(piece, piece), piece in texts) for piece in pieces]
+                if "".join(text for text, _ in filled) == before:
+                    return [i for text, own in filled if text for i in self._ids([text], as_text=own)[0]]
         raise Unusable("special_token_text")
 
     def _after(self, prompt: list[int], whole: list[int]) -> list[int]:
-        """The tokens of prompt + answer that are the answer's, given the tokens of the prompt alone."""
+        """Give the tokens of prompt + answer that are the answer's, given the tokens of the prompt alone."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
 
-        # The tokenizer merges across the border. The model will answer from `prompt` as it stands, so the answer
-        # must be tokenized as its continuation; where that changes the text, the pair is refused.
+        # The tokenizer merges across the border. The model will answer from `prompt` as it stands, so the
+        # answer must be tokenized as its continuation; where that changes the text, the pair is refused.
         def decode(ids):
             return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -222,7 +203,8 @@ class Encoder:
 
 
 def _merged(messages) -> list[dict]:
-    """The same talk for templates that know no system turn, or no two turns of one role: they are joined."""
+    """Give the same talk for templates that know no system turn, or no two turns of one role: they are
+    joined."""
     merged: list[dict] = []
     for message in messages:
         role = "user" if message["role"] == "system" else message["role"]
@@ -241,14 +223,13 @@ class PairFile:
         self._tokens = None
 
     def append(self, pair: EncodedPair) -> None:
-        self._places.extend(
-            [pair.index, self._file.tell() // 4, len(pair.prompt), len(pair.chosen), len(pair.rejected)]
-        )
+        sides = pair.prompt, pair.chosen, pair.rejected
+        self._places.extend([pair.index, self._file.tell() // 4, *map(len, sides)])
         self.lengths.append(pair.tokens())
-        self._file.write(np.array([*pair.prompt, *pair.chosen, *pair.rejected], dtype=np.int32).tobytes())
+        self._file.write(np.concatenate(sides).astype(np.int32).tobytes())
 
     def lengths_of_sides(self) -> dict[str, np.ndarray]:
-        """Tokens of each pair's prompt, chosen and rejected."""
+        """Count the tokens of each pair's prompt, chosen and rejected."""
         places = np.array(self._places).reshape(-1, 5)
         return dict(zip(("prompt", "chosen", "rejected"), places[:, 2:].T, strict=True))
 

@@ -1,7 +1,7 @@
 """A hub dataset or a local file -> its rows, one at a time; no row is judged here, that is `data.py`.
 
-Files are read with the standard library (parquet with pyarrow), never whole, but for a .json that is one list.
-A hub dataset comes through `datasets`, with its cache; no code of a dataset is ever run.
+Files are read with the standard library (parquet with pyarrow), never whole, but for a .json that is one
+list. A hub dataset comes through `datasets`, with its cache; no code of a dataset is ever run.
 """
 
 import codecs
@@ -37,27 +37,26 @@ class Rows:
             for index, row in enumerate(itertools.islice(self.read(), self.max_rows or None)):
                 yield index, row
         except (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error) as error:
-            raise UserError(
-                f"Dataset {self.name} cannot be read after {index + 1} rows: {dissect(error)[-1]}; mend it or fetch it again."
-            ) from error
+            fault = f"cannot be read after {index + 1} rows: {dissect(error)[-1]}"
+            raise UserError(f"Dataset {self.name} {fault}; mend it or fetch it again.") from error
         if index < 0:
             raise UserError(f"Dataset {self.name} has no rows: give one that holds preference pairs.")
 
 
 def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
-    """The rows of "demo", of a local .jsonl, .json, .csv (or these with .gz) or .parquet file, or of a hub dataset:
-    "owner/name", "owner/name:split" or "owner/name:config:split". Without a split: train, else the one most like it.
+    """Give the rows of "demo", of a local file (ENDINGS), or of a hub dataset: "owner/name",
+    "owner/name:split" or "owner/name:config:split". Without a split: train, else the one most like it.
 
     Args:
         max_rows: read at most so many; 0 reads all.
 
     Raises:
-        UserError: no such dataset, or it cannot be read; of a file, what is inside is first seen when it is iterated.
+        UserError: no such dataset, or it cannot be read; what is inside a file is first seen when it is
+            iterated.
     """
     path = DEMO if dataset == "demo" else Path(os.path.expanduser(dataset))
-    reader = READERS.get(
-        path.suffix.lower() if path.suffix.lower() != ".gz" else "".join(path.suffixes[-2:]).lower()
-    )
+    is_packed = path.suffix.lower() == ".gz"
+    reader = READERS.get("".join(path.suffixes[-2 if is_packed else -1 :]).lower())
     if os.path.isdir(path):
         raise UserError(f"Dataset {dataset!r} is a folder: name one file in it, {ENDINGS}.")
     if os.path.exists(path):
@@ -65,9 +64,8 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
             raise UserError(f"Dataset {dataset!r} has an unknown ending: give a file that is {ENDINGS}.")
         return Rows(dataset, lambda: reader(path), max_rows)
     if reader or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", dataset):
-        raise UserError(
-            f"Dataset {dataset!r} does not exist: give demo, a hub id (owner/name) or a file, {ENDINGS}."
-        )
+        ways = f"give demo, a hub id (owner/name) or a file, {ENDINGS}"
+        raise UserError(f"Dataset {dataset!r} does not exist: {ways}.")
     table, name = _hub_table(dataset)
     return Rows(name, lambda: iter(table), max_rows)
 
@@ -77,7 +75,7 @@ def _open(path):
 
 
 def _json_rows(path):
-    """A JSON list, or one JSON value a line: its first character tells."""
+    """Read a JSON list, or one JSON value a line: its first character tells."""
     with _open(path) as file:
         first = True
         for number, line in enumerate(file, 1):
@@ -90,17 +88,14 @@ def _json_rows(path):
 
 
 def _json(data, number):
-    """The value in `data`, which starts on line `number`."""
+    """Read the value in `data`, which starts on line `number`."""
     try:
         return json.loads(data.decode())
     except UnicodeDecodeError as error:
         line, fault = number + data.count(b"\n", 0, error.start), "is not UTF-8 text"
     except json.JSONDecodeError as error:
         line, fault = number + error.lineno - 1, f"is not valid JSON at column {error.colno} ({error.msg})"
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; brackets nested too deeply
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; too deep brackets
         line, fault = number, f"cannot be parsed ({error})"
     raise ValueError(f"line {line} {fault}, where a file must be a JSON list or one JSON object on each line")
 
@@ -110,11 +105,9 @@ def _csv_rows(path):
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, strict=True)
         try:
-            names = table.fieldnames or []
-            if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-                raise ValueError(
-                    f"its one column is called {names[0]!r}, and columns must be separated by commas"
-                )
+            if len(names := table.fieldnames or []) == 1 and re.search(r"[;\t|]", names[0]):
+                why = "and columns must be separated by commas"
+                raise ValueError(f"its one column is called {names[0]!r}, {why}")
             yield from table
         except csv.Error as error:
             raise ValueError(f"line {table.line_num} is not valid CSV ({error})") from None
@@ -142,18 +135,16 @@ def _hub_table(dataset):
     try:
         splits = datasets.load_dataset(repo, rest[0] if len(rest) == 2 else None)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        told = explain_hub(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
+        why = explain_hub(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
         text = dissect(error)[-1]
         if "scripts are no longer supported" in text:
-            told = "is made by a script, and no code of a dataset is ever run: export it to .parquet and give that"
-        told = told or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"
-        raise UserError(f"Dataset {dataset!r} {told}.") from None  # their texts may hold a token
-    likely = sorted(
-        filter(re.compile("train").match, splits), key=lambda name: (name != "train", "pref" not in name)
-    )
-    split = rest[-1] if rest else (likely or ["train"])[0]
+            why = "is made by a script, and no code of a dataset is ever run"
+            why += ": export it to .parquet and give that"
+        why = why or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"
+        raise UserError(f"Dataset {dataset!r} {why}.") from None  # their texts may hold a token
+    likely = [name for name in splits if name.startswith("train")] or ["train"]
+    split = rest[-1] if rest else min(likely, key=lambda name: (name != "train", "pref" not in name))
     if split not in splits:
-        raise UserError(
-            f"Dataset {repo!r} has no split {split!r}: write {repo}:SPLIT with one of {', '.join(splits)}."
-        )
+        known = f"write {repo}:SPLIT with one of {', '.join(splits)}"
+        raise UserError(f"Dataset {repo!r} has no split {split!r}: {known}.")
     return splits[split], ":".join([repo, *rest[:-1], split])

@@ -1,6 +1,7 @@
-"""The main notebook in a real JupyterLab and a real Chromium: run all, change settings in the panel, run all again.
+"""The main notebook in a real JupyterLab and a real Chromium: run all, change settings in the panel, run all
+again.
 
-python -m tests.notebook.test_browser docs    takes the README's screenshots, of the demo, into the folder docs
+python -m tests.notebook.test_browser docs    takes the README's screenshots of the demo into docs
 """
 
 import json
@@ -69,8 +70,9 @@ class Notebook:
         raise TimeoutError("JupyterLab runs no cell")
 
     def run_all_to_the_end(self, seconds: float) -> None:
-        """Run all; once more in a page loaded anew where ipywidgets lost the panel, as it does where JupyterLab was connecting to
-        the kernel ("Error displaying widget: model not found"): what the notebook itself tells its users to do."""
+        """Run all; once more in a page loaded anew where ipywidgets lost the panel, as it does where
+        JupyterLab was connecting to the kernel ("Error displaying widget: model not found"): what the
+        notebook itself tells its users to do."""
         for _ in range(3):
             self.run_all()
             self.wait(seconds)
@@ -147,7 +149,8 @@ def jupyter_lab(folder: Path, **environment: str):
             browser = play.chromium.launch(executable_path=CHROMIUM)
             page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
-            # Where a cell is run before the notebook's kernel has come, JupyterLab asks which one to take: the one it offers.
+            # Where a cell is run before the notebook's kernel has come, JupyterLab asks which one to take:
+            # the one it offers.
             page.add_locator_handler(
                 page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click()
             )

@@ -165,7 +165,8 @@ def test_without_ipywidgets_the_panel_is_a_table(monkeypatch, capsys):
 
 def test_a_broken_ipywidgets_is_as_good_as_none(tmp_path):
     (tmp_path / "ipywidgets.py").write_text("raise AttributeError('made for another version')")
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, '.']; from lazyorpo_lib.notebook.panel import Panel; Panel({{}}).show()"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, '.']; "
+    code += "from lazyorpo_lib.notebook.panel import Panel; Panel({}).show()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("base_model "), done.stderr
 

@@ -217,9 +217,11 @@ def test_an_old_torchao_does_not_stop_lora(tmp_path):
         "if sys.argv[1] == 'kit':\n"
         "    from lazyorpo_lib.model import import_peft\n"
         "    peft = import_peft()\n"
-        "config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
+        "sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16)\n"
+        "config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)\n"
         "model = LlamaForCausalLM(config)\n"
-        "lora = peft.get_peft_model(model, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))\n"
+        "config = peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM')\n"
+        "lora = peft.get_peft_model(model, config)\n"
         "lora.merge_and_unload()\n"
     )
     root = str(Path(__file__).parents[2])

@@ -1,12 +1,15 @@
 """The standalone notebook: up to date, the same bytes each time, and runnable where there is nothing else."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from notebooks import make_standalone as standalone
-from notebooks.make_standalone import HOME, STANDALONE, bundled, cell_text, digest, notebook
+from notebooks.make_standalone import HOME, STANDALONE, bundled, cell_texts, digest, notebook, quoted
 
 
 @pytest.fixture
@@ -49,21 +52,67 @@ def test_check_tells_a_stale_notebook(monkeypatch, tmp_path, capsys):
     assert "is stale: run" in capsys.readouterr().out
 
 
-def test_the_cell_writes_back_every_file_as_it_is(tmp_path, monkeypatch):
+def run_cells(files, folder, monkeypatch):
+    """Runs the two cells as a kernel would, in `folder`; gives what they have defined."""
+    known = {}
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(folder))
+    monkeypatch.setattr("sys.path", [])
+    for text in cell_texts(files).values():
+        exec(text, known)
+    return known
+
+
+def test_the_cells_write_back_every_file_as_it_is(tmp_path, monkeypatch):
     odd = {"a.py": 'x = \'{}\'\n\n"""it\'s\\n {1} é\x0c\u2028 ∂"""\nlast', "b/empty.txt": ""}
     files = bundled() | odd
-    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix: str(tmp_path))
-    monkeypatch.setattr("sys.path", [])
-    exec(cell_text(files), {})
+    run_cells(files, tmp_path, monkeypatch)
     for name, text in files.items():
         assert (tmp_path / name).read_text(encoding="utf-8") == text, name
 
 
-def test_the_notebook_is_the_main_one_with_a_folded_cell_more():
+@pytest.mark.parametrize("text", ["x = '''y'''", "a\r\n", "it's'", "\\"])
+def test_what_a_raw_string_cannot_hold_is_refused_and_not_changed(text):
+    with pytest.raises(ValueError, match=r"odd\.py holds"):
+        quoted({"odd.py": text})
+
+
+def test_the_method_is_a_cell_of_its_own_to_be_read_as_it_stands_in_its_files():
+    files = bundled()
+    method, rest = cell_texts(files).values()
+    ours = {name for name in files if name.startswith("lazyorpo_lib/orpo/")}
+    assert "lazyorpo_lib/orpo/loss.py" in ours
+    for name, text in files.items():
+        assert (text in method, text in rest) == (name in ours, name not in ours) or not text, name
+    assert "LazyORPO's repository" in method.splitlines()[1]
+
+
+def test_other_processes_of_the_notebook_find_the_package_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "before")
+    run_cells(bundled(), tmp_path / "bundle", monkeypatch)
+    assert os.environ["PYTHONPATH"] == f"before{os.pathsep}{tmp_path / 'bundle'}"
+    (tmp_path / "elsewhere").mkdir()
+    where = "import lazyorpo_lib.__main__ as m; print(m.__file__); m.console()"
+    command = [sys.executable, "-c", where, "chat", "--help"]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert done.stdout.startswith(str(tmp_path / "bundle")) and "usage: lazyorpo chat RUN" in done.stdout
+
+
+def test_only_what_a_cell_can_use_is_carried():
+    names = bundled()
+    assert not [name for name in names if "trials" in name or name.endswith("README.md")]
+    for name in ("lazyorpo_lib/results/compare.py", "lazyorpo_lib/demo/pairs.jsonl", "requirements.txt"):
+        assert name in names  # compare.py for `!python -m lazyorpo_lib compare`
+
+
+def test_the_notebook_is_the_main_one_with_two_folded_cells_more():
     main = json.loads((HOME / "notebooks" / "LazyORPO.ipynb").read_text(encoding="utf-8"))
     cells = json.loads(notebook())["cells"]
-    (added,) = (cell for cell in cells if "lazyorpo-bundle" in cell["metadata"].get("tags", []))
-    assert [cell for cell in cells if cell is not added] == main["cells"]
-    assert cells.index(added) < [cell["id"] for cell in cells].index("setup")
-    assert added["metadata"]["cellView"] == "form" and added["metadata"]["jupyter"]["source_hidden"]
-    assert digest(bundled()) in "".join(added["source"])
+    added = [cell for cell in cells if "lazyorpo-bundle" in cell["metadata"].get("tags", [])]
+    assert [cell for cell in cells if cell not in added] == main["cells"]
+    ids = [cell["id"] for cell in cells]
+    assert ids[ids.index("method") :][:3] == ["method", "bundle", "setup"]
+    assert all(
+        c["metadata"]["cellView"] == "form" and c["metadata"]["jupyter"]["source_hidden"] for c in added
+    )
+    assert [c["source"][0][:7] for c in added] == ["#@title"] * 2
+    assert digest(bundled()) in "".join(added[1]["source"])

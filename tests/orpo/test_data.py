@@ -1,4 +1,5 @@
-"""Rows of every shape become the right pairs, every other row is accounted for, and bad files get one sentence."""
+"""Rows of every shape become the right pairs, every other row is accounted for, and bad files get one
+sentence."""
 
 import datetime
 import gzip
@@ -43,7 +44,8 @@ SHAPES = {
         "messages", [U("Why?")],
     ),
     "a prompt column with the turns before it is not lost": (
-        {"prompt": [S("Be kind."), U("Why?")], "chosen": [U("Why?"), A("Yes")], "rejected": [U("Why?"), A("No")]},
+        {"prompt": [S("Be kind."), U("Why?")], "chosen": [U("Why?"), A("Yes")],
+            "rejected": [U("Why?"), A("No")]},
         "messages", [S("Be kind."), U("Why?")],
     ),
     "prompt and text": ({"prompt": "Why?", "chosen": "Yes", "rejected": "No"}, "prompt", [U("Why?")]),
@@ -101,7 +103,8 @@ SHAPES = {
         "transcript", [U("Why?")],
     ),
     "a transcript as the prompt alone": (
-        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Yes", "rejected": " No"}, "prompt", [U("Why?")],
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Yes", "rejected": " No"}, "prompt",
+        [U("Why?")],
     ),
     "conversations with one message a side": (
         {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Why?"}],
@@ -109,7 +112,8 @@ SHAPES = {
         "conversations", [S("Be kind."), U("Why?")],
     ),
     "conversations with text a side": (
-        {"conversations": [turn("Human", "Why?")], "chosen": "Yes", "rejected": "No"}, "conversations", [U("Why?")],
+        {"conversations": [turn("Human", "Why?")], "chosen": "Yes", "rejected": "No"}, "conversations",
+        [U("Why?")],
     ),
 }  # fmt: skip
 
@@ -141,7 +145,8 @@ def test_columns_map_anything():
 
 
 @pytest.mark.parametrize(
-    "columns", ["prompt", "prompt=q", "prompt=q,chosen=,rejected=w", "prompt=q,chosen=b,rejected=w,x=y", "a=b=c",
+    "columns", ["prompt", "prompt=q", "prompt=q,chosen=,rejected=w", "prompt=q,chosen=b,rejected=w,x=y",
+        "a=b=c",
                 "prompt=q,chosen=b,rejected=w,", "prompt=q,prompt=q,chosen=b,rejected=w", ";"],
 )  # fmt: skip
 def test_bad_mapping_is_the_users_mistake(columns):
@@ -171,7 +176,8 @@ def test_unknown_rows_among_known_ones_are_dropped():
 # ---- reasons
 
 REASONS = [
-    (None, "malformed"), ([], "malformed"), ("text", "malformed"), (GOOD | {None: ["a cell too many"]}, "malformed"),
+    (None, "malformed"), ([], "malformed"), ("text", "malformed"),
+    (GOOD | {None: ["a cell too many"]}, "malformed"),
     (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"),
     (GOOD | {"prompt": 1.5}, "malformed"),
     (GOOD | {"chosen": ["Yes"]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
@@ -185,7 +191,8 @@ REASONS = [
     ({"chosen": [U("Why?"), A("Yes")], "rejected": "No", "prompt": "Why?"}, "prompts_differ"),
     (GOOD | {"prompt": ""}, "empty_prompt"), (GOOD | {"prompt": None}, "empty_prompt"),
     (GOOD | {"prompt": []}, "empty_prompt"),
-    (GOOD | {"prompt": float("nan")}, "empty_prompt"), (GOOD | {"prompt": [S("Be kind."), U(" \n")]}, "empty_prompt"),
+    (GOOD | {"prompt": float("nan")}, "empty_prompt"),
+    (GOOD | {"prompt": [S("Be kind."), U(" \n")]}, "empty_prompt"),
     (GOOD | {"prompt": [U("Why?"), A("Because.")]}, "no_user_turn"),
     (GOOD | {"prompt": [S("Be kind.")]}, "no_user_turn"),
     (GOOD | {"chosen": [U("Why?")]}, "no_answer"),
@@ -344,7 +351,8 @@ def write(folder, name, content):
     ("name", "content"),
     [("a.jsonl", TEXT), ("a.jsonl", TEXT.replace("\n", "\r\n\r\n")), ("a.json", LIST), ("a.json", TEXT),
     ("a.JSON", "\n " + LIST),
-     ("a.csv", TABLE), ("a.jsonl.gz", TEXT), ("a.json.gz", LIST), ("a.csv.gz", TABLE), ("v1.2.jsonl", TEXT.rstrip())],
+     ("a.csv", TABLE), ("a.jsonl.gz", TEXT), ("a.json.gz", LIST), ("a.csv.gz", TABLE),
+     ("v1.2.jsonl", TEXT.rstrip())],
 )  # fmt: skip
 def test_files_are_read_twice_alike(tmp_path, name, content, bom):
     found = open_rows(write(tmp_path, name, bom + content))
@@ -377,12 +385,14 @@ def test_a_csv_cell_may_hold_a_megabyte(tmp_path):
     [
         ("a.jsonl", "", "has no rows"), ("a.json", "[]", "has no rows"),
         ("a.csv", "prompt,chosen,rejected\n", "has no rows"),
-        ("a.csv", "", "has no rows"), ("a.jsonl.gz", "", "has no rows"), ("a.json", "\ufeff \n", "has no rows"),
+        ("a.csv", "", "has no rows"), ("a.jsonl.gz", "", "has no rows"),
+        ("a.json", "\ufeff \n", "has no rows"),
         ("a.jsonl", TEXT + '{"prompt": "Wh', "after 3 rows: line 4 is not valid JSON"),
         ("a.jsonl", TEXT + "\n{prompt: 1}\n", "line 5 is not valid JSON at column 2"),
         ("a.json", LIST[:-20], "after 0 rows: line [0-9]+ is not valid JSON"),
         ("a.json", LIST + "x", "line [0-9]+ is not valid JSON at column 2"),
-        ("a.json", json.dumps(GOOD, indent=1), "line 1 is not valid JSON .* must be a JSON list or one JSON object"),
+        ("a.json", json.dumps(GOOD, indent=1),
+            "line 1 is not valid JSON .* must be a JSON list or one JSON object"),
         ("a.jsonl", b'{"prompt": "Why?"}\n{"prompt": "\xff"}\n', "after 1 rows: line 2 is not UTF-8 text"),
         ("a.json", b'[\n{"prompt": "\xff"}]\n', "line 2 is not UTF-8 text"),
         ("a.jsonl", TEXT.encode("utf-16"), "line 1 is not UTF-8 text"),
@@ -428,7 +438,8 @@ def test_broken_parquet_is_one_sentence(tmp_path):
 
 def test_names_that_are_no_dataset_are_refused_without_the_network(tmp_path):
     for name, sentence in [
-        ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "is a folder"), ("a b/c", "does not exist"),
+        ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "is a folder"),
+        ("a b/c", "does not exist"),
         ("a/b:c:d:e", "does not exist"), (str(tmp_path), "is a folder"), ("x" * 5000, "does not exist"),
         ("\0", "does not exist"),
         (write(tmp_path, "a.txt", TEXT), "unknown ending"), (write(tmp_path, "a.gz", TEXT), "unknown ending"),
@@ -552,7 +563,8 @@ def test_real_multi_turn_sample():
 
 
 def test_importing_it_loads_nothing_heavy():
-    code = "import sys, lazyorpo_lib.orpo.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, lazyorpo_lib.orpo.data; "
+    code += "print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,5 @@
-"""Whatever the rows hold: nothing raises out of cleaning, every row is accounted for, and what is kept round-trips.
+"""Whatever the rows hold: nothing raises out of cleaning, every row is accounted for, and what is kept
+round-trips.
 
 10,100 generated cases; with PROPERTY_SCALE=10 in the environment ten times as many.
 """
@@ -25,13 +26,17 @@ def cases(count):
 
 
 # Few different texts, so that duplicates, contradictions and agreeing prompts happen.
-ODD = ["", " ", "\0", "\ud800", "x\udfff", "مرحبا \u202e", "👩‍👩‍👧", "<|im_end|>", "\n\nHuman: Hi\n\nAssistant: Yes",
+ODD = ["", " ", "\0", "\ud800", "x\udfff", "مرحبا \u202e", "👩‍👩‍👧", "<|im_end|>",
+       "\n\nHuman: Hi\n\nAssistant: Yes",
        "\n\nHuman: Hi\n\nAssistant:", "Human: \n\nAssistant:", "big " * 3000]  # fmt: skip
-WRONG = [None, True, 0, -1.5, float("nan"), float("inf"), 10**400, b"\xff", datetime.date(2024, 3, 12), [], {}, [[]],
+WRONG = [None, True, 0, -1.5, float("nan"), float("inf"), 10**400, b"\xff", datetime.date(2024, 3, 12), [],
+         {}, [[]],
          [None], {"role": None}, {1: {2: [b""]}}, [[[[[[]]]]]], object(), (), {()}]  # fmt: skip
 ROLES = ["user", "assistant", "system", "human", "gpt", "tool", "User ", ""]
-NAMES = ["prompt", "chosen", "rejected", "conversations", "instruction", "question", "input", "context", "system",
-         "chosen_response", "rejected_response", "response_j", "response_k", "other", "", None, 7]  # fmt: skip
+NAMES = ["prompt", "chosen", "rejected", "conversations", "instruction", "question", "input", "context",
+         "system",
+         "chosen_response", "rejected_response", "response_j", "response_k", "other", "", None,
+         7]  # fmt: skip
 TEXTS = ["a", "b", "c", " a ", "a  b", "a\nb", *ODD]
 some_text = st.sampled_from(TEXTS)
 any_text = st.text(st.characters(exclude_categories=()), max_size=6)

@@ -1,4 +1,5 @@
-"""What is scored decodes to the answer and its end, for a dozen kinds of tokenizer; what cannot be is refused."""
+"""What is scored decodes to the answer and its end, for a dozen kinds of tokenizer; what cannot be is
+refused."""
 
 import pytest
 import transformers
@@ -21,9 +22,10 @@ LLAMA2 = (
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 ALTERNATING = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 PLAIN_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n--\n{% endfor %}"

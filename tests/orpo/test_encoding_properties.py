@@ -1,4 +1,5 @@
-"""Whatever the texts hold: a pair is encoded to what decodes to its answers and their ends, or refused with a known reason.
+"""Whatever the texts hold: a pair is encoded to what decodes to its answers and their ends, or refused with a
+known reason.
 
 1,500 generated cases; with PROPERTY_SCALE=10 in the environment ten times as many.
 """
@@ -17,7 +18,8 @@ KINDS = [
 ]  # these two know few characters
 NEVER_REFUSE = ("chatml", "chatml, eos of another kind", "no template", "pad is eos")
 REASONS = {
-    "template_refuses", "no_end_token", "special_token_text", "tokens_cross_the_border", "empty_prompt", "overlong",
+    "template_refuses", "no_end_token", "special_token_text", "tokens_cross_the_border", "empty_prompt",
+    "overlong",
     "identical_after_encoding",
 }  # fmt: skip
 SPECIAL = [
