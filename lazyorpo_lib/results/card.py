@@ -1,7 +1,8 @@
 """The model card of a run: README.md with the hub's front matter, from card.md and the files in its folder.
 
-Every text that the template puts in is plain text there, unless it is marked as safe: what could act as Markdown, HTML
-or YAML is escaped, local paths and tokens are left out. It computes no figure, loads no model and asks no network.
+Every text that the template puts in is plain text there, unless it is marked as safe: what could act as
+Markdown, HTML or YAML is escaped, local paths and tokens are left out. It computes no figure, loads no model
+and asks no network.
 """
 
 import json
@@ -19,7 +20,8 @@ from ..settings import DEFAULTS
 from . import reading
 from .evaluate import answers_side_by_side
 
-# Punctuation that Markdown or HTML reads: any of these; _ but inside a word; what would make an address a link.
+# Punctuation that Markdown or HTML reads: any of these; _ but inside a word; what would make an address a
+# link.
 _ACTIVE = re.compile(r"[!-$&'*<>@\[-^`{-~]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_PATH = re.compile(

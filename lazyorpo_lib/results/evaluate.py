@@ -1,7 +1,7 @@
 """Is it better: held-out figures with intervals over the pairs, answers of base and tuned model side by side.
 
-It trains nothing, draws nothing, writes no file and asks no judge. One model is in memory: the base answers with the
-adapter switched off. `kept` is the content of a run's held_out.json.
+It trains nothing, draws nothing, writes no file and asks no judge. One model is in memory: the base answers
+with the adapter switched off. `kept` is the content of a run's held_out.json.
 """
 
 import re
@@ -31,7 +31,8 @@ def keep_held_out(
     prompts: Sequence[str],
     chosen_shorter: Sequence[bool],
 ) -> dict:
-    """Give held_out.json with what was measured `when`, "before" or "after" training, added to what was `kept`.
+    """Give held_out.json with what was measured `when`, "before" or "after" training, added to what was
+    `kept`.
 
     Args:
         columns: names of the table's columns. table: sums of each held-out pair, (pairs, columns).
@@ -46,8 +47,8 @@ def held_out_results(kept: dict, dataset: str) -> dict:
     """Say what the held-out pairs show, for summary.json; {} where they were not measured before and after.
 
     Returns:
-        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo also habit_before, habit_after:
-        shares of the answers.
+        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo also
+        habit_before, habit_after: shares of the answers.
     """
     if not _has_both(kept):
         return {}
@@ -60,7 +61,8 @@ def held_out_results(kept: dict, dataset: str) -> dict:
 
 
 def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
-    """List held-out prompts with the answers of both models: [{"prompt", "base", "tuned"}]; [] where one was not asked."""
+    """List held-out prompts with the answers of both models: [{"prompt", "base", "tuned"}]; [] where one was
+    not asked."""
     if not _has_both(kept):
         return []
     rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
@@ -79,7 +81,8 @@ def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[f
 
 
 def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
-    """Give the figures of each held-out pair by name, each (pairs,), NaN where a figure does not speak of the pair."""
+    """Give the figures of each held-out pair by name, each (pairs,), NaN where a figure does not speak of the
+    pair."""
     columns = dict(zip(kept["columns"], np.array(kept[when]["pairs"], dtype=float).T, strict=True))
     shorter, accuracy = np.array(kept["chosen_shorter"]), columns["accuracy"]
     return {
@@ -94,7 +97,8 @@ def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
 
 
 def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Hold figures of the same pairs against each other, pair by pair, so that what pairs have in common cancels.
+    """Hold figures of the same pairs against each other, pair by pair, so that what pairs have in common
+    cancels.
 
     Returns:
         {figure: {pairs, before, after, change, and each one's …_interval, more_than_noise}}.
@@ -125,7 +129,8 @@ def verdict(figures: dict[str, dict]) -> str:
 
 
 def habit_share(texts: Sequence[str]) -> float:
-    """Give the share of answers with the demo set's habit: one line, then one line that begins with "Why:"."""
+    """Give the share of answers with the demo set's habit: one line, then one line that begins with
+    "Why:"."""
     return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
 
 

@@ -1,8 +1,9 @@
 """What a run wrote down: append to it, read it, cut it back, and say in words what the curves show.
 
-`history.jsonl` holds one flat JSON object a line. Training rows carry `step` and the curves by name (`nll`, `or_loss`,
-`log_odds_chosen`, …); evaluation rows carry `step` and the same names after `eval_`. Numbers that are not finite are
-null. One process writes; any number may read meanwhile. It computes no metric and draws nothing (`live.py` does).
+`history.jsonl` holds one flat JSON object a line. Training rows carry `step` and the curves by name (`nll`,
+`or_loss`, `log_odds_chosen`, …); evaluation rows carry `step` and the same names after `eval_`. Numbers that
+are not finite are null. One process writes; any number may read meanwhile. It computes no metric and draws
+nothing (`live.py` does).
 """
 
 import math
@@ -27,15 +28,17 @@ def values(rows: list[dict], name: str) -> list[float]:
 def trend(curve: list[float], floor: float) -> tuple[int, float]:
     """Where a noisy curve went: the mean of its last fifth against that of its first.
 
-    The noise comes from the differences of neighbours, in which a slow trend cancels: where each value has the
-    variance s², their mean square is 2s², and the difference of two means of k values has the variance 2s²/k.
+    The noise comes from the differences of neighbours, in which a slow trend cancels: where each value has
+    the variance s², their mean square is 2s², and the difference of two means of k values has the variance
+    2s²/k.
 
     Args:
         curve: at least two values.
         floor: smaller changes do not count, however certain; in the curve's unit.
 
     Returns:
-        1 rising, -1 falling, 0 neither; and the smallest change that would have counted (three times the noise).
+        1 rising, -1 falling, 0 neither; and the smallest change that would have counted (three times the
+        noise).
     """
     fifth = max(1, len(curve) // 5)
     change = fmean(curve[-fifth:]) - fmean(curve[:fifth])
@@ -46,8 +49,9 @@ def trend(curve: list[float], floor: float) -> tuple[int, float]:
 def read_curves(rows: list[dict]) -> str:
     """One line in words on what the curves show and what to do, e.g. "margin rising, nll flat: healthy".
 
-    The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close, at 0.5
-    chosen rises and rejected falls, at 1.0 both fall while the margin grows. They are signs, not proofs.
+    The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close,
+    at 0.5 chosen rises and rejected falls, at 1.0 both fall while the margin grows. They are signs, not
+    proofs.
     """
     train = [row for row in rows if not is_evaluation(row)]
     if train and train[-1].get("loss", 0) is None:

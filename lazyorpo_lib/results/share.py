@@ -1,7 +1,7 @@
 """Take a finished run home: merge it, talk to it, export it, push it to the hub.
 
-Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here, and nothing
-leaves the machine but by `push`.
+Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here,
+and nothing leaves the machine but by `push`.
 """
 
 import contextlib
@@ -44,9 +44,11 @@ def folder_of_run(folder, needed: str = "settings.json") -> Path:
 
 
 def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the full model of a run, the adapter folded in, to `out` (default: `merged/` in the run's folder).
+    """Write the full model of a run, the adapter folded in, to `out` (default: `merged/` in the run's
+    folder).
 
-    The weights have `dtype`, or the precision that the run computed in (16 bit on GPUs), also where the base was in 4 bit.
+    The weights have `dtype`, or the precision that the run computed in (16 bit on GPUs), also where the base
+    was in 4 bit.
 
     Returns:
         the folder: safetensors, tokenizer, chat template, generation settings.
@@ -67,11 +69,13 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
 
 
 def export_gguf(run_folder) -> str:
-    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, with llama.cpp's converter.
+    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, with llama.cpp's
+    converter.
 
     Returns:
-        what was written; where the converter is neither on the PATH nor in a clone of llama.cpp here, the commands that do it.
-        They leave out its own requirements, which would replace this kit's torch and transformers by older ones.
+        what was written; where the converter is neither on the PATH nor in a clone of llama.cpp here, the
+        commands that do it. They leave out its own requirements, which would replace this kit's torch and
+        transformers by older ones.
     """
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
@@ -105,10 +109,12 @@ def reply(
     *,
     max_tokens: int = 512,
 ) -> str:
-    """Give the model's greedy answer, prompted as in training; `on_text` gets each piece as soon as it is written.
+    """Give the model's greedy answer, prompted as in training; `on_text` gets each piece as soon as it is
+    written.
 
     Args:
-        messages: {"role", "content"} turns, the last one the user's; what the model cannot hold is cut from the left.
+        messages: {"role", "content"} turns, the last one the user's; what the model cannot hold is cut from
+            the left.
         max_tokens: longest answer, tokens.
 
     Raises:
@@ -135,7 +141,8 @@ _say = partial(print, end="", flush=True)
 
 
 def ask(run, question: str) -> None:
-    """Print the tuned model's answer to a question as it is written: a notebook's way to talk to its `run.Run`."""
+    """Print the tuned model's answer to a question as it is written: a notebook's way to talk to its
+    `run.Run`."""
     if not hasattr(run, "model"):  # it was finished before this kernel began
         run.model, run.tokenizer = load_finished(
             run.folder / "model", dtype=run.dtype, device=run.machine.device
@@ -145,7 +152,8 @@ def ask(run, question: str) -> None:
 
 
 def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
-    """Talk to a finished run in a terminal; returns the talk. /new begins another, /exit or end of input ends it."""
+    """Talk to a finished run in a terminal; returns the talk. /new begins another, /exit or end of input ends
+    it."""
     folder, machine = folder_of_run(run_folder, "model"), this_machine()
     dtype, _ = pick_precision("auto", machine)
     model, tokenizer = load_finished(folder / "model", dtype=dtype, device=machine.device)
@@ -213,7 +221,8 @@ def _explain_push(repo: str):
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
-    """List {name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
+    """List {name in the repository: file or content}; peft's own README and the name of a local base folder
+    stay here."""
     files = {
         f.name: str(f)
         for f in (*sorted((folder / "model").iterdir()), folder / "live.png")
