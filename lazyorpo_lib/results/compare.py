@@ -1,5 +1,4 @@
-"""Runs side by side: the settings that differ, the results, the curves over each other. It reads folders and
-runs nothing."""
+"""Runs side by side: the settings that differ, the results, the curves. It reads folders and runs nothing."""
 
 import os
 from itertools import count
@@ -56,8 +55,7 @@ def compare(folders, picture=None) -> dict:
 
 
 def report(folders) -> str:
-    """Compare runs for a terminal: the tables, and where the picture is, under a name that is free in this
-    folder."""
+    """Compare runs for a terminal: the tables, and where the picture is, under a name that is free here."""
     names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
     picture = next(name for name in names if not os.path.lexists(name))
     return f"{compare(folders, picture)['markdown']}\n\nThe curves over each other are in {picture}."
@@ -88,8 +86,7 @@ def _results(folder: Path) -> dict[str, str]:
 
 
 def _more_accurate(other: Path, than: Path) -> str:
-    """Say how much more accurate a run is than another, pair by pair, where both were tested on the same
-    pairs."""
+    """Say how much more accurate a run is than another, pair by pair, if both were tested on the same."""
     if _held_out_pairs(than) != _held_out_pairs(other):
         return "other held-out pairs"
     tested = [read_json(folder / "held_out.json") for folder in (than, other)]
@@ -100,6 +97,6 @@ def _more_accurate(other: Path, than: Path) -> str:
 
 
 def _held_out_pairs(folder: Path) -> tuple:
-    """What decides which pairs a run held out."""
+    """Give what decides which pairs a run held out."""
     values = read_json(folder / "settings.json")["settings"]
     return read_json(folder / "data_report.json").get("digest"), values["eval_pairs"], values["seed"]

@@ -41,9 +41,9 @@ STYLE = {
     "figure.facecolor": PAPER, "figure.dpi": 160, "font.family": "DejaVu Sans", "font.size": 9,
     "text.color": INK, "text.usetex": False, "axes.titlecolor": INK, "axes.titlesize": 9.5,
     "axes.titlelocation": "left", "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
-    "axes.edgecolor": "#BDBDB8", "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
-    "xtick.major.size": 0, "ytick.major.size": 0,
+    "xtick.major.size": 0, "ytick.major.size": 0, "axes.edgecolor": "#BDBDB8", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
 }  # fmt: skip
 # The small axes: curve, heading, note, level at which nothing is preferred, values that the axes always hold.
 PANELS = (

@@ -59,8 +59,8 @@ def recommend(runs: Sequence[dict]) -> dict:
     if kept:
         best = min(kept, key=lambda run: (-run["log_odds_ratio gain"], run["learning_rate"]))
         why = (
-            f"the largest gain of the held-out log-odds ratio ({best['log_odds_ratio gain']:+.3f}) among the {len(kept)} "
-            f"of {len(runs)} trials whose held-out nll did not rise ({best['nll change']:+.3f})"
+            f"the largest gain of the held-out log-odds ratio ({best['log_odds_ratio gain']:+.3f}) among the "
+            f"{len(kept)} of {len(runs)} trials whose held-out nll did not rise ({best['nll change']:+.3f})"
         )
     else:
         best = min(runs, key=lambda run: run["nll change"])

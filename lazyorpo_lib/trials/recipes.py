@@ -79,8 +79,7 @@ def _stages(settings: Settings, home: Path, recipe: str, seed: int, dpo_rate: fl
 
 
 def _figures(stages: list[Path]) -> dict[str, float]:
-    """Give a recipe's quality after the last stage, and its cost summed over the stages (memory: the
-    largest)."""
+    """Give a recipe's quality after the last stage, and its cost over all of them (of memory the largest)."""
     summaries = [read_json(folder / "summary.json") for folder in stages]
     last = summaries[-1]
     figures = {name: last["held_out"][name]["after"] for name in QUALITY}

@@ -1,7 +1,7 @@
-"""Several runs: each in a process of its own, finished ones not run again, and what they left as table and
-picture.
+"""What several runs share: a process and a folder for each, a table and a picture of what they left.
 
-A process of its own gives each run a peak memory of its own. This process only waits, reads and draws.
+In a process of its own a run has a peak memory of its own. A finished one is not run again. This process only waits,
+reads and draws.
 """
 
 import contextlib
@@ -58,9 +58,8 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     if not _is_finished(folder):
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
-        raise UserError(
-            f"The run in {folder} is not finished ({' '.join(last)}): mend that and run this again, it goes on from there."
-        )
+        way_out = "mend that and run this again, it goes on from there"
+        raise UserError(f"The run in {folder} is not finished ({' '.join(last)}): {way_out}.")
 
 
 def _is_finished(folder: Path) -> bool:
@@ -91,15 +90,12 @@ def write_up(home: Path, key: str, runs: list[dict], words: dict[str, str], rest
         words: {figure: its heading}, of the figures to show.
         rest: what the JSON holds beside the runs, among it "said": sentences under the table.
     """
-    groups = {}
+    figures, values = {name: heading for name, heading in words.items() if name in runs[0]}, {}
     for one in runs:
-        groups.setdefault(one[key], []).append(one)
-    figures = {name: heading for name, heading in words.items() if name in runs[0]}
-    values = {
-        group: {heading: [one[name] for one in some] for name, heading in figures.items()}
-        for group, some in groups.items()
-    }
-    rows = [[group, *map(_range, columns.values())] for group, columns in values.items()]
+        seen = values.setdefault(one[key], {heading: [] for heading in figures.values()})
+        for name, heading in figures.items():
+            seen[heading].append(one[name])
+    rows = [[kind, *map(_range, seen.values())] for kind, seen in values.items()]
     text = "\n\n".join([card.table([key, *figures.values()], rows), *rest["said"]]) + "\n"
     write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
     write_atomically(home / f"{home.name}.md", text.encode())
