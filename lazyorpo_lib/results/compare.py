@@ -1,7 +1,5 @@
 """Runs side by side: the settings that differ, the results, the curves. It reads folders and runs nothing."""
 
-import os
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +50,6 @@ def compare(folders, picture=None) -> dict:
     }
     png = live.draw_runs(histories, picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
-
-
-def report(folders) -> str:
-    """Compare runs for a terminal: the tables, and where the picture is, under a name that is free here."""
-    names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
-    picture = next(name for name in names if not os.path.lexists(name))
-    return f"{compare(folders, picture)['markdown']}\n\nThe curves over each other are in {picture}."
 
 
 def _names(folders: list[Path]) -> list[str]:
