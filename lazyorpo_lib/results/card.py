@@ -1,7 +1,8 @@
 """The model card of a run: README.md with the hub's front matter, from card.md and the files in its folder.
 
-Every text that the template puts in is plain text there, unless it is marked as safe: what could act as Markdown, HTML
-or YAML is escaped, local paths and tokens are left out. It computes no figure, loads no model and asks no network.
+Every text that the template puts in is plain text there, unless it is marked as safe: what could act as
+Markdown, HTML or YAML is escaped, local paths and tokens are left out. It computes no figure, loads no model
+and asks no network.
 """
 
 import json
@@ -19,11 +20,11 @@ from ..settings import DEFAULTS
 from . import reading
 from .evaluate import answers_side_by_side
 
-# Punctuation that Markdown or HTML reads: any of these; _ but inside a word; what would make an address a link.
+# What Markdown or HTML reads: any of these; _ but inside a word; what would make an address a link.
 _ACTIVE = re.compile(r"[!-$&'*<>@\[-^`{-~]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_PATH = re.compile(
-    r"""(['"])(?:~|[A-Za-z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Za-z]:)?[\\/][\w.~][^\s'"),;]*"""
+    r"""(['"])(?:~|[A-Z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Z]:)?[\\/][\w.~][^\s'"),;]*""", re.I
 )
 _TOKEN = re.compile(r"\bhf_\w{8,}")
 
@@ -39,10 +40,11 @@ def write_card(folder: Path, repo: str = "") -> str:
     settings, report, summary, held_out = (read_json(folder / f"{name}.json") for name in names)
     values, rows = DEFAULTS | settings.get("settings", {}), read_rows(folder / "history.jsonl")
     train = [row for row in rows if not reading.is_evaluation(row)]
+    adapter = summary.get("method", values["method"]) != "full"
     text = _TEMPLATE.render(
-        front=Markup(_front_matter(values, summary)),
+        front=Markup(_front_matter(values, summary, adapter)),
         title=_title(values),
-        adapter=_is_adapter(values, summary),
+        adapter=adapter,
         values=values,
         changed=_changed(values, settings.get("sources", {})),
         report=report,
@@ -140,27 +142,19 @@ def _title(values: dict) -> str:
     return " ".join(f"{base} {values['objective'].upper()} {data.split(':')[0]}".split())
 
 
-def _is_adapter(values: dict, summary: dict) -> bool:
-    return summary.get("method", values["method"]) != "full"
-
-
-def _front_matter(values: dict, summary: dict) -> str:
+def _front_matter(values: dict, summary: dict, adapter: bool) -> str:
     base, dataset = _hub_id(values["base_model"]), _hub_id(values["dataset"])
-    accuracy, licence = summary.get("accuracy_after"), _licence(values["base_model"], "model")
-    adapter, results = _is_adapter(values, summary), None
-    if (
-        dataset and accuracy is not None and math.isfinite(accuracy)
-    ):  # the hub takes results on its own datasets
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type="accuracy",
-                metric_value=round(accuracy, 4),
-                metric_name="Preference accuracy on held-out pairs",
-            )
-        ]
+    licence, result = _licence(values["base_model"], "model"), None
+    accuracy = summary.get("accuracy_after", math.nan)
+    if dataset and math.isfinite(accuracy):  # the hub takes results on its own datasets alone
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_value=round(accuracy, 4),
+            metric_name="Preference accuracy on held-out pairs",
+        )
     return ModelCardData(
         base_model=base or None,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
@@ -169,8 +163,8 @@ def _front_matter(values: dict, summary: dict) -> str:
         license=licence if re.fullmatch(r"(?!other$|unknown$)[a-z0-9.-]+", licence) else None,
         pipeline_tag="text-generation",
         tags=[values["objective"], "lazyorpo", "preference"] + ["lora"] * adapter,
-        model_name=_title(values) if results else None,
-        eval_results=results,
+        model_name=_title(values) if result else None,
+        eval_results=result,
     ).to_yaml()
 
 

@@ -1,7 +1,5 @@
-"""Runs side by side: the settings that differ, the results, the curves over each other. It reads folders and runs nothing."""
+"""Runs side by side: the settings that differ, the results, the curves. It reads folders and runs nothing."""
 
-import os
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +52,6 @@ def compare(folders, picture=None) -> dict:
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 
-def report(folders) -> str:
-    """Compare runs for a terminal: the tables, and where the picture is, under a name that is free in this folder."""
-    names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
-    picture = next(name for name in names if not os.path.lexists(name))
-    return f"{compare(folders, picture)['markdown']}\n\nThe curves over each other are in {picture}."
-
-
 def _names(folders: list[Path]) -> list[str]:
     """Find a short name for each folder: its own, with as many of its parents' as tell it from the others."""
     parts = [folder.resolve().parts for folder in folders]
@@ -86,7 +77,7 @@ def _results(folder: Path) -> dict[str, str]:
 
 
 def _more_accurate(other: Path, than: Path) -> str:
-    """Say how much more accurate a run is than another, pair by pair, where both were tested on the same pairs."""
+    """Say how much more accurate a run is than another, pair by pair, if both were tested on the same."""
     if _held_out_pairs(than) != _held_out_pairs(other):
         return "other held-out pairs"
     tested = [read_json(folder / "held_out.json") for folder in (than, other)]
@@ -97,6 +88,6 @@ def _more_accurate(other: Path, than: Path) -> str:
 
 
 def _held_out_pairs(folder: Path) -> tuple:
-    """What decides which pairs a run held out."""
+    """Give what decides which pairs a run held out."""
     values = read_json(folder / "settings.json")["settings"]
     return read_json(folder / "data_report.json").get("digest"), values["eval_pairs"], values["seed"]

@@ -1,7 +1,7 @@
 """Is it better: held-out figures with intervals over the pairs, answers of base and tuned model side by side.
 
-It trains nothing, draws nothing, writes no file and asks no judge. One model is in memory: the base answers with the
-adapter switched off. `kept` is the content of a run's held_out.json.
+It trains nothing, draws nothing, writes no file and asks no judge. One model is in memory: the base answers
+with the adapter switched off. `kept` is the content of a run's held_out.json.
 """
 
 import re
@@ -20,21 +20,12 @@ WHEN = ("before", "after")  # training
 DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")
 
 
-def keep_held_out(
-    kept: dict,
-    when: str,
-    *,
-    columns: Sequence[str],
-    table: Sequence[Sequence[float]],
-    answers: Sequence[str],
-    prompts: Sequence[str],
-    chosen_shorter: Sequence[bool],
-) -> dict:
-    """Give held_out.json with what was measured `when`, "before" or "after" training, added to what was `kept`.
+def keep_held_out(kept: dict, when: str, *, columns, table, answers, prompts, chosen_shorter) -> dict:
+    """Add what was measured "before" or "after" training to what is kept in held_out.json.
 
     Args:
         columns: names of the table's columns. table: sums of each held-out pair, (pairs, columns).
-        answers: to the prompts, (prompts,); both may be fewer than the pairs.
+        prompts: of the first pairs, texts. answers: to these prompts.
         chosen_shorter: whether chosen has fewer tokens than rejected, (pairs,).
     """
     fixed = {"columns": list(columns), "prompts": list(prompts), "chosen_shorter": list(chosen_shorter)}
@@ -45,8 +36,8 @@ def held_out_results(kept: dict, dataset: str) -> dict:
     """Say what the held-out pairs show, for summary.json; {} where they were not measured before and after.
 
     Returns:
-        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo also habit_before, habit_after:
-        shares of the answers.
+        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo
+        habit_before and habit_after too, shares of the answers.
     """
     if not _has_both(kept):
         return {}
@@ -59,7 +50,8 @@ def held_out_results(kept: dict, dataset: str) -> dict:
 
 
 def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
-    """List held-out prompts with the answers of both models: [{"prompt", "base", "tuned"}]; [] where one was not asked."""
+    """List held-out prompts with both models' answers, [{"prompt", "base", "tuned"}]; [] where one is
+    missing."""
     if not _has_both(kept):
         return []
     rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
@@ -78,7 +70,7 @@ def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[f
 
 
 def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
-    """Give the figures of each held-out pair by name, each (pairs,), NaN where a figure does not speak of the pair."""
+    """Give the figures of the held-out pairs, {name: (pairs,)}; NaN where one does not speak of a pair."""
     columns = dict(zip(kept["columns"], np.array(kept[when]["pairs"], dtype=float).T, strict=True))
     shorter, accuracy = np.array(kept["chosen_shorter"]), columns["accuracy"]
     return {
@@ -93,19 +85,19 @@ def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
 
 
 def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Hold figures of the same pairs against each other, pair by pair, so that what pairs have in common cancels.
+    """Take the change of each figure pair by pair, so that what pairs have in common cancels.
 
     Returns:
-        {figure: {pairs, before, after, change, and each one's …_interval, more_than_noise}}.
+        {figure: {pairs, before, after, change, the interval of each as …_interval, more_than_noise}}.
     """
     out = {}
     for name in before:
         spoken = ~np.isnan(before[name])
         if not spoken.any():
             continue
-        sides = {"before": before[name][spoken], "after": after[name][spoken]}
+        b, a = before[name][spoken], after[name][spoken]
         figure = {"pairs": int(spoken.sum())}
-        for when, values in (sides | {"change": sides["after"] - sides["before"]}).items():
+        for when, values in (("before", b), ("after", a), ("change", a - b)):
             figure |= {when: float(values.mean()), f"{when}_interval": interval(values)}
         low, high = figure["change_interval"]
         out[name] = figure | {"more_than_noise": bool(low > 0 or high < 0)}
@@ -118,13 +110,14 @@ def verdict(figures: dict[str, dict]) -> str:
     low, high = c["change_interval"]
     noise = "within the noise of so few pairs: hold out more, or train longer"
     return (
-        f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs (change {c['change']:+.0%}, "
-        f"95 % interval {low:+.0%} to {high:+.0%}): {'more than noise' if c['more_than_noise'] else noise}."
+        f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
+        f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): "
+        f"{'more than noise' if c['more_than_noise'] else noise}."
     )
 
 
 def habit_share(texts: Sequence[str]) -> float:
-    """Give the share of answers with the demo set's habit: one line, then one line that begins with "Why:"."""
+    """Give the share of answers with the demo set's habit: one line, then one that begins with "Why:"."""
     return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
 
 

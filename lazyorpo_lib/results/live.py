@@ -1,7 +1,7 @@
-"""The picture of a run while it goes on, and of several runs: log-odds of chosen and rejected, nll, or_loss, accuracy.
+"""The picture of a run while it goes on, and of several runs over or beside each other.
 
-The only module that imports matplotlib, and never pyplot: Figures of its own, so that it touches no global state. A notebook
-sees one image output, updated in place; elsewhere the picture is a file. It computes no metric.
+The only module that imports matplotlib, and never pyplot: Figures of its own, so that no global state is
+touched. In a notebook it is one image output, updated in place; elsewhere a file. It computes no metric.
 """
 
 import io
@@ -9,10 +9,12 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import BoxStyle, FancyBboxPatch
@@ -25,7 +27,7 @@ from . import reading
 
 MAX_POINTS = 600  # a line; longer histories are averaged down
 FILE_SECONDS = 30.0  # between two writes of the file while training goes on
-INCHES, DPI = (10, 5.2), 160
+INCHES = (10, 5.2)
 METADATA = {"image/png": {"width": 1000, "height": 520}}  # CSS pixels: an updated output keeps its height
 CHOSEN, REJECTED = "#0072B2", "#D55E00"  # Okabe-Ito; in print the dashes tell them apart
 COLORS = (CHOSEN, REJECTED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -33,14 +35,16 @@ DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
 INK, QUIET, PAPER = "#222222", "#666666", "#FBFBF9"  # its own light paper, for dark themes too
 BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
 NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "text.usetex": False, "axes.titlecolor": INK,
-    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
-    "axes.edgecolor": "#BDBDB8", "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
-    "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": PAPER, "figure.dpi": DPI,
-}  # fmt: skip
 LN2, SHARE = math.log(2), (0.0, 1.0)
+NICE = [1, 2, 5, 10]  # steps of ticks
+STYLE = {
+    "figure.facecolor": PAPER, "figure.dpi": 160, "font.family": "DejaVu Sans", "font.size": 9,
+    "text.color": INK, "text.usetex": False, "axes.titlecolor": INK, "axes.titlesize": 9.5,
+    "axes.titlelocation": "left", "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
+    "xtick.major.size": 0, "ytick.major.size": 0, "axes.edgecolor": "#BDBDB8", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
+}  # fmt: skip
 # The small axes: curve, heading, note, level at which nothing is preferred, values that the axes always hold.
 PANELS = (
     ("nll", "nll (nats per token)", "", None, ()),
@@ -48,22 +52,17 @@ PANELS = (
     ("odds_gradient_share", "odds term (share of gradient)", "", None, SHARE),
     ("accuracy", "accuracy (share of pairs)", "", 0.5, SHARE),
 )
-CURVES = ("log_odds_chosen", "log_odds_rejected", *(panel[0] for panel in PANELS))
-KEPT = {"step", "loss", "log_odds_ratio", "learning_rate", *CURVES, *(f"eval_{name}" for name in CURVES)}
 
 
 def _points(rows, name):
-    """The finite points of a curve, (points, 2): steps and values. At most `MAX_POINTS`: neighbours are averaged, at the step of
-    the last of them."""
+    """The finite points of a curve, (points, 2): step, value. Beyond `MAX_POINTS` neighbours are averaged."""
     found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     points = np.array(found, dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1])]
-    size = math.ceil(len(points) / MAX_POINTS)
-    if size <= 1:
-        return points
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
     starts = np.arange(0, len(points), size)
-    ends = np.append(starts[1:], len(points))
-    means = np.add.reduceat(points[:, 1], starts) / (ends - starts)
+    ends = np.append(starts[1:], len(points))[: len(starts)]
+    means = np.add.reduceat(points[:, 1], starts) / (ends - starts) if len(starts) else []
     return np.column_stack([points[ends - 1, 0], means])
 
 
@@ -78,7 +77,7 @@ def _smooth(values):
 
 
 class _Curve:
-    """One quantity over the steps: faint points, a smoothed line, hollow held-out marks, a label at the line's end."""
+    """One quantity: faint points, a smoothed line, hollow held-out marks, a label at the line's end."""
 
     def __init__(self, axes, name, color=INK, style="-", label="{:.2f}"):
         self.name, self.text, self.end = name, label, None
@@ -86,8 +85,8 @@ class _Curve:
         (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
         (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
         self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
-        place = dict(textcoords="offset points", xycoords="axes fraction", va="center", weight="bold")
-        self.label = axes.annotate("", (1, 0), (8, 0), color=color, **place)
+        self.label = axes.annotate("", (1, 0), (8, 0), "axes fraction", "offset points", color=color)
+        self.label.set(va="center", weight="bold")
 
     def take(self, rows):
         """Take in the rows; returns the values that the axes must hold, single outliers left out."""
@@ -98,13 +97,14 @@ class _Curve:
         self.held_out.set_data(*marks.T)
         self.held_out.set_markevery(math.ceil(len(marks) / 25) or 1)
         self.end = next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
-        text = "" if self.end is None else self.text.format(self.end).replace("-", "\N{MINUS SIGN}")
-        self.label.set_text(text)
+        text = "" if self.end is None else self.text.format(self.end)
+        self.label.set_text(text.replace("-", "\N{MINUS SIGN}"))
         return [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
 
 
 class _Picture:
-    """The figure of one run and its artists, made once, for that is most of the cost; `png` gives them new data."""
+    """The figure of one run and its artists, made once, which is most of the cost; `png` gives them new
+    data."""
 
     def __init__(self):
         self.figure = Figure(INCHES, facecolor="none")
@@ -119,13 +119,12 @@ class _Picture:
         self.main = self._add_axes("log-odds (nats)", 6)
         self.main.set_position((0.058, BOTTOM, 0.5, TOP - BOTTOM))
         (self.between,) = self.main.fill([0], [0], color=CHOSEN, alpha=0.13, linewidth=0)
-        self.always, self.curves = {self.main: ()}, {self.main: []}
-        for name, color, dashes in zip(("chosen", "rejected"), COLORS, DASHES, strict=False):
-            curve = _Curve(self.main, f"log_odds_{name}", color, dashes, name + "\n{:+.2f}")
-            self.curves[self.main].append(curve)
+        sides = zip(("chosen", "rejected"), COLORS, DASHES, strict=False)
+        both = [_Curve(self.main, f"log_odds_{side}", *look, side + "\n{:+.2f}") for side, *look in sides]
+        self.curves, self.always = {self.main: both}, {self.main: ()}
         for name, heading, note, level, always in PANELS:
             axes = self._add_axes(heading, 2, note)
-            self.always[axes], self.curves[axes] = always, [_Curve(axes, name)]
+            self.curves[axes], self.always[axes] = [_Curve(axes, name)], always
             if always is SHARE:
                 axes.set_yticks([0, 0.5, 1])
             if level is not None:
@@ -135,11 +134,11 @@ class _Picture:
         axes = self.figure.add_axes((0, 0, 1, 1), label=heading, xlabel="optimizer step")
         axes.set_title(heading, y=1, pad=6)  # a fixed y spares a layout at every draw
         axes.set_title(note, **NOTE)
-        axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=[1, 2, 5, 10], integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=NICE, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=NICE))
         return axes
 
-    def png(self, rows, title, status) -> bytes:
+    def png(self, rows, title, status, path=None) -> bytes:
         self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
         self.status.set_text(status)
         self.reading.set_text(reading.read_curves(rows).capitalize())
@@ -157,14 +156,13 @@ class _Picture:
         self._stack()
         chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
         self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
-        return _png(self.figure)
+        return _png(self.figure, path)
 
     def _stack(self):
-        """Put the small axes under each other, the odds term's left out where it has no curve; the lowest one carries the steps."""
+        """Put the small axes under each other; the odds term's only where it has a curve."""
         small = [axes for axes in self.curves if axes is not self.main]
-        for axes in small:
-            (curve,) = self.curves[axes]
-            axes.set_visible(curve.name != "odds_gradient_share" or curve.end is not None)
+        for axes, (name, *_) in zip(small, PANELS, strict=True):
+            axes.set_visible(name != "odds_gradient_share" or self.curves[axes][0].end is not None)
         small = [axes for axes in small if axes.get_visible()]
         height = (TOP - BOTTOM + GAP) / len(small)
         for k, axes in enumerate(reversed(small)):
@@ -186,7 +184,8 @@ def _place_labels(axes, curves):
 
 
 def _png(figure, path=None) -> bytes:
-    """Draw a figure as PNG bytes of 256 colors, a quarter of the bytes of all; written to `path` where one is given."""
+    """Draw a figure in 256 colors, a quarter of the bytes of all; returns PNG bytes, also written to
+    `path`."""
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba()))
@@ -196,17 +195,16 @@ def _png(figure, path=None) -> bytes:
     return buffer.getvalue()
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def draw(rows: list[dict], path=None, *, title: str = "") -> bytes:
     """Draw a history; returns PNG bytes, also written to `path` where one is given."""
-    png = _Picture().png(rows, title, f"step {max((row['step'] for row in rows), default=0):,}")
-    if path:
-        write_atomically(path, png)
-    return png
+    step = max((row["step"] for row in rows), default=0)
+    return _Picture().png(rows, title, f"step {step:,}", path)
 
 
 def show_progress(folder) -> None:
-    """Show how far the run in this folder is, from its `history.jsonl`: after a lost tab, or from a second kernel."""
+    """Show how far the run in this folder is, after a lost tab or from a second kernel: from
+    history.jsonl."""
     path = Path(folder) / "history.jsonl"
     rows = read_rows(path)
     if not rows:
@@ -226,39 +224,29 @@ def _bundle(png):
     return {"image/png": png, "text/plain": "LazyORPO live plot"}  # constant: nbval compares the text
 
 
+@dataclass
 class LivePlot:
-    """The picture of a run while it goes on; a drawing error is logged once and ends the drawing, never the run.
+    """The picture of a run while it goes on; an error in it is logged once and ends it, never the run.
 
-    It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the time so far, so
-    that 8 hours are some 1,500 pictures), and only while drawing stays below `max_share` of the training time.
-
-    Args:
-        path: the file of the picture; None: no file. Where a notebook kernel runs, it is displayed too.
-        title: heading of the picture.
-        total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
-        clock: seconds that never go back.
-
-    `drawn` counts the pictures, `cost_seconds` is the wall time that they took.
+    It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the
+    time so far, so that 8 hours are some 1,500 pictures), and only while it takes less than `max_share` of
+    training's time. `drawn` counts the pictures, `cost_seconds` is the wall time that they took.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        *,
-        title: str = "",
-        total_steps: int = 0,
-        min_seconds: float = 2.0,
-        max_share: float = 0.03,
-        clock=time.monotonic,
-    ):
-        self.path, self.title, self.total_steps = path, title, total_steps
-        self.min_seconds, self.max_share, self.clock = min_seconds, max_share, clock
+    path: Path | None  # of the file; None: no file. Where a notebook's kernel runs, it is displayed too
+    title: str = ""
+    total_steps: int = 0  # optimizer steps of the whole run, for the time left; 0: unknown
+    min_seconds: float = 2.0
+    max_share: float = 0.03
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self):
         self.drawn, self.cost_seconds = 0, 0.0
         self._display = _kernel_display()
-        self._off = not (path or self._display)
+        self._off = not (self.path or self._display)
         self._rows, self._last_step = [], 0
         self._handle = self._picture = self._first = None
-        self._began, self._drawn_at, self._written_at = clock(), -math.inf, -math.inf
+        self._began, self._drawn_at, self._written_at = self.clock(), -math.inf, -math.inf
 
     def update(self, row: dict) -> None:
         """Take in one row of the history, of training or of an evaluation; draws when it is time to."""
@@ -286,14 +274,13 @@ class LivePlot:
             self._draw(False)
 
     def _add(self, row):
-        self._rows.append({name: value for name, value in row.items() if name in KEPT})
+        self._rows.append(row)
         self._last_step = max(self._last_step, row["step"])
 
     def _due(self, now):
         if not self.drawn:
             return True
-        # Training alone counts: evaluations before it are not drawn.
-        run = now - self._first[1] if self._first else 0.0
+        run = now - self._first[1] if self._first else 0.0  # training alone, no evaluation before it
         gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
         cost_with_next = self.cost_seconds * (1 + 2 / self.drawn)  # and the last one
         return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
@@ -312,7 +299,7 @@ class LivePlot:
         self.cost_seconds += self._drawn_at - began
         self.drawn += 1
 
-    @matplotlib.rc_context(STYLE)
+    @rc_context(STYLE)
     def _png(self, status):
         self._picture = self._picture or _Picture()
         return self._picture.png(self._rows, self.title, status)
@@ -328,27 +315,22 @@ class LivePlot:
         return text
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
-    """Draw log_odds_ratio and nll of several runs over each other; returns PNG bytes, also written to `path`.
-
-    Args:
-        histories: {name of the run: its rows}; lines are smoothed, hollow marks are held-out figures.
-    """
-    figure, lines = Figure(INCHES), []
+    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes as
+    `draw`."""
+    figure = Figure(INCHES)
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
-        curves = [
-            _Curve(axes, name, COLORS[k % len(COLORS)], DASHES[k % len(DASHES)], label="")
-            for k in range(len(histories))
-        ]
-        for curve, rows in zip(curves, histories.values(), strict=True):
+        lines = []
+        for k, rows in enumerate(histories.values()):
+            curve = _Curve(axes, name, COLORS[k % len(COLORS)], DASHES[k % len(DASHES)], label="")
             curve.take(rows)
-        lines = [curve.line for curve in curves]
+            lines.append(curve.line)
         axes.relim()
         axes.autoscale_view()
         axes.set(title=heading, xlabel="optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
     names = [name.replace("$", r"\$") for name in histories]
     place = dict(loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
     figure.legend(lines, names, **place)
@@ -357,9 +339,9 @@ def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
     return _png(figure, path)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
-    """Draw the figures of several kinds of run beside each other; returns PNG bytes, also written to `path`.
+    """Draw figures of several kinds of run beside each other; returns PNG bytes as `draw`.
 
     Args:
         trials: {kind: {figure: its value in each run}}; a panel a figure, a dot a run, a bar at their mean.

@@ -1,7 +1,7 @@
 """Take a finished run home: merge it, talk to it, export it, push it to the hub.
 
-Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here, and nothing
-leaves the machine but by `push`.
+Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here,
+and nothing leaves the machine but by `push`.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,21 +31,23 @@ from .evaluate import answers
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
     """Give the folder of a run as a path; UserError where it is none, or has no `needed` yet."""
     folder = Path(folder).expanduser()
+    name = repr(str(folder))
     if not (folder / "settings.json").is_file():
         raise UserError(
-            f"{str(folder)!r} is not the folder of a run (it has no settings.json): give one that a run wrote."
+            f"{name} is not the folder of a run (it has no settings.json): give one that a run wrote."
         )
     if not (folder / needed).exists():
-        raise UserError(
-            f"The run in {str(folder)!r} has no {needed} yet: let it end, or run it again to go on."
-        )
+        raise UserError(f"The run in {name} has no {needed} yet: let it end, or run it again to go on.")
     return folder
 
 
 def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the full model of a run, the adapter folded in, to `out` (default: `merged/` in the run's folder).
+    """Write the full model of a run, the adapter folded in.
 
-    The weights have `dtype`, or the precision that the run computed in (16 bit on GPUs), also where the base was in 4 bit.
+    Args:
+        out: where to; None: `merged/` in the run's folder.
+        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also where the base was in 4
+            bit.
 
     Returns:
         the folder: safetensors, tokenizer, chat template, generation settings.
@@ -55,9 +56,8 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     out = Path(out or folder / "merged").expanduser().resolve()
     base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
     if base.is_dir() and base.resolve().is_relative_to(out):
-        raise UserError(
-            f"The merged model would be written over {str(base)!r}, from which it is made: give another folder."
-        )
+        problem = f"The merged model would be written over {str(base)!r}, from which it is made"
+        raise UserError(f"{problem}: give another folder.")
     folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
@@ -67,11 +67,11 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
 
 
 def export_gguf(run_folder) -> str:
-    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio, with llama.cpp's converter.
+    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
     Returns:
-        what was written; where the converter is neither on the PATH nor in a clone of llama.cpp here, the commands that do it.
-        They leave out its own requirements, which would replace this kit's torch and transformers by older ones.
+        what was written; where llama.cpp's converter is neither on the PATH nor in a clone here, the commands
+        that do it, without its own requirements: they would replace torch and transformers by older ones.
     """
     folder = folder_of_run(run_folder, "model")
     merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
@@ -98,17 +98,13 @@ git clone --depth 1 https://github.com/ggml-org/llama.cpp
 
 
 def reply(
-    model,
-    tokenizer,
-    messages: list[dict],
-    on_text: Callable[[str], None] = lambda piece: None,
-    *,
-    max_tokens: int = 512,
+    model, tokenizer, messages: list[dict], on_text=lambda piece: None, *, max_tokens: int = 512
 ) -> str:
-    """Give the model's greedy answer, prompted as in training; `on_text` gets each piece as soon as it is written.
+    """Give the model's greedy answer, prompted as in training.
 
     Args:
-        messages: {"role", "content"} turns, the last one the user's; what the model cannot hold is cut from the left.
+        messages: {"role", "content"} turns, the last one the user's; what is too long is cut from the left.
+        on_text: called with each piece of the answer, a str, as soon as it is written.
         max_tokens: longest answer, tokens.
 
     Raises:
@@ -121,9 +117,8 @@ def reply(
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
-        raise UserError(
-            f"The model's chat template does not take this ({why}): say it in other words."
-        ) from None
+        sentence = f"The model's chat template does not take this ({why}): say it in other words."
+        raise UserError(sentence) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
@@ -135,17 +130,16 @@ _say = partial(print, end="", flush=True)
 
 
 def ask(run, question: str) -> None:
-    """Print the tuned model's answer to a question as it is written: a notebook's way to talk to its `run.Run`."""
+    """Print the tuned model's answer as it is written: a notebook's way to talk to its `run.Run`."""
     if not hasattr(run, "model"):  # it was finished before this kernel began
-        run.model, run.tokenizer = load_finished(
-            run.folder / "model", dtype=run.dtype, device=run.machine.device
-        )
+        loaded = load_finished(run.folder / "model", dtype=run.dtype, device=run.machine.device)
+        run.model, run.tokenizer = loaded
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
     print()
 
 
 def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
-    """Talk to a finished run in a terminal; returns the talk. /new begins another, /exit or end of input ends it."""
+    """Talk to a finished run in a terminal, until /exit or the end of input; returns the talk."""
     folder, machine = folder_of_run(run_folder, "model"), this_machine()
     dtype, _ = pick_precision("auto", machine)
     model, tokenizer = load_finished(folder / "model", dtype=dtype, device=machine.device)
@@ -213,7 +207,7 @@ def _explain_push(repo: str):
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
-    """List {name in the repository: file or content}; peft's own README and the name of a local base folder stay here."""
+    """List {name in the repository: file or content}; peft's README and a local base's name stay here."""
     files = {
         f.name: str(f)
         for f in (*sorted((folder / "model").iterdir()), folder / "live.png")

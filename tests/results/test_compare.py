@@ -6,7 +6,7 @@ import pytest
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.results import live
-from lazyorpo_lib.results.compare import compare, report
+from lazyorpo_lib.results.compare import compare
 from lazyorpo_lib.settings import DEFAULTS
 from tests.results.test_card import write_run
 
@@ -75,11 +75,3 @@ def test_one_run_and_a_folder_that_is_no_run_are_told(copy, tmp_path):
         compare([copy("a")])
     with pytest.raises(UserError, match="not the folder of a run"):
         compare([tmp_path / "a", tmp_path / "none"])
-
-
-def test_the_report_has_the_tables_and_its_picture_takes_a_name_that_is_free(copy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    runs = [copy("a"), copy("b")]
-    for name in ("compare.png", "compare-2.png"):
-        text = report(runs)
-        assert "| a |" in text and text.endswith(f"are in {name}.") and (tmp_path / name).is_file()

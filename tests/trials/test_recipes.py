@@ -1,4 +1,4 @@
-"""trials.py: recipes differ in what they should alone, finished runs are not run again, the probe follows its rule."""
+"""recipes.py and runs.py: recipes differ in what they should alone, finished runs are not run again."""
 
 import json
 import multiprocessing
@@ -10,9 +10,9 @@ import torch
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.settings import resolve
-from lazyorpo_lib.trials import trials
+from lazyorpo_lib.trials import recipes, runs
 
-FIGURES = set(trials.QUALITY) | set(trials.COST)
+FIGURES = set(recipes.QUALITY) | set(recipes.COST)
 
 
 def tiny(folder, **changes):
@@ -23,7 +23,7 @@ def tiny(folder, **changes):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     settings = tiny(tmp_path_factory.mktemp("runs") / "tiny", answers=1)
-    return settings, trials.compare_recipes(settings, seeds=1, show=lambda text: None)
+    return settings, recipes.compare_recipes(settings, seeds=1, show=lambda text: None)
 
 
 def read(home, *names):
@@ -53,7 +53,7 @@ def test_the_table_has_every_figure_and_dpo_counts_its_reference(compared):
     _, home = compared
     out = read(home, "comparison.json")
     rows = {row["recipe"]: row for row in out["runs"]}
-    assert list(rows) == list(trials.RECIPES) and all(FIGURES < row.keys() for row in rows.values())
+    assert list(rows) == list(recipes.RECIPES) and all(FIGURES < row.keys() for row in rows.values())
     assert (
         rows["ORPO"]["forward_passes"] == rows["SFT"]["forward_passes"] == 2
         and rows["SFT then DPO"]["forward_passes"] == 3
@@ -65,65 +65,17 @@ def test_the_table_has_every_figure_and_dpo_counts_its_reference(compared):
 
 def test_finished_runs_are_not_run_again(compared, monkeypatch):
     settings, home = compared
-    monkeypatch.setattr(trials.multiprocessing, "get_context", None)
+    monkeypatch.setattr(runs.multiprocessing, "get_context", None)
     before = (home / "comparison.json").read_bytes()
-    trials.compare_recipes(settings, seeds=1, show=lambda text: None)
+    recipes.compare_recipes(settings, seeds=1, show=lambda text: None)
     assert (home / "comparison.json").read_bytes() == before
 
 
 def test_a_run_that_fails_is_one_sentence_that_names_its_folder(tmp_path):
     with pytest.raises(UserError, match="sft-1.*nowhere.jsonl"):
-        trials.compare_recipes(tiny(tmp_path, dataset="nowhere.jsonl"), seeds=1, show=lambda text: None)
+        recipes.compare_recipes(tiny(tmp_path, dataset="nowhere.jsonl"), seeds=1, show=lambda text: None)
     with pytest.raises(UserError, match="eval_pairs is 0"):
-        trials.compare_recipes(tiny(tmp_path, eval_pairs=0))
-
-
-def trial(margin, nll, rate):
-    return {"log_odds_ratio gain": margin, "nll change": nll, "learning_rate": rate, "or_weight": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("runs", "best", "said"),
-    [
-        ([trial(1, -1, 3e-4), trial(5, 0.1, 1e-3), trial(2, 0, 1e-4)], 2, "2 of 3"),
-        ([trial(2, -1, 3e-4), trial(2, -1, 1e-4)], 1, "2 of 2"),
-        ([trial(9, 0.5, 3e-4), trial(1, 0.1, 1e-3)], 1, "rose in every trial"),
-    ],
-)
-def test_the_rule_of_the_probe(runs, best, said):
-    out = trials.recommend(runs)
-    assert (
-        out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]}
-        and said in out["said"][0]
-    )
-
-
-def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path, monkeypatch):
-    def run(settings, show):
-        """Its margin is the larger the larger or_weight and rate; too large a rate costs likelihood."""
-        assert (settings.max_steps, settings.objective, settings.answers) == (
-            5,
-            "orpo",
-            0,
-        ) and settings.eval_pairs <= 32
-        changes = {
-            "log_odds_ratio": settings.or_weight * settings.learning_rate,
-            "nll": settings.learning_rate - 5e-3,
-            "accuracy": 0.1,
-        }
-        Path(settings.output_dir).mkdir(parents=True)
-        held_out = {"held_out": {name: {"change": change} for name, change in changes.items()}}
-        Path(settings.output_dir, "summary.json").write_text(json.dumps(held_out))
-
-    monkeypatch.setattr(trials, "_run", run)
-    home = trials.probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=5)
-    out = read(home, "probe.json")
-    assert [(run["or_weight"], run["learning_rate"]) for run in out["runs"]] == [
-        (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
-    ]  # fmt: skip
-    assert out["recommended"] == {"or_weight": 0.9, "learning_rate": 3e-3}
-    assert "Recommended: --or-weight 0.9 --learning-rate 0.003" in (home / "probe.md").read_text()
-    assert (home / "probe.png").read_bytes().startswith(b"\x89PNG")
+        recipes.compare_recipes(tiny(tmp_path, eval_pairs=0))
 
 
 FORKS = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -147,9 +99,9 @@ def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, 
 
     context = types.SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
     kinds = []
-    monkeypatch.setattr(trials.multiprocessing, "get_context", lambda kind: kinds.append(kind) or context)
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: kinds.append(kind) or context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     with pytest.raises(UserError, match="sft-1 is not finished.*Stopped at step 1.*goes on from there"):
-        trials.compare_recipes(tiny(tmp_path), seeds=1, show=lambda text: None)
+        recipes.compare_recipes(tiny(tmp_path), seeds=1, show=lambda text: None)
     assert Process.started == 1, "nothing more is begun"
     assert kinds == [kind], "CUDA survives no fork, and what the fork server imports initialises it"

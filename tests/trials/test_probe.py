@@ -1,0 +1,57 @@
+"""probe.py: each setting is tried lower and higher, and the recommendation follows its rule."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lazyorpo_lib.trials.probe import probe, recommend
+from tests.trials.test_recipes import read, tiny
+
+
+def trial(margin, nll, rate):
+    return {"log_odds_ratio gain": margin, "nll change": nll, "learning_rate": rate, "or_weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("runs", "best", "said"),
+    [
+        ([trial(1, -1, 3e-4), trial(5, 0.1, 1e-3), trial(2, 0, 1e-4)], 2, "2 of 3"),
+        ([trial(2, -1, 3e-4), trial(2, -1, 1e-4)], 1, "2 of 2"),
+        ([trial(9, 0.5, 3e-4), trial(1, 0.1, 1e-3)], 1, "rose in every trial"),
+    ],
+)
+def test_the_rule_of_the_probe(runs, best, said):
+    out = recommend(runs)
+    assert (
+        out["recommended"] == {"or_weight": 0.1, "learning_rate": runs[best]["learning_rate"]}
+        and said in out["said"][0]
+    )
+
+
+def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_from(tmp_path, monkeypatch):
+    def run(settings, show):
+        """Its margin is the larger the larger or_weight and rate; too large a rate costs likelihood."""
+        assert (settings.max_steps, settings.objective, settings.answers) == (
+            5,
+            "orpo",
+            0,
+        ) and settings.eval_pairs <= 32
+        changes = {
+            "log_odds_ratio": settings.or_weight * settings.learning_rate,
+            "nll": settings.learning_rate - 5e-3,
+            "accuracy": 0.1,
+        }
+        Path(settings.output_dir).mkdir(parents=True)
+        held_out = {"held_out": {name: {"change": change} for name, change in changes.items()}}
+        Path(settings.output_dir, "summary.json").write_text(json.dumps(held_out))
+
+    monkeypatch.setattr("lazyorpo_lib.trials.probe.run_apart", run)
+    home = probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=5)
+    out = read(home, "probe.json")
+    assert [(run["or_weight"], run["learning_rate"]) for run in out["runs"]] == [
+        (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
+    ]  # fmt: skip
+    assert out["recommended"] == {"or_weight": 0.9, "learning_rate": 3e-3}
+    assert "Recommended: --or-weight 0.9 --learning-rate 0.003" in (home / "probe.md").read_text()
+    assert (home / "probe.png").read_bytes().startswith(b"\x89PNG")
