@@ -205,3 +205,15 @@ def _bfloat16_gain() -> float:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def checkpoint_layers(model, count: int) -> int:
+    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); give how many."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if count and layers:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count
+    return min(count, len(layers))
