@@ -188,7 +188,7 @@ class Run:
         forget_peak_memory()
         # Of several processes all take the first one's plan.
         (self.plan,) = broadcast_object_list([self._plan()])
-        s = self.settings
+        s = self.settings = dataclasses.replace(self.settings, optimizer=self.plan.optimizer)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
             raise UserError(
                 f"{self.folder} is not on every machine the folder that the first process writes: give an "
@@ -231,6 +231,7 @@ class Run:
             planner.measured_lengths(self.train_pairs),
             dtype=self.dtype,
             cards=int(os.environ["WORLD_SIZE"]) if self.sharded else 1,
+            begun=bool(checkpoints.complete(self.folder)),
         )
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:

@@ -1,13 +1,13 @@
 """Attention for rows in which the two answers of a pair share one prompt.
 
-`RowAttention` computes, for each pair of a `shared` row, causal attention over [prompt, chosen] and of rejected over
-[prompt, rejected]: no mask over the row, no padding, and neither answer sees the other. Outside of a row it is
-transformers' own SDPA. It chooses no layout (layouts.py), picks no token budget and computes no loss.
+Of each pair of a `shared` row it computes causal attention over [prompt, chosen] and of rejected over
+[prompt, rejected]: no mask over the row, no padding, neither answer sees the other. Outside of a row it is
+transformers' own SDPA. It chooses no layout (layouts.py) and computes no loss.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,16 @@ from transformers.utils import is_torch_greater_or_equal
 from ..orpo.batching import Batch, EncodedPair, collate
 
 NAME = "lazyorpo"
-# Tokens of a pair up to which torch's kernel for the CPU is slower in bfloat16 than in float32, its backward most.
-SHORT = 256
+SHORT = 256  # tokens of a pair up to which torch's kernel for the CPU is slower in bfloat16 than in float32
 
 
 class Row:
-    """What the layers have in common that compute one shared row: where its pairs lie, the masks made so far."""
+    """What all layers need to compute one shared row: where its pairs lie, the masks made so far."""
 
     def __init__(self, batch: Batch):
         self.spans, self.keys, self.starts, self.masks = batch.spans, batch.keys, batch.starts, {}
         lengths = [(p + c, r, p + r) for _, _, p, c, r in self.spans]
-        self.longest = tuple(
-            map(max, zip(*lengths, strict=True))
-        )  # [prompt, chosen], rejected, [prompt, rejected]
+        self.longest = [max(n) for n in zip(*lengths, strict=True)]  # of whole, rejected, [prompt, rejected]
 
 
 def causal_mask(n: int, total: int, window: int | None, like: Tensor) -> Tensor:
@@ -48,24 +45,20 @@ class RowAttention:
     """Attention function in transformers' interface; it computes `row` while there is one.
 
     Args:
-        kernels: {name: function of `_flash`'s signature}, the best first; none is believed before it is proven.
+        kernels: {name: function as `_flash`}, the best first; None for KERNELS; each is proven first.
         kernel_devices: device types that have these kernels.
-        cpu_kernel_devices: device types with torch's kernel for the CPU: from 2.9 on it reads one key for several heads.
+        cpu_kernel_devices: those with torch's kernel for the CPU, which from 2.9 on reads a key for many
+            heads.
         mask: makes the mask of one answer, as `causal_mask`.
         name: of the attention implementation that transformers is told.
 
     Attributes:
-        row: what is computed now, or None. Autograd's own threads, where checkpointed layers run again, must see it,
-            so it is no context variable.
+        row: what is computed now, or None. No context variable: autograd's own threads, in which checkpointed
+            layers run again, must see it.
     """
 
     def __init__(
-        self,
-        kernels: dict[str, Callable] | None = None,
-        kernel_devices=("cuda",),
-        cpu_kernel_devices=("cpu",),
-        mask: Callable[..., Tensor] = causal_mask,
-        name: str = NAME,
+        self, kernels=None, kernel_devices=("cuda",), cpu_kernel_devices=("cpu",), mask=causal_mask, name=NAME
     ):
         self.kernels = KERNELS if kernels is None else kernels
         self.kernel_devices, self.cpu_kernel_devices = kernel_devices, cpu_kernel_devices
@@ -75,10 +68,11 @@ class RowAttention:
     def register(self) -> None:
         """Have transformers call this attention for models whose implementation is `name`."""
         AttentionInterface.register(self.name, self)
-        # In a shared row no mask may be built: positions that start again would be read as documents of a pack.
-        AttentionMaskInterface.register(
-            self.name, lambda *args, **kwargs: None if self.row else sdpa_mask(*args, **kwargs)
-        )
+        AttentionMaskInterface.register(self.name, self._no_mask_of_a_row)
+
+    def _no_mask_of_a_row(self, *args, **kwargs) -> Tensor | None:
+        # Positions of a row that start again would be read as documents of a pack.
+        return None if self.row else sdpa_mask(*args, **kwargs)
 
     @contextlib.contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
@@ -100,7 +94,7 @@ class RowAttention:
         dropout=0.0,
         scaling=None,
         sliding_window=None,
-        **kwargs,
+        **more,
     ):
         """Attend.
 
@@ -111,27 +105,21 @@ class RowAttention:
         Returns:
             (1, N, heads, head_dim) and None for the weights.
         """
-        if kwargs.get("softcap"):
+        if more.get("softcap"):
             raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
-        if self.row is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-        device = query.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # rotary embeddings of float32 weights leave query and key in float32
-            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        if sliding_window is not None and sliding_window >= max(self.row.longest):
+        inputs, device, row = (query, key, value), query.device.type, self.row
+        if row is None:
+            return sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **more)
+        if torch.is_autocast_enabled(device):  # rotary embeddings of float32 weights leave float32
+            inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
+        if sliding_window is not None and sliding_window >= max(row.longest):
             sliding_window = None  # it hides nothing, and not every kernel is right with one
-        inputs, options = (query, key, value), dict(scaling=scaling, window=sliding_window)
-        if (
-            device in self.kernel_devices
-            and dropout == 0.0
-            and (kernel := self.proven_kernel(*inputs, **options))
-        ):
-            return in_two_calls(kernel, self.row, *inputs, **options), None
-        return self.by_pairs(self.row, *inputs, dropout=dropout, **options), None
+        kernel, options = None, dict(scaling=scaling, window=sliding_window)
+        if device in self.kernel_devices and dropout == 0.0:
+            kernel = self.proven_kernel(*inputs, **options)
+        if kernel is not None:
+            return in_two_calls(kernel, row, *inputs, **options), None
+        return self.by_pairs(row, *inputs, dropout=dropout, **options), None
 
     # A pair at a time: on the CPU, and wherever no kernel takes the row whole.
 
@@ -145,7 +133,7 @@ class RowAttention:
         if on_cpu and dtype == torch.bfloat16 and max(sum(span[2:]) for span in spans) <= SHORT:
             query, key, value = (x.float() for x in (query, key, value))
         options = dict(dropout_p=dropout, scale=scaling, enable_gqa=grouped)
-        # One split, whose backward is one copy: a slice's would be a row of zeros and a sum over it, for every pair.
+        # One split, whose backward is one copy: each slice's would be a row of zeros and a sum over it.
         sizes = [s.prompt + s.chosen for s in spans] + [s.rejected for s in spans]
         queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
         parts = [None] * len(sizes)
@@ -170,10 +158,10 @@ class RowAttention:
             mask = row.masks[key] = row.masks[key] if key in row.masks else self.mask(n, total, window, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
-    # Kernels that take pieces of different lengths (CUDA): the whole row in two calls a layer, each proven first.
+    # Kernels that take pieces of different lengths (CUDA): the whole row in two calls a layer, once proven.
 
     def proven_kernel(self, query: Tensor, key: Tensor, value: Tensor, scaling, window) -> Callable | None:
-        """Find the first kernel that agrees with `by_pairs` for these heads, in value and gradient. Tried once."""
+        """Find the first kernel that equals `by_pairs` for such heads, in value and gradient; tried once."""
         shapes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
         kind = (*self.kernels.values(), query.device, query.dtype, *shapes, window is not None)
         if kind not in _verdicts:
@@ -190,24 +178,21 @@ class RowAttention:
                 refused[name] = why
             else:
                 name, kernel = "a pair at a time", None
-            _verdicts[kind] = (
-                kernel,
-                "; not ".join([name, *(f"{other}: {why}" for other, why in refused.items())]),
-            )
+            said = [name, *(f"{other}: {why}" for other, why in refused.items())]
+            _verdicts[kind] = kernel, "; not ".join(said)
         return _verdicts[kind][0]
 
     def _disagreement(self, kernel, query, key, value, scaling, window) -> str:
         """Say how far the kernel is from float32 attention pair by pair; nothing where that is rounding."""
-        device, generator = query.device, torch.Generator().manual_seed(0)
+        like, generator = (query.device, query.dtype), torch.Generator().manual_seed(0)
         for lengths in PROOF:
-            row = Row(collate([EncodedPair(0, *([0] * n for n in pair)) for pair in lengths]).to(device))
-            n, heads, size = sum(map(sum, lengths)), query.shape[1], value.shape[-1]
-            shapes = [(1, x.shape[1], n, x.shape[-1]) for x in (query, key, value)] + [(1, n, heads, size)]
-            *inputs, upstream = (torch.randn(s, generator=generator).to(device, query.dtype) for s in shapes)
-            pairwise = functools.partial(self.by_pairs, row, scaling=scaling, window=window)
-            whole = functools.partial(in_two_calls, kernel, row, scaling=scaling, window=window)
-            true = _with_gradients(pairwise, upstream.float(), inputs)
-            ours = _with_gradients(whole, upstream, inputs)
+            row = Row(collate([EncodedPair(0, *([0] * n for n in pair)) for pair in lengths]).to(like[0]))
+            n, options = sum(map(sum, lengths)), dict(scaling=scaling, window=window)
+            shapes = [(1, x.shape[1], n, x.shape[-1]) for x in (query, key, value)]
+            shapes.append((1, n, query.shape[1], value.shape[-1]))
+            *inputs, upstream = (torch.randn(shape, generator=generator).to(*like) for shape in shapes)
+            true = _with_gradients(partial(self.by_pairs, row, **options), upstream.float(), inputs)
+            ours = _with_gradients(partial(in_two_calls, kernel, row, **options), upstream, inputs)
             for what, x, y in zip(("values", "d query", "d key", "d value"), ours, true, strict=True):
                 error = ((x.float() - y).norm() / y.norm()).item()
                 if not error <= TOLERANCE[query.dtype]:  # NaN is no agreement
@@ -215,11 +200,9 @@ class RowAttention:
         return ""
 
 
-def in_two_calls(
-    kernel, row: Row, query: Tensor, key: Tensor, value: Tensor, scaling=None, window=None
-) -> Tensor:
-    """Compute every [prompt, chosen], then every rejected over its prompt and itself: two slices of the queries, one
-    gather of the keys; (1, N, heads, head_dim)."""
+def in_two_calls(kernel, row: Row, query, key, value, scaling=None, window=None) -> Tensor:
+    """Compute every [prompt, chosen], then every rejected over its prompt and itself: two slices of the
+    queries, one gather of the keys; (1, N, heads, head_dim)."""
     first = row.spans[0].rejected_start
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
     chosen, rejected = q.split([first, len(q) - first])  # the backward of a split is one copy
@@ -232,8 +215,7 @@ def in_two_calls(
 
 
 def _flash(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, window) -> Tensor:
-    """Attend causally, aligned at the ends, from pieces of q (Nq, heads, head_dim) to pieces of k and v (Nk, fewer
-    heads, head_dim)."""
+    """Attend causally, aligned at the ends, from pieces of q (Nq, heads, head_dim) to k and v (Nk, …)."""
     left, right = (None, None) if window is None else (window - 1, 0)
     longest_q = max(longest_q, 2)  # 1 would take a way of its own, meant for generation
     given = q, k, v, starts_q, starts_k, longest_q, longest_k, 0.0, True, False
@@ -245,21 +227,27 @@ def _efficient(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, windo
     """Do the same, also before compute capability 8 and in float32; it wants a key for every head."""
     k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in (k, v))
     causal_from_the_end, for_the_backward = 2, True
-    given = q[None], k[None], v[None], None, starts_q, starts_k, longest_q, longest_k, 0.0
+    given = (
+        q[None],
+        k[None],
+        v[None],
+        None,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        0.0,
+        causal_from_the_end,
+    )
     options = dict(scale=scaling, window_size=window)
-    return torch.ops.aten._efficient_attention_forward(
-        *given, causal_from_the_end, for_the_backward, **options
-    )[0][0]
+    return torch.ops.aten._efficient_attention_forward(*given, for_the_backward, **options)[0][0]
 
 
 KERNELS = {"flash": _flash, "efficient": _efficient}  # the best first; both private in torch
 # (prompt, chosen, rejected) of the pairs of rows: several blocks of a kernel; one token.
 PROOF = (((70, 150, 1), (3, 2, 140), (1, 9, 6)), ((20, 3, 1),))
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1e-2,
-}  # of a norm; rounding is a third of it
+# Of a tensor's norm; rounding is a third of it.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _verdicts: dict[tuple, tuple] = {}  # (the kernel or None, what is said of it), by what was tried on what
 
 
@@ -278,14 +266,11 @@ def _with_gradients(run, upstream: Tensor, inputs: list[Tensor]) -> list[Tensor]
 
 
 def takes_sdpa(model) -> bool:
-    """Tell whether SDPA is right for a model. Before 5.21 transformers says so of Gemma 2 too, without its soft cap."""
-    return model._supports_sdpa and not getattr(
-        model.config.get_text_config(), "attn_logit_softcapping", None
-    )
+    """Tell whether SDPA is right for a model; before 5.21 transformers says so of Gemma 2, uncapped."""
+    config = model.config.get_text_config()
+    return model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
 
 
 def brief(error: Exception) -> str:
     """Name an error and the beginning of what it says."""
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
-    )
+    return ": ".join([type(error).__name__, *str(error)[:120].splitlines()[:1]])

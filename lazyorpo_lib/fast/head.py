@@ -18,9 +18,9 @@ def token_logps(
 ) -> Tensor:
     """Compute log softmax(cap(scale * (hidden @ weight.T + bias)))[target] of each token, in blocks.
 
-    A frozen weight (LoRA, QLoRA) stores d logp / d hidden in the forward, so the backward needs no logits at all; a
-    trained one recomputes its blocks. Matrix products run in the dtype of `weight` (autocast's, where it is on);
-    softmax and sums in float32. (torch's own chunked linear_cross_entropy is young, recomputes, and knows no cap.)
+    A frozen weight (LoRA, QLoRA) stores d logp / d hidden in the forward, so the backward needs no logits; a
+    trained one recomputes its blocks. Matrix products run in the dtype of `weight` (autocast's, where it is
+    on), softmax and sums in float32. torch's own linear_cross_entropy is young, recomputes, and knows no cap.
 
     Args:
         hidden: (M, H). weight: (V, H). targets: (M,) int64. bias: (V,).
@@ -39,7 +39,7 @@ def token_logps(
 
 
 def _log_softmax(hidden, weight, bias, softcap, scale):
-    """Give a block of log-probabilities in float32 (m, V), and d capped / d raw where there is a cap, else None."""
+    """Give a block of log-probabilities (m, V) in float32, and d capped / d raw or None without a cap."""
     logits = hidden @ weight.T
     if logits.dtype != torch.float16 or bias is not None or scale != 1.0 or softcap:
         logits = logits.float()  # else log_softmax casts as it reads (on CUDA)
@@ -86,7 +86,7 @@ def _block(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | Non
 
 
 def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
-    """Compute the log-probabilities (M,), block by block; fill `jacobian` (M, H), where given, with d logp / d hidden."""
+    """Compute the log-probabilities (M,) block by block; `jacobian` (M, H) gets d logp / d hidden."""
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for s in _blocks(weight, len(targets)):
         part = None if jacobian is None else jacobian[s]
@@ -122,8 +122,8 @@ class _TrainedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for s in _blocks(weight, len(targets)):
-            all_logps, slope = _log_softmax(hidden[s], weight, bias, ctx.softcap, ctx.scale)
-            gradient = _block_gradient(all_logps, slope, targets[s], ctx.scale).mul_(grad[s, None])
+            block = hidden[s], weight, bias, ctx.softcap, ctx.scale
+            gradient = _block_gradient(*_log_softmax(*block), targets[s], ctx.scale).mul_(grad[s, None])
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
@@ -132,7 +132,7 @@ class _TrainedHead(torch.autograd.Function):
                 grad_weight.addmm_(gradient.T, hidden[s])
             else:
                 grad_weight += gradient.T @ hidden[s]
-            del all_logps, slope, gradient  # before the next block's logits exist
+            del gradient  # before the next block's logits exist
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
@@ -140,16 +140,17 @@ class ScoringForward:
     """Gives a causal LM a second way of being called: `model(input_ids=…, hidden_index=…, targets=…)` returns
     {"logps": the log-probability of each target (M,), "router_loss": a scalar or None} in place of logits.
 
-    It replaces `forward` on the one instance, so that everything wrapped around it (PEFT, DDP, FSDP, autocast) acts as
-    for any forward. The model's own forward still runs (and adds what it adds, such as a router loss), asked for the
-    logits of no position; the hidden states are caught where they leave the body.
+    It replaces `forward` on the one instance, so that all that wraps it (PEFT, DDP, FSDP, autocast) acts as
+    for any forward. The model's own forward still runs (and adds its router loss), asked for the logits of no
+    position; the hidden states are caught where they leave the body.
 
     Args:
         model: a transformers causal LM, unwrapped.
 
     Attributes:
-        plain: whether `token_logps` stands in for the output layer. Where it cannot (an adapter on the head, an unknown
-            class; the probe of layouts.py decides), the model's own logits are used, at the scored positions alone.
+        plain: whether `token_logps` stands in for the output layer. Where it cannot (an adapter on the head,
+            an unknown class; layouts.py's probe decides), the model's own logits are used, of the scored
+            tokens alone.
     """
 
     def __init__(self, model):

@@ -14,7 +14,7 @@ from ..orpo.batching import Batch, EncodedPair, collate
 from .attention import NAME, RowAttention, brief
 from .head import ScoringForward
 
-# (name, layout of batching.py, attention implementation or None for the model's own), best first; the last is right.
+# (name, layout of batching.py, attention or None for the model's own), best first; the last is always right.
 LADDER = (
     ("shared", "shared", NAME),
     ("shared, dense masks", "shared", "eager"),
@@ -26,9 +26,9 @@ LADDER = (
 class PairScorer:
     """Runs batches through a causal LM in the best layout that it provably takes.
 
-    On construction each rung of LADDER is tried on the real model with random tokens, without gradient: the log-
-    probabilities must equal those of separate, unpadded forwards (equality), and must not move when another answer's
-    tokens change (leak). Both are needed: ALiBi by index passes the second and fails the first.
+    Each rung of LADDER is tried on the model with random tokens, without gradient: log-probabilities must
+    equal those of separate, unpadded forwards (equality), and must not move when another answer's tokens
+    change (leak). Both are needed: ALiBi by index passes the second and fails the first.
 
     Args:
         model: a transformers causal LM, unwrapped; its forward becomes a `head.ScoringForward`.
@@ -57,22 +57,20 @@ class PairScorer:
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch) -> Iterator[dict]:
-        """Give the keyword arguments with which the (possibly wrapped) model computes `batch`. Forward and backward
-        belong inside the block: after it ordinary attention holds again."""
+        """Give the keyword arguments with which the (possibly wrapped) model computes `batch`. Forward and
+        backward belong inside the block: after it ordinary attention holds again."""
         given = dict(input_ids=batch.input_ids, hidden_index=batch.hidden_index, targets=batch.targets)
         if self.layout == "padded":
             given["attention_mask"] = batch.attention_mask
         else:
             given["position_ids"] = batch.position_ids
-        if self.rung == "shared, dense masks":
+        if self.rung == "shared":
+            # Not read; without it transformers would look for documents in the positions, and wait for it.
+            given["attention_mask"] = torch.ones_like(batch.input_ids)
+        elif self.layout == "shared":
             config = self.model.config.get_text_config()
             given["attention_mask"] = dense_masks(batch, config, self.model.dtype)
-        if self.rung != "shared":
-            yield given
-            return
-        # Not read; without it transformers would look through the positions for documents, and wait for the device.
-        given["attention_mask"] = torch.ones_like(batch.input_ids)
-        with self.attention.over(batch):
+        with self.attention.over(batch) if self.rung == "shared" else contextlib.nullcontext():
             yield given
 
     def read(self, out: dict, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -80,14 +78,14 @@ class PairScorer:
         return out["logps"], out["router_loss"]
 
     def logps(self, batch: Batch) -> Tensor:
-        """Compute the log-probability of each scored token, (M,) float32, without wrappers around the model."""
+        """Compute the log-probability of each scored token, (M,) float32, by the bare model."""
         with self.inputs(batch) as inputs:
             return self.read(self.model(**inputs), batch)[0]
 
 
 def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
-    """Make the additive (1, 1, N, N) mask of a shared row, or one for each of the config's layer types: for models
-    whose attention must run in transformers' own eager code (soft-capping, sinks, chunks)."""
+    """Make the additive (1, 1, N, N) mask of a shared row, or one for each of the config's layer types: for
+    attention that must run in transformers' own eager code (soft-capping, sinks, chunks)."""
     position, device = batch.position_ids[0], batch.position_ids.device
     pair, side = torch.zeros(2, len(position), dtype=torch.int32)
     for i, (start, rejected_start, p, c, r) in enumerate(batch.spans):
@@ -95,27 +93,22 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
         side[start + p : start + p + c], side[rejected_start : rejected_start + r] = 1, 2
     pair, side, index = pair.to(device), side.to(device), torch.arange(len(position), device=device)
     allowed = (pair[:, None] == pair) & (index[:, None] >= index) & ~((side[:, None] == 2) & (side == 1))
-    distance = position[:, None] - position
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     seen = {"full_attention": allowed}
     if window:
-        seen["sliding_attention"] = allowed & (distance < window)
+        seen["sliding_attention"] = allowed & (position[:, None] - position < window)
     if chunk:
         seen["chunked_attention"] = allowed & (position[:, None] // chunk == position // chunk)
-    masks = {
-        kind: torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)[
-            None, None
-        ]
-        for kind, mask in seen.items()
-    }
+    for kind, mask in seen.items():
+        additive = torch.zeros(mask.shape, dtype=dtype, device=device)
+        seen[kind] = additive.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
     if getattr(config, "layer_types", None):
-        return {kind: masks[kind] for kind in set(config.layer_types)}
-    return masks.get("sliding_attention", masks["full_attention"])
+        return {kind: seen[kind] for kind in set(config.layer_types)}
+    return seen.get("sliding_attention", seen["full_attention"])
 
 
 class _Probe:
-    """Two pairs of random tokens, longer than the model's window where that stays cheap, and their right
-    log-probabilities."""
+    """Two random pairs, longer than the model's window where that is cheap, and their right scores."""
 
     def __init__(self, scorer: PairScorer):
         self.scorer, model = scorer, scorer.model
@@ -132,9 +125,7 @@ class _Probe:
         )
 
     def _draw(self, prompt: int) -> None:
-        generator = torch.Generator().manual_seed(
-            0
-        )  # of its own: no run's random numbers may depend on the probe
+        generator = torch.Generator().manual_seed(0)  # its own: no run's random numbers may depend on it
 
         def tokens(n):
             return torch.randint(5, self.words, (n,), generator=generator).tolist()
@@ -146,34 +137,33 @@ class _Probe:
         half = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
         if not self.truth.isfinite().all():
-            mend = {
-                torch.float16: "set precision=float32, take a GPU that has bfloat16,",
-                torch.bfloat16: "set precision=float32",
-            }
+            mend = "load its weights anew"
+            if dtype != torch.float32:
+                other = ", take a GPU that has bfloat16," if dtype == torch.float16 else ""
+                mend = f"set precision=float32{other}"
             raise UserError(
-                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities are "
-                f"not finite; {mend.get(dtype, 'load its weights anew')} or choose another base_model."
+                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities "
+                f"are not finite; {mend} or choose another base_model."
             )
-        # In 16 bit even the right answer depends on how rows are batched; that noise is measured, and allowed for.
+        # In 16 bit even the truth depends on how rows are batched; that noise is measured, and allowed for.
         self.tolerance = 1e-4
         if dtype != torch.float32:
             self.tolerance = 1e-2 + 4 * (self._separate(pad=3) - self.truth).abs().max().item()
 
     def _separate(self, pad: int = 0) -> Tensor:
         """Score each answer in a forward of its own, `pad` tokens of padding behind it."""
-        return torch.cat(
-            [self._alone(pair.prompt, answer, pad) for pair in self.pairs for answer in pair[2:]]
-        )
+        alone = [self._alone(pair.prompt, answer, pad) for pair in self.pairs for answer in pair[2:]]
+        return torch.cat(alone)
 
     def _alone(self, prompt, answer, pad: int) -> Tensor:
         ids = torch.tensor([[*prompt, *answer, *[0] * pad]], device=self.device)
-        mask = torch.tensor([[1] * (ids.shape[1] - pad) + [0] * pad], device=self.device)
-        keep = len(answer) + 1 + pad  # not the logits of a prompt as long as a window
-        logits = self.scorer.forward.original(
-            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
-        ).logits[0]
-        logps = torch.log_softmax(logits[-keep:][: len(answer)].float(), dim=-1)
-        return logps.gather(1, ids[0, len(prompt) : ids.shape[1] - pad, None])[:, 0]
+        mask = (torch.arange(ids.shape[1], device=self.device) < ids.shape[1] - pad).long()[None]
+        # Not the logits of a prompt as long as a window.
+        options = dict(use_cache=False, logits_to_keep=len(answer) + 1 + pad)
+        logits = self.scorer.forward.original(input_ids=ids, attention_mask=mask, **options).logits[0]
+        logits = logits[-(len(answer) + 1 + pad) :][: len(answer)]
+        targets = ids[0, len(prompt) : len(prompt) + len(answer), None]
+        return torch.log_softmax(logits.float(), dim=-1).gather(1, targets)[:, 0]
 
     def refusal(self) -> str:
         """Say why the scorer's present rung is wrong for the model; nothing if it is right."""

@@ -1,4 +1,4 @@
-"""A LoRA layer's forward and backward in one piece: no scaled copy of its output, no second sum over its input.
+"""A LoRA layer's forward and backward in one piece: no scaled copy of its output, no second sum of its input.
 
 PEFT owns the adapters: it makes, saves, loads, disables and merges them. `fuse` only replaces how a layer is
 computed while it is trained; the maths is the same. It knows no pairs and no losses.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Give the weight of a frozen linear layer, (out, in) in `dtype`; a 4-bit one is dequantised, anew each time."""
+    """Give the weight of a frozen linear layer, (out, in) in `dtype`; a 4-bit one is dequantised anew."""
     weight = layer.weight
     if getattr(weight, "quant_state", None) is None:
         return weight.to(dtype)
@@ -21,7 +21,7 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x @ W.T + bias + scale * y @ A.T @ B.T with gradients for x, y, A and B; y is x after dropout, or None for x."""
+    """x @ W.T + bias + scale * y @ A.T @ B.T, with gradients; y is x after dropout, or None for x itself."""
 
     @staticmethod
     def forward(ctx, x, y, a, b, layer, scale, weight_of):
@@ -64,9 +64,9 @@ def _forward(lora, plain, weight_of, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def fuse(model, weight_of=frozen_weight) -> None:
-    """Have the LoRA layers of a PEFT model that lie over an `nn.Linear`, plain or in 4 bit, computed in one piece.
+    """Have the LoRA layers of a PEFT model over an `nn.Linear`, plain or in 4 bit, computed in one piece.
 
-    The forward is replaced on each instance; PEFT's own is used where no gradient is asked for, or the adapter is off.
+    It replaces each instance's forward; PEFT's own runs where no gradient is asked for, or adapters are off.
 
     Args:
         weight_of: gives a layer's weight in a dtype, as `frozen_weight`.

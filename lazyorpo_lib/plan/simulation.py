@@ -1,20 +1,18 @@
 """One training step of a shortened model on fake tensors: what each phase of it holds in memory.
 
-A cut of three layers (two checkpointed, one not) takes the kit's own path: forward, attention, head, loss, backward. Every phase of
-a step is linear in tokens, in stored layers and in checkpointed ones, so that two lengths give the peak of any depth and budget.
-Only shapes are computed: no weights, no GPU, no kernel of one. It counts what a step makes, the bytes that it moves and what it
-launches; weights and optimizer state are planner.py's.
+A cut of three layers takes the kit's own path: forward, attention, head, loss, backward. Only shapes are
+computed: no weights, no GPU, no kernel of one. It counts what a step makes, the bytes that it moves and what
+it launches; weights and optimizer state are planner.py's.
 """
 
 import contextlib
 import copy
 import importlib.util
 import logging
-import math
 import sys
 import warnings
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 import transformers
@@ -38,79 +36,14 @@ from ..machine import Machine, checkpoint_layers
 from ..model import add_adapters, causal_lm
 from ..orpo.batching import EncodedPair, collate
 from ..settings import Settings
+from .profile import LAYERS, Phase, Profile, rough_profile
 
-LAYERS = 3  # two checkpointed, then one that is not: enough to tell what one more of either kind adds
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}  # their time is operations over a rate
 LOOKUPS = {"embedding", "index_select", "gather", "index"}  # read no more than they write
 
 
-@dataclass(frozen=True)
-class Profile:
-    """The phases of a step at some token counts, {phase: bytes at its start, at its peak, at its peak without gradients; bytes that
-    what is no product moves; launches}."""
-
-    points: tuple[tuple[int, dict], ...]
-    layer_gradient: float  # bytes
-    dense: bool = False  # its attention scores are of every token with every other: quadratic
-    stood_in: str = ""  # what the figures are of, where they are not of this model
-
-    def at(self, tokens: int) -> dict[str, list[float]]:
-        """Lines between the points, and beyond them; parabolas where it is dense."""
-        last = next((k for k, (count, _) in enumerate(self.points) if tokens <= count), len(self.points) - 1)
-        degree = 2 if self.dense else 1
-        near = self.points[max(0, last - degree) : max(last, degree) + 1]
-        shares = [
-            math.prod((tokens - other) / (count - other) for other, _ in near if other != count)
-            for count, _ in near
-        ]
-        columns = {name: zip(*(phases[name] for _, phases in near), strict=True) for name in near[0][1]}
-        return {
-            name: [sum(w * x for w, x in zip(shares, column, strict=True)) for column in rows]
-            for name, rows in columns.items()
-        }
-
-    def work(self, tokens: int, layers: int, checkpointed: int) -> tuple[float, float]:
-        """Bytes moved besides products, and launches, of a micro-batch, forward and backward."""
-        more = {1: checkpointed - 2, 2: layers - checkpointed - 1}
-        times = {f"{way} {k}": 1 + more[k] for way in ("forward", "backward") for k in more}
-        return tuple(
-            sum(times.get(name, 1) * row[k] for name, row in self.at(tokens).items()) for k in (3, 4)
-        )
-
-    def peak(self, tokens: int, layers: int, checkpointed: int, held: bool) -> tuple[float, float, float]:
-        """The highest point of a micro-batch: its bytes without weights, the head's share, the gradients'.
-
-        Args:
-            held: gradients of earlier micro-batches are there from the start.
-        """
-        phases, column = self.at(tokens), 2 if held else 1
-        start = {name: row[0] for name, row in phases.items()}
-        made = 0.0 if held else self.layer_gradient  # by each layer, as the backward goes down
-        stored_more, kept_more = layers - checkpointed - 1, checkpointed - 2
-        # Autocast keeps its casts of the weights until the forward ends: a layer weighs more before than after.
-        kept, stored = start["forward 1"] - start["forward 0"], start["head"] - start["forward 2"]
-        kept_back = start["backward 1"] - start["backward 0"] + self.layer_gradient
-        stored_back = start["backward 2"] - start["backward 1"] + self.layer_gradient
-        forward, back = kept * kept_more + stored * stored_more, kept_back * kept_more
-        moments = [("head", forward), ("backward 0", made * (layers - LAYERS))]
-        if stored_more >= 0:  # the first stored layer of the backward, and the last
-            moments += [
-                ("forward 2", forward),
-                ("backward 2", back + stored_back * stored_more),
-                ("backward 2", back + made * stored_more),
-            ]
-        if checkpointed:
-            moments.append(("backward 1", back + made * stored_more))
-        height, top = max((phases[name][column] + more, name) for name, more in moments)
-        head = phases["head"][column] - start["head"] if top == "head" else 0.0
-        grads = 0.0 if held else phases[top][1] - phases[top][2]
-        if top == "backward 0":
-            grads += made * (layers - LAYERS)
-        return height, max(head, 0.0), grads
-
-
 class _Ledger(TorchDispatchMode):
-    """Bytes of the storages that live, and the phases of a step as a Profile has them."""
+    """Counts the bytes of the storages that live, and the phases of a step as a Profile has them."""
 
     def __init__(self, model):
         super().__init__()
@@ -120,38 +53,39 @@ class _Ledger(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        self.phases: dict[str, list[float]] = {}
+        """Begin a step."""
+        self.rows: dict[str, list[float]] = {}
         self.grads, self.in_backward = 0, False
         self.mark("start")
 
     def mark(self, name: str) -> None:
+        """Begin a phase."""
         self.in_backward |= name.startswith("backward")
-        self.phase = self.phases.setdefault(name, [self.live, self.live, self.live - self.grads, 0, 0])
+        self.row = self.rows.setdefault(name, [self.live, self.live, self.live - self.grads, 0, 0])
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        return {name: Phase(*row) for name, row in self.rows.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # by far the most frequent call, and no operation
         out, before = func(*args, **(kwargs or {})), self.live
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        made = _tensors(out)
         for tensor in made:
             if (key := (storage := tensor.untyped_storage())._cdata) not in self.alive:
                 size = -(-storage.nbytes() // 512) * 512  # the CUDA allocator's rounding
                 self.alive.add(key)
                 self.live += size
                 weakref.finalize(storage, self._free, key, size)
-        self.phase[1] = max(self.phase[1], self.live)
-        self.phase[2] = max(self.phase[2], self.live - self.grads)
+        self.row[1] = max(self.row[1], self.live)
+        self.row[2] = max(self.row[2], self.live - self.grads)
         name = func._schema.name.removeprefix("aten::")
         if (self.live > before or func._schema.is_mutable) and not name.startswith(("empty", "new_empty")):
-            self.phase[4] += 1
-            read = (
-                made
-                if name in LOOKUPS
-                else [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            )
-            self.phase[3] += (
-                sum(x.numel() * x.element_size() for x in made + read) if name not in PRODUCTS else 0
-            )
+            self.row[4] += 1
+            if name not in PRODUCTS:
+                read = made if name in LOOKUPS else _tensors((args, kwargs))
+                self.row[3] += sum(x.numel() * x.element_size() for x in made + read)
         return out
 
     def _free(self, key: int, size: int) -> None:
@@ -162,12 +96,16 @@ class _Ledger(TorchDispatchMode):
         self.grads += parameter.numel() * parameter.element_size()
 
 
+def _tensors(nested) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(nested) if isinstance(x, torch.Tensor)]
+
+
 class _FourBit(nn.Linear):
     """Stands for bitsandbytes' layer."""
 
 
 def _dequantised(layer, dtype):
-    """Stand in for `lora.frozen_weight`: hold what it holds for a moment, of a 4-bit layer and of any other."""
+    """Stand in for `lora.frozen_weight`: hold what it holds for a moment."""
     if not isinstance(layer, _FourBit):
         return layer.weight.to(dtype)
     scales = torch.zeros(layer.weight.numel() // 64, dtype=torch.float32)  # double quantisation undone, first
@@ -177,13 +115,13 @@ def _dequantised(layer, dtype):
 
 
 def adapted_layers(model) -> list[nn.Module]:
-    """The layers that PEFT's all-linear adapts and bitsandbytes quantises."""
+    """List the layers that PEFT's all-linear adapts and bitsandbytes quantises."""
     head = model.get_output_embeddings()
     return [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
 def on_meta(config, dtype):
-    """The causal LM of a config, its parameters shapes alone.
+    """Make the causal LM of a config, its parameters shapes alone.
 
     Raises:
         UserError: transformers has no causal LM for it.
@@ -193,7 +131,7 @@ def on_meta(config, dtype):
 
 
 def _cut(config):
-    """The same model with LAYERS layers and plain rotary positions (the others branch on values, which fakes have not)."""
+    """Copy a config with LAYERS layers and plain rotary positions: others branch on values."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -210,7 +148,7 @@ def _cut(config):
 
 
 def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
-    """The cut model as `method` trains it, its parameters on meta. FSDP gathers weights in the dtype of the computation."""
+    """Make the cut as `method` trains it, on meta. FSDP gathers weights in the dtype of the computation."""
     model = on_meta(_cut(config), torch.float32 if method == "full" and not sharded else dtype)
     if method == "full":
         return model
@@ -220,63 +158,62 @@ def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
                 layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
     with torch.device("meta"):
         model = add_adapters(model, settings)
+    fuse(model, _dequantised)
     return model
 
 
 def _fake(model) -> None:
     """Replace parameters and buffers by fake ones on the CPU; ties stay ties."""
     made = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is not None:
-                    if id(old) not in made:
-                        new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                        made[id(old)] = (
-                            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                        )
-                    tensors[name] = made[id(old)]
+    for tensors in (kind for module in model.modules() for kind in (module._parameters, module._buffers)):
+        for name, old in [(name, old) for name, old in tensors.items() if old is not None]:
+            if id(old) not in made:
+                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            tensors[name] = made[id(old)]
 
 
 class _Kernel(torch.autograd.Function):
-    """What a GPU's attention kernel holds, whichever torch has it: q (n, heads, head_dim), k and v (m, heads or fewer, head_dim)."""
+    """What a GPU's attention kernel holds, whichever torch has it: q (n, heads, head_dim), k and v (m, heads
+    or fewer, head_dim)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        ctx.save_for_backward(
-            q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32)
-        )  # the last: the sums of the softmax
+        out, sums = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)  # the last: of the softmax
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *_ = ctx.saved_tensors
-        scratch = (
-            q.new_empty(q.shape, dtype=torch.float32),
-            k.new_empty(len(k), *q.shape[1:]),
-            v.new_empty(len(v), *grad.shape[1:]),
-        )
+        scratch = [q.new_empty(q.shape, dtype=torch.float32)]
+        scratch += [k.new_empty(len(k), *q.shape[1:]), v.new_empty(len(v), *grad.shape[1:])]
         gradients = tuple(map(torch.empty_like, (q, k, v)))
         del scratch
         return gradients
 
 
 class _GpuAttention(RowAttention):
-    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof."""
+    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof.
 
-    flash = False
+    Args:
+        flash: whether the kernel takes fewer keys than queries, and 16 bit alone.
+    """
+
+    def __init__(self, flash: bool, **options):
+        super().__init__(**options)
+        self.flash = flash
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-        if not self.flash:  # the memory-efficient kernel wants a key for every head
+        if not self.flash:
             key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
         return in_two_calls(lambda q, k, v, *rest: _Kernel.apply(q, k, v), self.row, query, key, value), None
 
 
 def _no_mask(n, total, window, like):
-    """Stand in for a mask: CUDA builds none, and the planner adds the CPU's, which grow with each pair's square."""
+    """Stand in for a mask: CUDA builds none; costs.py adds the CPU's, which grow with a pair's square."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(n, total)
 
 
@@ -308,18 +245,20 @@ def simulate(
     dtype,
     machine: Machine,
     rows: list[list[EncodedPair]],
-    sharded: bool = False,
+    sharded=False,
 ) -> Profile:
-    """Forward and backward of a micro-batch of each of `rows`, as `machine` would do them; `sharded`: with weights that FSDP gathers.
+    """Run forward and backward of a micro-batch of each of `rows`, as `machine` would; `sharded`: with
+    weights that FSDP gathers.
 
-    A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a Llama of its shape;
-    where this torch cannot simulate that either, by a few products of its sizes.
+    A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a
+    Llama of its shape; where this torch cannot simulate that either, by a few products of its sizes.
 
     Raises:
         UserError: transformers has no causal LM for the config.
     """
     counts, text = [sum(pair.tokens() for pair in row) for row in rows], config.get_text_config()
-    for model, stood_in in ((config, ""), (_llama_like(text), "those of a Llama of its shape")):
+    llama = _llama_like(text)
+    for model, stood_in in ((config, ""), (llama, "those of a Llama of its shape")):
         try:
             with _quiet(), _written_by_transformers(model):
                 phases, *found = _run(model, settings, method, dtype, machine, rows, sharded)
@@ -328,35 +267,15 @@ def simulate(
             raise
         except Exception:  # whatever a model raises on fakes, it means the same: not this one
             continue
-    return Profile(
-        tuple((n, _estimate(n, text, dtype.itemsize)) for n in counts), 0.0, False, "a rough estimate"
-    )
-
-
-def _estimate(tokens: int, text, size: int) -> dict[str, list[float]]:
-    """The phases of a step by arithmetic: a layer stores about 12 hidden and 5 inner states, a checkpointed one its input."""
-    kept = tokens * size * text.hidden_size
-    stored = 12 * kept + 5 * tokens * size * (
-        getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    )
-    phases, live = {}, kept
-    for name, more, passing in (
-        ("start", 0, 0), ("forward 0", kept, stored), ("forward 1", kept, stored), ("forward 2", stored, 0), ("head", 0, 3 * BLOCK_BYTES),
-        ("backward 2", -stored, stored), ("backward 1", -kept, 2 * stored), ("backward 0", -kept, 2 * stored),
-    ):  # fmt: skip
-        phases[name] = [live, live + passing, live + passing, 3 * stored, 100]
-        live += more
-    return phases
+    return rough_profile(counts, text.hidden_size, llama.intermediate_size, dtype.itemsize, 3 * BLOCK_BYTES)
 
 
 @contextlib.contextmanager
 def _written_by_transformers(config):
-    """Take back what Liger has put into the model's module for the whole process: its Triton kernels compute no fakes."""
+    """Take back what Liger put into the model's module for the process: its kernels compute no fakes."""
     module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
     swapped = [
-        name
-        for name, x in vars(module).items()
-        if (getattr(x, "__module__", None) or "").startswith("liger_kernel")
+        k for k, x in vars(module).items() if str(getattr(x, "__module__", "")).startswith("liger_kernel")
     ]
     if not swapped:
         yield
@@ -374,11 +293,8 @@ def _written_by_transformers(config):
 @contextlib.contextmanager
 def _quiet():
     """Without what torch and transformers log about operations on fakes."""
-    logger, verbosity = (
-        logging.getLogger("torch._subclasses.fake_tensor"),
-        transformers.logging.get_verbosity(),
-    )
-    logger.disabled = True
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.disabled, verbosity = True, transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
@@ -390,36 +306,43 @@ def _quiet():
 
 
 def _llama_like(text):
+    def size(name: str, default):
+        return getattr(text, name, None) or default
+
     return transformers.LlamaConfig(
-        vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        num_attention_heads=getattr(text, "num_attention_heads", None) or max(1, text.hidden_size // 64),
-        num_key_value_heads=getattr(text, "num_key_value_heads", None), tie_word_embeddings=text.tie_word_embeddings,
-    )  # fmt: skip
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        intermediate_size=size("intermediate_size", 4 * text.hidden_size),
+        num_attention_heads=size("num_attention_heads", max(1, text.hidden_size // 64)),
+        num_key_value_heads=size("num_key_value_heads", None),
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def _attention_of(machine: Machine, half: bool) -> RowAttention:
+    """Make the kit's attention as the planned device would compute it; `half`: in 16 bit."""
+    options = dict(mask=_no_mask, name="lazyorpo-simulated")
+    if machine.device == "cuda":
+        return _GpuAttention(half and machine.capability[0] >= 8, **options)
+    return RowAttention(cpu_kernel_devices=("cpu",) if machine.device == "cpu" else (), **options)
 
 
 def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[dict], float, bool]:
-    cuda, autocast = machine.device == "cuda", dtype != torch.float32
+    """Simulate; give each row's phases, one layer's gradient bytes, whether attention's masks are dense."""
+    autocast, mode, results = dtype != torch.float32, FakeTensorMode(), []
     model = _small_model(config, settings, method, dtype, sharded)
-    lm = causal_lm(model)
+    lm, attention = causal_lm(model), _attention_of(machine, autocast)
     dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
-    at_home = ("cpu",) if machine.device == "cpu" else ()
-    attention = (_GpuAttention if cuda else RowAttention)(
-        cpu_kernel_devices=at_home, mask=_no_mask, name="lazyorpo-simulated"
-    )
-    attention.flash = autocast and machine.capability[0] >= 8
-    mode, results = FakeTensorMode(), []
-    with mode, _OfTheDevice(cuda and autocast), contextlib.ExitStack() as stack:
+    kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
+    with mode, _OfTheDevice(autocast and machine.device == "cuda"), kernel:
         _fake(model)
-        fuse(model, _dequantised)
         lm.set_attn_implementation("eager" if dense else attention.name)
         ScoringForward(lm)
         model.train()
         checkpoint_layers(model, LAYERS - 1)
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
-        if machine.device == "mps":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for pairs in rows:
             batch = _fake_batch(mode, pairs, settings)
             given = dict(input_ids=batch.input_ids, position_ids=batch.position_ids)
@@ -449,7 +372,7 @@ def _fake_batch(mode, pairs, settings):
 
 
 def _watch(lm, model, ledger: _Ledger) -> float:
-    """Have the ledger told when each layer and the head begin, forward and backward; one layer's gradient bytes."""
+    """Tell the ledger when layers and head begin, forward and backward; give a layer's gradient bytes."""
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)][:LAYERS]
 
     def begins(i):

@@ -41,7 +41,8 @@ def case(shape: str, method: str) -> dict:
     from lazyorpo_lib import model as models
     from lazyorpo_lib.orpo.batching import EncodedPair
     from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
-    from lazyorpo_lib.plan.planner import make_plan, measured_lengths
+    from lazyorpo_lib.plan.lengths import measured_lengths
+    from lazyorpo_lib.plan.planner import make_plan
     from lazyorpo_lib.settings import Settings
 
     kind, options, count, p, c, r, checkpointed = SHAPES[shape]

@@ -22,7 +22,7 @@ from lazyorpo_lib.fast import attention
 from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
-from lazyorpo_lib.plan import planner
+from lazyorpo_lib.plan import cards
 from lazyorpo_lib.settings import Settings
 from tests.benchmarks.worker import SHAPES as BENCHMARKED
 
@@ -276,7 +276,7 @@ def as_t4():
         yield
 
 
-def this_card() -> planner.Card | None:
+def this_card() -> cards.Card | None:
     """The machine's card in CARDS, as the planner finds it."""
     here = this_machine()
-    return planner._listed(here.name, here.memory_gib) if CUDA else None
+    return cards.listed(here.name, here.memory_gib) if CUDA else None

@@ -23,17 +23,11 @@ from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.notebook.panel import Panel
 from lazyorpo_lib.orpo.batching import EncodedPair
-from lazyorpo_lib.plan import planner, simulation
-from lazyorpo_lib.plan.planner import (
-    CARDS,
-    MARGIN,
-    Lengths,
-    find_card,
-    make_plan,
-    measured_lengths,
-    preset_lengths,
-)
-from lazyorpo_lib.run import estimate
+from lazyorpo_lib.plan import cards, costs, simulation
+from lazyorpo_lib.plan.cards import CARDS, find_card
+from lazyorpo_lib.plan.costs import MARGIN
+from lazyorpo_lib.plan.lengths import Lengths, measured_lengths, preset_lengths
+from lazyorpo_lib.plan.planner import estimate, make_plan, plan_cards
 from lazyorpo_lib.settings import COLAB_MINUTES, PRESETS, Settings
 
 CPU = Machine("cpu", "CPU", 16.0)
@@ -94,9 +88,7 @@ def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
 def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
     card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
     lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
-    foretold = planner._Planner(
-        config, settings, card.machine, card, lengths, torch.bfloat16, "lora", 1
-    ).profile
+    foretold = costs.Costs(config, settings, card.machine, card, lengths, torch.bfloat16, "lora").profile
     assert not foretold.stood_in
     row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
     direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
@@ -116,7 +108,7 @@ def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
         raise TypeError("varlen_attn() got an unexpected keyword argument")
 
     expected = plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16)
-    planner._profiles.clear()
+    costs._profiles.clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
     monkeypatch.setattr(RowAttention, "__call__", missing)
@@ -126,7 +118,7 @@ def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
 
 def test_where_nothing_can_be_simulated_a_plan_is_a_rough_estimate_that_says_so(monkeypatch):
     expected = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
-    planner._profiles.clear()
+    costs._profiles.clear()
     monkeypatch.setattr(simulation, "FakeTensorMode", None)  # of a torch that has no such thing
     rough = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
     assert "rough estimate" in rough.why and "simulated" not in expected.why
@@ -140,7 +132,7 @@ def test_a_plan_after_liger_is_the_plan_before_it(monkeypatch):
 
     rotary.__module__ = "liger_kernel.transformers.rope"
     expected = plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
-    planner._profiles.clear()
+    costs._profiles.clear()
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
     assert plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16) == expected
     assert modeling_llama.apply_rotary_pos_emb is rotary and "simulated" not in expected.why
@@ -251,7 +243,7 @@ def test_cards_are_found_by_the_names_that_people_and_drivers_write(name, card):
 
 @pytest.mark.parametrize("name", list(CARDS))
 def test_every_card_is_found_by_its_own_name_and_memory(name):
-    assert planner._listed(name, CARDS[name].memory_gib) is CARDS[name]
+    assert cards.listed(name, CARDS[name].memory_gib) is CARDS[name]
 
 
 @pytest.mark.parametrize(
@@ -262,11 +254,11 @@ def test_every_card_is_found_by_its_own_name_and_memory(name):
     ],
 )  # fmt: skip
 def test_a_slice_or_a_namesake_of_another_make_is_no_listed_card(name, gib):
-    assert planner._listed(name, gib) is None
+    assert cards.listed(name, gib) is None
 
 
 def test_cards_without_bfloat16_are_planned_in_float16():
-    plans = planner.plan_cards(small(), Settings(precision="bfloat16"), LENGTHS)
+    plans = plan_cards(small(), Settings(precision="bfloat16"), LENGTHS)
     assert [p.dtype == "bfloat16" for p in plans] == [card.capability[0] >= 8 for card in CARDS.values()]
     assert {p.dtype for p in plans if p.device in ("V100-16", "P100", "T4")} == {"float16"}
 
@@ -277,7 +269,7 @@ def test_a_small_model_on_a_fast_card_waits_for_its_launches():
         for n in (12, 24)
     ]
     assert (
-        1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * planner.LAUNCH
+        1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * costs.LAUNCH
     )  # steps, layers, launches
 
 
@@ -398,15 +390,15 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
     settings = dict(method=method, optimizer="adafactor", checkpointed_layers=20, tokens_per_batch=16)
     one, four, eight = (
         next(m for m in plan.methods if m.method == method).parts
-        for cards in (1, 4, 8)
+        for count in (1, 4, 8)
         for plan in [
             make_plan(
                 small(24),
-                Settings(pairs_per_step=2 * cards, **settings),
+                Settings(pairs_per_step=2 * count, **settings),
                 "A100-80",
                 LENGTHS,
                 dtype=torch.float32,
-                cards=cards,
+                cards=count,
             )
         ]
     )

@@ -1,0 +1,130 @@
+"""GPUs by their data sheets, found by the names people write, and how fast a step may count on a machine to
+be.
+
+It knows no model and plans nothing. COPY_SHARE and a card's share are stated constants that no run has
+checked.
+"""
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..errors import UserError
+from ..machine import GIB, Machine, product_rate
+
+COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
+MEASURED_SHARE = {
+    "cuda": 0.9,
+    "mps": 0.65,
+    "cpu": 0.65,
+}  # of a product timed here; off CUDA it covers all of a step
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU. Memory as the driver reports it, GiB; dense TFLOP/s in 16 bit (summed in 32) and in 32; GB/s."""
+
+    name: str
+    memory_gib: float
+    tflops_16: float
+    tflops_32: float
+    bandwidth: float
+    capability: tuple[int, int]
+    share: float = 0.7  # of the TFLOP/s, reached by large products
+
+    @property
+    def machine(self) -> Machine:
+        return Machine("cuda", self.name, self.memory_gib, self.capability)
+
+
+_SHEETS = (
+    Card("T4", 14.7, 65, 8.1, 320, (7, 5), 0.37),  # throttles at 70 W
+    Card("P100", 15.9, 18.7, 9.3, 732, (6, 0)),  # no tensor cores
+    Card("V100-16", 15.8, 112, 14, 900, (7, 0)),
+    Card("V100-32", 31.7, 112, 14, 900, (7, 0)),
+    Card("L4", 22.0, 121, 30.3, 300, (8, 9), 0.5),  # throttles at 72 W
+    Card("A10", 22.0, 125, 31.2, 600, (8, 6)),
+    Card("RTX-3090", 23.7, 71, 35.6, 936, (8, 6)),
+    Card("RTX-4090", 23.6, 165.2, 82.6, 1008, (8, 9)),
+    Card("RTX-5090", 31.4, 209.5, 104.8, 1792, (12, 0)),
+    Card("A40", 44.4, 150, 37.4, 696, (8, 6)),
+    Card("L40S", 44.4, 362, 91.6, 864, (8, 9)),
+    Card("A6000", 47.5, 155, 38.7, 768, (8, 6)),
+    Card("A100-40", 39.4, 312, 19.5, 1555, (8, 0)),
+    Card("A100-80", 79.1, 312, 19.5, 2039, (8, 0)),
+    Card("H100", 79.1, 989, 67, 3350, (9, 0)),
+    Card("H100-PCIe", 79.1, 756, 51, 2000, (9, 0)),
+    Card("H100-NVL", 93.1, 835, 60, 3900, (9, 0)),
+    Card("H200", 139.8, 989, 67, 4800, (9, 0)),
+    Card("B200", 178.4, 2250, 75, 8000, (10, 0)),
+)
+CARDS = {card.name: card for card in _SHEETS}
+
+
+def _words(name: str) -> tuple[set[str], list[float]]:
+    """Split a card's name into the words that tell it from others, and the GiB that it names."""
+    words = re.sub(r"nvidia|tesla|geforce|rtx|sxm\d?|hbm\d\w?|gb\b|[\s_-]+", " ", name.lower()).split()
+    sizes = {word for word in words if word.isdigit() and len(word) < 4}
+    return set(words) - sizes, list(map(float, sizes))
+
+
+def listed(name: str, *sizes: float) -> Card | None:
+    """Find the card of CARDS with this name, as people or its driver write it, if its memory is of `sizes`
+    GiB and what the name says."""
+    words, named = _words(name)
+
+    def told(card):
+        return _words(card.name)[0]
+
+    found = [
+        card
+        for card in _SHEETS
+        if all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))
+        and told(card) <= words <= told(card) | {"pcie"}  # of most cards both are alike
+    ]
+    return max(found, key=lambda card: len(told(card)), default=None)
+
+
+def find_card(name: str) -> Card | Machine:
+    """Find a card of CARDS by name, as people or its driver write it; or make a machine of `cpu` or `apple`,
+    with GiB of RAM behind a dash or else this machine's.
+
+    Raises:
+        UserError: no such name.
+    """
+    if card := listed(name):
+        return card
+    if match := re.fullmatch(r"(cpu|apple)(?:[ -](\d+)(?: ?gb)?)?", name.strip().lower()):
+        ram = float(match[2] or psutil.virtual_memory().total / GIB)
+        return Machine("cpu", "CPU", ram) if match[1] == "cpu" else Machine("mps", "Apple GPU", ram)
+    raise UserError(f"device is {name!r}, but must be one of {', '.join(CARDS)}, cpu-<GiB> or apple-<GiB>.")
+
+
+@functools.cache
+def copy_rate(device: str) -> float:
+    """Time a copy of 256 MiB; bytes read and written a second."""
+    large, seconds = torch.zeros(2**28, dtype=torch.uint8, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        large.clone()[0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * large.numel() / min(seconds)
+
+
+def rates(machine: Machine, card: Card | None, dtype: torch.dtype) -> tuple[float, float, str]:
+    """Give the operations and bytes a second that a step may count on, and where the first comes from."""
+    if card is None and machine.device == "cuda":
+        card = listed(machine.name, machine.memory_gib)
+    if card is not None:
+        peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
+        said = f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
+        return peak * 1e12 * card.share, card.bandwidth * 1e9 * COPY_SHARE, said
+    if machine.device == "mps" and not torch.backends.mps.is_available():
+        return 3e12 * 0.45, 100e9, "an Apple GPU, assumed: 3 TFLOP/s x 0.45"
+    share, rate = MEASURED_SHARE[machine.device], product_rate(machine.device, dtype)
+    copied = copy_rate("cuda") if machine.device == "cuda" else {"cpu": 10e9, "mps": 100e9}[machine.device]
+    return rate * share, copied, f"timed here: {rate / 1e12:.3g} TFLOP/s x {share:g}"

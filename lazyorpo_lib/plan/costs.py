@@ -1,0 +1,310 @@
+"""What one method costs on one device: the peak of memory and the minutes of any split of a step, and the
+best split.
+
+Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are
+operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. Constants that
+are CUDA's own are stated, and no run has checked them: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK. It
+compares no methods.
+"""
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..fast.attention import takes_sdpa
+from ..machine import GIB, Machine
+from ..orpo.batching import EncodedPair
+from ..settings import Settings
+from .cards import Card, rates
+from .lengths import Lengths
+from .profile import Profile
+from .simulation import adapted_layers, on_meta, simulate
+
+MARGIN = 0.08  # share of the memory that a plan leaves free
+CUDA_CONTEXT_GIB = 0.5  # context 0.35 to 0.45, cuBLAS workspace 0.03 to 0.1; not in torch's own count
+CPU_GROWTH_GIB = (
+    0.02  # of the process in its first steps: threads, kernels made at run time; 0.013 to 0.018 measured
+)
+FRAGMENTATION = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}  # of what comes and goes in a step
+LAUNCH = 8e-6  # seconds in which Python and torch start one operation on a GPU
+APPLE_SHARE = 0.75  # of the RAM may be the GPU's working set
+HOST_LINK = 12e9  # bytes a second between card and host, for paged optimizers
+DISK = 0.5e9  # bytes a second that a checkpoint is written with; a rented machine's volume, often slower
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One method: its peak and the parts that sum to it (GiB), the time and the arithmetic behind it, the
+    split of a step, a checkpoint, the optimizer that is meant."""
+
+    method: str
+    peak_gib: float
+    parts: dict[str, float]
+    minutes: float
+    fits: bool
+    tokens_per_batch: int
+    checkpointed_layers: int
+    layers: int
+    checkpoint_gib: float
+    checkpoint_seconds: float
+    arithmetic: tuple[str, ...]
+    optimizer: str
+
+
+class _Shape:
+    """Parameters of the whole model, by what is done with them.
+
+    Args:
+        rank: of the adapters.
+    """
+
+    def __init__(self, config, rank: int):
+        model, text = on_meta(config, torch.float32), config.get_text_config()
+        parameters = list(model.parameters())  # tied ones once
+        adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
+        embeddings = model.get_input_embeddings()
+        head = model.get_output_embeddings() or embeddings
+        counts = (getattr(text, name, 0) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+        used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / next(filter(None, counts), 1))
+        heads = getattr(text, "num_attention_heads", None) or 0
+        self.total = sum(p.numel() for p in parameters)
+        self.largest = max(p.numel() for p in parameters)
+        self.bulk = sum(a * b for a, b in adapted)  # in the layers that are adapted and quantised
+        self.adapters = sum(rank * (a + b) for a, b in adapted)
+        self.active = self.bulk + round(
+            used * sum(p.numel() for p in parameters if p.dim() == 3)
+        )  # for a token
+        self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        self.head, tied = head.weight.numel(), head.weight is embeddings.weight
+        self.untied = (
+            0 if tied else embeddings.weight.numel()
+        )  # in input embeddings that are not the head too
+        # Numbers in adafactor's row and column averages.
+        self.factored = sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters)
+        self.layers = text.num_hidden_layers
+        self.attention_width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1))
+        self.dense = not takes_sdpa(
+            model
+        )  # attention in eager code, of every token of a row with every other
+
+
+# A panel plans again at every change, and few changes need a new simulation.
+_shapes: dict[tuple, _Shape] = {}
+_profiles: dict[tuple, Profile] = {}
+
+
+class Costs:
+    """One method on one device.
+
+    Args:
+        card: the machine's data sheet, where it is planned by one.
+        dtype: of the computation.
+        cards: how many such devices share the weights, their gradients and the optimizer's state.
+    """
+
+    def __init__(
+        self,
+        config,
+        settings: Settings,
+        machine: Machine,
+        card: Card | None,
+        lengths: Lengths,
+        dtype,
+        method: str,
+        cards=1,
+    ):
+        self.settings, self.machine, self.lengths = settings, machine, lengths
+        self.dtype, self.method, self.cards = dtype, method, cards
+        self.cuda, self.full = machine.device == "cuda", method == "full"
+        key = config.to_json_string(), settings.lora_rank
+        if key not in _shapes:
+            _shapes[key] = _Shape(config, settings.lora_rank)
+        self.shape = _shapes[key]
+        self.trained = self.shape.total if self.full else self.shape.adapters
+        self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
+        self.pairs = max(1, math.ceil(settings.pairs_per_step / cards))  # of a step on one card
+        # Eight random pairs are rarely half as long again as eight mean ones.
+        self.most = max(lengths.longest, round(self.pairs * min(lengths.longest, 1.5 * lengths.mean)), 16)
+        self.profile = self._profile(config)
+        self.rate, self.bandwidth, self.rate_source = rates(machine, card, dtype)
+        self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
+        self.limit = self.memory * (1 - MARGIN) / GIB
+        if machine.free_gib is not None:  # counted when this process had its context already
+            self.limit = min(self.limit, machine.free_gib + CUDA_CONTEXT_GIB)
+        here = psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
+        self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else here
+
+    def _profile(self, config) -> Profile:
+        """Simulate from the fewest to the most tokens that a micro-batch may have, each time with at most
+        three times as many: between two such counts a line is near enough, wherever the head's blocks bend
+        it, and past 30,000 tokens nothing bends."""
+        lengths, machine, settings = self.lengths, self.machine, self.settings
+        low = lengths.longest if lengths.longest < self.most else max(64, self.most // 2)
+        high = min(max(self.most, 128), max(2 * low, 30_000))
+        parts = max(2 if self.shape.dense else 1, math.ceil(math.log(high / low, 3)))
+        points = [round(low * (high / low) ** (k / parts)) for k in range(parts + 1)]
+        if machine.device == "mps":  # holds all attention scores, so pairs must be as long as they are
+            points = [round(lengths.mean), 2 * round(lengths.mean)]
+        rows = []
+        for tokens in points:  # a GPU's kernels do not care how long a pair is
+            count = 1 if self.cuda else max(1, round(tokens / lengths.mean))
+            parts = (lengths.prompt, lengths.chosen, lengths.rejected)
+            pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in parts]
+            rows.append([EncodedPair(i, *pair) for i in range(count)])
+        key = config.to_json_string(), self.method, self.dtype, machine.device, machine.capability[0] >= 8
+        key += settings.lora_rank, settings.lora_dropout > 0, settings.nll_over, self.cards > 1
+        key += tuple(len(part) for row in rows for part in row[0][1:])
+        if key not in _profiles:
+            given = config, settings, self.method, self.dtype, machine, rows, self.cards > 1
+            _profiles[key] = simulate(*given)
+        return _profiles[key]
+
+    def _weights(self, stored: torch.dtype) -> float:
+        """Count the weights' bytes, of a model whose file has them as `stored`."""
+        shape, size = self.shape, self.dtype.itemsize
+        if self.full:
+            return 4.0 * shape.total
+        if self.method == "lora":
+            # On a CPU what is not converted stays a view of the file, and rows never looked up stay on the
+            # disk.
+            unread = shape.untied if self.machine.device == "cpu" and stored == self.dtype else 0
+            return float(size * (shape.total - unread))
+        # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
+        return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
+
+    def optimizer(self, name: str = "") -> tuple[float, float, float]:
+        """Count bytes of its state on the device, of state that may leave it, of what an update holds."""
+        name, n = name or self.settings.optimizer, self.trained
+        if name == "adafactor":
+            return 4.0 * (self.shape.factored if self.full else n / 8), 0.0, 12.0 * min(self.shape.largest, n)
+        kept = self.shape.embeddings if self.full else 0  # in 32 bit by 8-bit optimizers too
+        state = 2.03 * (n - kept) + 8.0 * kept if "8bit" in name else 8.0 * n
+        return (0.0, state, 0.0) if name.startswith("paged") and self.cuda else (state, 0.0, 0.0)
+
+    def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
+        """Give the peak by part, GiB."""
+        tokens = min(
+            max(tokens, self.lengths.longest), self.most
+        )  # a longer pair is a micro-batch of its own
+        # With earlier micro-batches' gradients; adapters' are small; sharded ones leave the card layer by
+        # layer.
+        held = not self.full or tokens < self.most or self.cards > 1
+        gradients = 4.0 * self.trained / self.cards
+        peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
+        if not self.cuda:  # the masks of the rejected answers, which only the CPU's kernel wants
+            lengths = self.lengths
+            masks = lengths.rejected * (lengths.prompt + lengths.rejected) / lengths.mean
+            peak += tokens * masks * self.dtype.itemsize
+        activations, made = peak - head - made, gradients if held else made
+        state, _, passing = (size / self.cards for size in self.optimizer())
+        if gradients + passing > activations + head + made:  # the optimizer's own moment, activations gone
+            activations, head, made = passing, 0.0, gradients
+        parts = {
+            "weights": self.weights / self.cards,
+            "adapters": 0.0 if self.full else gradients,
+            "gradients": made,
+            "optimizer": state,
+            "activations": activations,
+            "head": head,
+            "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
+        }
+        if self.cards > 1:
+            parts["gathered"] = self._gathered()
+        return {name: value / GIB for name, value in parts.items()}
+
+    def _gathered(self) -> float:
+        """Count the bytes that FSDP gathers: embeddings and head, the layer at work and the next."""
+        ends, size = self.shape.head + self.shape.untied, self.dtype.itemsize
+        layer = (self.shape.total - ends) / self.shape.layers
+        gathered = size * (ends + 2 * layer)
+        # With full tuning their gradients too, until they are summed over the cards, in float32.
+        return gathered + (size * (ends + layer) + 4.0 * layer if self.full else 0.0)
+
+    def peak(self, tokens: int, checkpointed: int) -> float:
+        """Give the peak, GiB."""
+        return sum(self.parts(tokens, checkpointed).values())
+
+    def _operations(self, row: float, again: float) -> tuple[float, float, float, float]:
+        """Count the operations for a pair: in the layers, in attention's scores, in the head; and of its
+        evaluation.
+
+        Args:
+            row: tokens of its micro-batch. again: share of the layers that are computed twice.
+        """
+        lengths, shape = self.lengths, self.shape
+        p, c, r = lengths.prompt, lengths.chosen, lengths.rejected
+        # Layers: forward and gradients of activations, with full tuning of weights too.
+        forward = 2.0 * lengths.mean * (shape.active + (0 if self.full else shape.adapters))
+        seen = row * lengths.mean if shape.dense else (p + c) ** 2 / 2 + r * p + r * r / 2
+        scores = 4.0 * seen * shape.attention_width * shape.layers
+        scored = c + r + (p if self.settings.nll_over != "answer" else 0)
+        head = (8.0 if self.full else 4.0) * scored * shape.head  # head.py: recomputed, or kept as a Jacobian
+        # Flash attention's backward is 2.5 forwards.
+        layers = forward * ((3 if self.full else 2) + again)
+        return layers, scores * (3.5 + again), head, forward + scores + head / 2
+
+    def minutes(self, tokens: int, checkpointed: int) -> tuple[float, tuple[str, ...]]:
+        """Give the minutes of the run, and the arithmetic behind them."""
+        settings, lengths, shape, size = self.settings, self.lengths, self.shape, self.dtype.itemsize
+        again = checkpointed / shape.layers
+        # First-fit leaves about a tenth of a budget empty where a step does not go in at once.
+        batches = math.ceil(self.pairs * lengths.mean / tokens * (1.1 if tokens < self.most else 1))
+        row = self.pairs * lengths.mean / batches
+        layers, scores, head, evaluated = self._operations(row, again)
+        pair = layers + scores + head
+        moved, launches = self.profile.work(row, shape.layers, checkpointed)
+        if not self.cuda:  # all but the weights is in the share of the rate that is measured
+            bytes_of = {"full": (4 + size) * shape.total, "lora": size * shape.total}
+            moved = bytes_of.get(self.method, (0.5 + 2 * size) * shape.bulk) * (2 + again)
+            launches = 0.0
+        computing = self.pairs * pair / self.rate
+        moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth
+        waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
+        paged = self.optimizer()[1] / self.cards
+        over = (
+            self.peak(tokens, checkpointed) * GIB + paged - self.memory
+        )  # leaves and comes back, every step
+        paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
+        step = computing + moving + waiting + paging
+        steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
+        steps = max(1, min(steps, settings.max_steps or steps))
+        evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
+        asked = evaluations * settings.eval_pairs / self.pairs
+        evaluation = asked * evaluated / pair * (step - paging)
+        total, passes = (steps * step + evaluation) / 60, (3 if self.full else 2) + again
+        return total, (
+            f"{lengths.pairs:,} pairs ({lengths.source}); a pair: {lengths.mean:.0f} tokens, "
+            f"{pair / 1e12:.3g} TFLOP (layers {layers / 1e12:.3g} in {passes:.2f} passes, "
+            f"attention {scores / 1e12:.3g}, head {head / 1e12:.3g})",
+            f"a step: {self.pairs} pairs in {batches} micro-batches, {step:.3g} s (computing {computing:.3g} "
+            f"at {self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving bytes {moving:.3g} at "
+            f"{self.bandwidth / 1e9:.3g} GB/s; waiting for launches {waiting:.3g}; "
+            f"paging optimizer state {paging:.3g})",
+            f"the run: {steps} steps x {step:.3g} s + {evaluations} evaluations in {evaluation:.3g} s = "
+            f"{total:.3g} min, without the answers written for comparison and the checkpoints",
+        )
+
+    def best(self) -> MethodPlan:
+        """Choose the quickest split that fits, of equally quick ones the larger budget; else the smallest."""
+        settings, layers, longest = self.settings, self.shape.layers, self.lengths.longest
+        budgets, counts = [settings.tokens_per_batch], [settings.checkpointed_layers]
+        if budgets == ["auto"]:
+            budgets = [round(self.most * (longest / self.most) ** (i / 12)) for i in range(13)]
+        counts = range(layers + 1) if counts == ["auto"] else [min(*counts, layers)]
+        fitting = []
+        for budget in dict.fromkeys(budgets):
+            counts_that_fit = [count for count in counts if self.peak(budget, count) <= self.limit]
+            # More recomputing than needed pays only where it keeps paged state on the card.
+            fitting += [(budget, count) for count in counts_that_fit[: None if self.optimizer()[1] else 1]]
+        times = {split: self.minutes(*split)[0] for split in fitting}
+        quickest = 1.001 * min(times.values(), default=0.0)
+        split = next((s for s in fitting if times[s] <= quickest), (budgets[-1], counts[-1]))
+        parts, (minutes, lines) = self.parts(*split), self.minutes(*split)
+        weights, state = 4.0 * self.trained, sum(self.optimizer()[:2])
+        gib, seconds = (weights + state) / GIB, (weights + state) / DISK
+        said = f"weights {weights / GIB:.3g}, optimizer {state / GIB:.3g}"
+        lines += (f"a checkpoint: {gib:.3g} GiB ({said}), {seconds:.3g} s at {DISK / 1e9:g} GB/s of disk",)
+        given = self.method, sum(parts.values()), parts, minutes, bool(fitting), *split, layers, gib, seconds
+        return MethodPlan(*given, lines, settings.optimizer)

@@ -1,0 +1,105 @@
+"""What each phase of a step holds, moves and launches: known at a few lengths of a cut model, told of any.
+
+Every phase is linear in tokens, in stored layers and in checkpointed ones. It simulates nothing
+(simulation.py does) and knows neither weights nor optimizer state (planner.py does).
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Layers of the cut: two checkpointed, then one that is not: enough to tell what one more of either kind adds.
+LAYERS = 3
+
+
+class Phase(NamedTuple):
+    """Bytes at a phase's start, at its peak, and there without gradients; bytes moved by no product."""
+
+    start: float
+    peak: float
+    bare: float
+    moved: float
+    launches: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The phases of a micro-batch of the cut: start, forward 0 to 2, head, backward 2 to 0."""
+
+    points: tuple[tuple[int, dict[str, Phase]], ...]  # by tokens
+    layer_gradient: float  # bytes
+    dense: bool = False  # its attention scores are of every token with every other: quadratic
+    stood_in: str = ""  # what the figures are of, where they are not of this model
+
+    def at(self, tokens: int) -> dict[str, Phase]:
+        """Read the phases at a length: on lines through the points, on parabolas where it is dense."""
+        last = next((k for k, (count, _) in enumerate(self.points) if tokens <= count), len(self.points) - 1)
+        degree = 2 if self.dense else 1
+        near = self.points[max(0, last - degree) : max(last, degree) + 1]
+        shares = [math.prod((tokens - b) / (a - b) for b, _ in near if b != a) for a, _ in near]
+
+        def between(*phases: Phase) -> Phase:
+            return Phase(*(sum(map(operator.mul, shares, column)) for column in zip(*phases, strict=True)))
+
+        return {name: between(*(phases[name] for _, phases in near)) for name in near[0][1]}
+
+    def work(self, tokens: int, layers: int, checkpointed: int) -> tuple[float, float]:
+        """Count bytes moved besides products, and launches, of a micro-batch, forward and backward."""
+        times = {"1": checkpointed - 1, "2": layers - checkpointed}  # 0 is of the checkpointed too
+        phases = [(times.get(name.split()[-1], 1), phase) for name, phase in self.at(tokens).items()]
+        return sum(n * x.moved for n, x in phases), sum(n * x.launches for n, x in phases)
+
+    def peak(self, tokens: int, layers: int, checkpointed: int, held: bool) -> tuple[float, float, float]:
+        """Find the highest point of a micro-batch: its bytes without weights, the head's share, the
+        gradients'.
+
+        Args:
+            held: gradients of earlier micro-batches are there from the start, so that the backward makes
+                none.
+        """
+        at, made = self.at(tokens), 0.0 if held else self.layer_gradient
+        more_checkpointed, more_stored = checkpointed - (LAYERS - 1), layers - checkpointed - 1
+
+        def grown(first: str, then: str) -> float:
+            return at[then].start - at[first].start
+
+        # What a layer keeps: more while the forward runs, for autocast holds its casts of the weights till then.
+        forward = more_checkpointed * grown("forward 0", "forward 1")
+        forward += more_stored * grown("forward 2", "head")
+        checkpoints = more_checkpointed * (grown("backward 0", "backward 1") + self.layer_gradient)
+        stored = more_stored * (grown("backward 1", "backward 2") + self.layer_gradient)
+        # The moments that may be highest, and what more layers add there: the backward gives up what a layer
+        # stored, and makes its gradient.
+        moments = [("head", forward), ("backward 0", made * (layers - LAYERS))]
+        if more_stored >= 0:  # the first stored layer of the backward, and the last
+            moments += [("forward 2", forward), ("backward 2", checkpoints + stored)]
+            moments += [("backward 2", checkpoints + made * more_stored)]
+        if checkpointed:
+            moments += [("backward 1", checkpoints + made * more_stored)]
+        height, top = max(((at[name].bare if held else at[name].peak) + more, name) for name, more in moments)
+        head = max(0.0, (at[top].bare if held else at[top].peak) - at[top].start) if top == "head" else 0.0
+        gradients = 0.0 if held else at[top].peak - at[top].bare
+        return height, head, gradients + (made * (layers - LAYERS) if top == "backward 0" else 0.0)
+
+
+def rough_profile(counts: list[int], hidden: int, inner: int, size: int, head: int) -> Profile:
+    """Estimate a profile by arithmetic: a layer stores about 12 hidden and 5 inner states, a checkpointed one
+    its input.
+
+    Args:
+        hidden, inner: sizes of the states. size: bytes of a number. head: bytes that the head passes through.
+    """
+
+    def phases(tokens: int) -> dict[str, Phase]:
+        kept = tokens * size * hidden
+        stored, found, live = 12 * kept + 5 * tokens * size * inner, {}, kept
+        names = "start, forward 0, forward 1, forward 2, head, backward 2, backward 1, backward 0".split(", ")
+        grows = 0, kept, kept, stored, 0, -stored, -kept, -kept
+        passing = 0, stored, stored, 0, head, stored, 2 * stored, 2 * stored
+        for name, more, passes in zip(names, grows, passing, strict=True):
+            found[name] = Phase(live, live + passes, live + passes, 3 * stored, 100)
+            live += more
+        return found
+
+    return Profile(tuple((n, phases(n)) for n in counts), 0.0, stood_in="a rough estimate")
