@@ -15,8 +15,8 @@ from itertools import islice
 import numpy as np
 
 from ..errors import UserError
+from . import data
 from .batching import EncodedPair
-from .data import Report, clean
 
 # For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
 # and its own end token after each assistant turn. It is saved with the trained model.
@@ -261,13 +261,13 @@ class Subset:
         return self._pairs[self._positions[i]]
 
 
-def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, Report]:
+def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
     """Clean rows and encode them: (Pair, EncodedPair) of what is kept, one at a time, and the report that counts the rest.
 
     Args:
         rows, columns, on_drop: as `data.clean` has them.
     """
-    cleaned, report = clean(rows, columns=columns, on_drop=on_drop)
+    cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
 
     def kept():
         for pair, encoded in encoder.encode(cleaned):
