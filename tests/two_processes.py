@@ -1,4 +1,4 @@
-"""Trains the tests' little model, and a whole run on the tiny preset, as one of several processes; started by test_scale.py.
+"""Trains the little model, and a whole tiny run, as one of several processes; started by test_scale.py.
 
 accelerate spreads weights over GPUs alone, so for FSDP it is told that these CPU processes are GPUs.
 """
@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from lazyorpo_lib import run, settings
-from lazyorpo_lib import session as callbacks
+from lazyorpo_lib.machine import checkpoint_layers
 from lazyorpo_lib.orpo import trainer
+from lazyorpo_lib.session import Stop
 from tests.conftest import random_pairs
 from tests.orpo import test_trainer
 
@@ -24,40 +25,39 @@ WAYS = {"lora": dict(method="lora"), "full": dict(method="full"), "dpo": dict(me
 
 
 def train(folder, what, resume=None):
-    """Three steps, with a checkpoint after the second; the trained weights, in one piece on the first process."""
+    """Three steps, with a checkpoint after the second; the trained weights, in one piece on the first
+    process."""
     made = test_trainer.make(folder, random_pairs(30), **WAYS[what], **STEPS)
-    trainer.checkpoint_layers(made.model, 1)
-    made.train(resume_from_checkpoint=resume and str(resume))
+    checkpoint_layers(made.model, 1)
+    test_trainer.trained(made, resume)
     gathered = made.gathered_weights() if made.sharded else test_trainer.weights(made)
     return gathered and {name: weight.clone() for name, weight in gathered.items()}
 
 
 def stopped(folder):
     """The step after which this process leaves where the second one alone was asked to stop."""
-    made, stop = test_trainer.make(folder, random_pairs(30), **STEPS), callbacks.Stop(folder / "STOP")
-    stop.reason = "asked" * (made.args.process_index == 1)
-    made.add_callback(stop)
-    made.train()
-    return made.state.global_step
+    stop = Stop(folder / "STOP")
+    made = test_trainer.make(folder, random_pairs(30), **STEPS, hooks={"stop": stop})
+    stop.reason = "asked" * (made.accelerator.process_index == 1)
+    return test_trainer.trained(made).step
 
 
 def tiny_run(folder):
-    return run.execute(
-        *settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2], show=lambda text: None
-    )
+    given = settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2]
+    return run.execute(*given, show=lambda text: None)
+
+
+def on_gpus(**kwargs):
+    """An Accelerator that takes these processes for GPUs."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(**kwargs)
 
 
 if __name__ == "__main__":
     home, way = Path(sys.argv[1]), sys.argv[2]
-    arguments = trainer.training_arguments
-
-    def on_gpus(*args, **kwargs):
-        made = arguments(*args, **kwargs)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return made
-
     if way == "fsdp2":
-        trainer.training_arguments = test_trainer.training_arguments = on_gpus
+        trainer.Accelerator = on_gpus
     for what in WAYS if way == "ddp" else ("lora", "full"):
         weights = {
             "through": train(home / what, what),

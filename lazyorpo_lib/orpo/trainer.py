@@ -6,7 +6,9 @@ on how (nll exact in tokens, the odds term exact in pairs, over all processes). 
 """
 
 import contextlib
+import dataclasses
 import math
+import os
 import time
 import warnings
 from collections import Counter
@@ -40,7 +42,15 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
 
     Args:
         dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
+
+    Raises:
+        UserError: the accelerate config asks for DeepSpeed.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError(
+            "The accelerate config asks for DeepSpeed, with which the kit does not train: take configs/fsdp2.yaml, "
+            "which spreads the same over the GPUs."
+        )
     AcceleratorState._reset_state(True)
     return Accelerator(
         mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
@@ -51,6 +61,33 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
         # for pixels and experts that no token took have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
+
+
+def check_sharding(plugin, model, settings: Settings) -> None:
+    """Refuse what FSDP would train wrongly, and keep log-probabilities and gradient sums in 32 bit.
+
+    Args:
+        plugin: accelerate's FullyShardedDataParallelPlugin.
+
+    Raises:
+        UserError: one of the first version; weights that not every process reads; 4-bit weights; DPO.
+    """
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config."
+        )
+    if settings.objective == "dpo" or getattr(model, "is_loaded_in_4bit", False):
+        raise UserError(
+            "FSDP trains neither 4-bit weights nor objective=dpo: choose method=lora or full, or configs/ddp.yaml."
+        )
+    if policy := plugin.mixed_precision_policy:  # accelerate's would round both to 16 bit
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 class OrpoTrainer:
@@ -93,7 +130,10 @@ class OrpoTrainer:
         self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
         self.on_row, self.on_step, self.on_save = on_row, on_step, on_save
         self.device, self.world = accelerator.device, accelerator.num_processes
-        self.sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        self.sharded = plugin is not None
+        if plugin:
+            check_sharding(plugin, model, settings)
         self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
         self.step = self._bad_in_a_row = 0
         set_seed(settings.seed)
