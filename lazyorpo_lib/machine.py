@@ -202,7 +202,8 @@ def _in_company() -> bool:
 
 
 def checkpoint_layers(model, count: int) -> int:
-    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); give how many."""
+    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); give how
+    many."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

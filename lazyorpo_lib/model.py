@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available, logging
 
 from . import folder as folders
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
@@ -230,3 +230,15 @@ def load_finished(
     model = (model.merge_and_unload() if merge else model).eval()
     model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def without_bars():
+    """Work without transformers' own bars: one more appears at every checkpoint."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

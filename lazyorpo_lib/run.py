@@ -1,7 +1,8 @@
-"""The stages of one run, from settings to a finished folder; the notebook and the command line both call this.
+"""The stages of one run, from settings to a finished folder; the notebook and the command line both call
+this.
 
-`Run` holds them in the order in which the notebook shows them; `execute` goes through all. It decides what is computed
-and where it is written; the parts do the computing.
+`Run` holds them in the order in which the notebook shows them; `execute` goes through all. It decides what is
+computed and where it is written; the parts do the computing.
 """
 
 import contextlib
@@ -12,26 +13,23 @@ import json
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers.utils import logging as transformers_logging
 
 from . import __version__, model
 from . import folder as folders
 from .errors import UserError, explain_disk
-from .fast.attention import kernels_taken
 from .fast.layouts import PairScorer
 from .machine import allocated_gib, check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
 from .orpo.encoding import Encoder, PairFile, Subset, encode_rows, prepare_tokenizer
-from .orpo.trainer import OrpoTrainer, make_accelerator
+from .orpo.processes import make_accelerator
+from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
-from .results.summary import summarise
+from .results.summary import about_training, data_report, summarise
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
 
@@ -59,9 +57,7 @@ class Run:
         self.settings, self.sources = settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
-        self.sharded = (
-            os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        )  # so says accelerate launch
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
         self.folder, self.started = folders.folder_of(settings), time.time()
         self.stop = Stop(self.folder / "STOP", settings.max_minutes)
         self.drive, self.record, self.seconds = None, {}, {"training": 0.0, "evaluation": 0.0}
@@ -71,8 +67,8 @@ class Run:
         """Look at the machine, take the folder, and settle what `auto` means there.
 
         Raises:
-            UserError: the folder cannot be written, is in use, or holds a run with other settings; the settings ask for
-                what this machine does not have.
+            UserError: the folder cannot be written, is in use, or holds a run with other settings; the
+                settings ask for what this machine does not have.
         """
         settings = self.settings
         self.machine = this_machine()
@@ -80,24 +76,22 @@ class Run:
         model.check_liger(settings, self.machine)
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
-            folders.take(
-                self.folder, "run", *folders.FILES, *(f"{c.name}/" for c in checkpoints.numbered(self.folder))
-            )
+            known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
+            folders.take(self.folder, "run", *folders.FILES, *known)
             folders.claim(self.folder)
             self.drive = folders.drive_folder(self.folder.name) if settings.save_to == "drive" else None
         if self.drive and not checkpoints.complete(self.folder):
             folders.mirror(self.drive, self.folder)  # what an earlier session left there
         older = folders.read_json(self.folder / "settings.json")
-        # What auto chose when the run began holds to its end, also where it goes on on another kind of machine.
+        # What auto chose when the run began holds to its end, also on another kind of machine.
         chosen = older.get("chosen", {}) if folders.is_begun(self.folder, settings) else {}
         self.settings = dataclasses.replace(settings, **chosen)
         try:
             self.dtype, why = pick_precision(self.settings.precision, self.machine)
-        except (
-            UserError
-        ):  # begun in bfloat16 by auto, and this GPU has none: weights are in float32 either way
+        except UserError:
             if settings.precision != "auto":
                 raise
+            # Begun in bfloat16, which this GPU does not have; weights are in float32 either way.
             self.settings = dataclasses.replace(self.settings, precision="auto")
             self.dtype, why = pick_precision("auto", self.machine)
         self.finished = bool(folders.read_json(self.folder / "summary.json").get("finished"))
@@ -129,10 +123,8 @@ class Run:
         self.encoder = Encoder(self.tokenizer, **limits)
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
-        with (
-            open(draft, "w", encoding="utf-8") as dropped,
-            progress_bar(None, "pairs", desc="cleaning") as bar,
-        ):
+        bar = progress_bar(None, "pairs", desc="cleaning")
+        with open(draft, "w", encoding="utf-8") as dropped, bar:
 
             def write(row: dict) -> None:
                 dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -145,7 +137,7 @@ class Run:
                     yield pair
 
             encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
-            train, held_out = data.split_held_out(kept(), s.eval_pairs, s.seed)
+            train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
         if self.main:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
@@ -153,26 +145,21 @@ class Run:
                 f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): see "
                 f"{self.folder / 'dropped.jsonl'}."
             )
-        self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, held_out)
+        self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
-        self._report_tokens(pairs, digest.hexdigest())
-        self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(held_out):,} held out.")
+        report = data_report(self, pairs, digest.hexdigest())
+        if report["digest"] != self._read("data_report.json").get("digest", report["digest"]):
+            self._refuse_other_data()
+        self._write("data_report.json", report)
+        self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
         return self.report
 
-    def _report_tokens(self, pairs: PairFile, digest: str) -> None:
-        older = self._read("data_report.json").get("digest", digest)
-        if older != digest and checkpoints.complete(self.folder):
+    def _refuse_other_data(self) -> None:
+        if checkpoints.complete(self.folder):
             raise UserError(
-                f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} began: "
-                "choose another output_dir, or bring the old dataset back."
+                f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} "
+                "began: choose another output_dir, or bring the old dataset back."
             )
-        figures = {"mean": np.mean, "p50": np.median, "p95": partial(np.quantile, q=0.95), "max": np.max}
-        tokens = {
-            side: {name: figure(lengths).item() for name, figure in figures.items()}
-            for side, lengths in pairs.lengths_of_sides().items()
-        }
-        counts = {"train": len(self.train_pairs), "held_out": len(self.eval_pairs)}
-        self._write("data_report.json", self.report.as_dict() | counts | {"tokens": tokens, "digest": digest})
 
     # Model.
 
@@ -181,7 +168,8 @@ class Run:
         """Load the base model with what is to be trained, and the trainer around it."""
         if self.finished:
             self.show(
-                "This run is finished; its results follow. Change a setting, or delete its folder, to train anew."
+                "This run is finished; its results follow. Change a setting, or delete its folder, to train "
+                "anew."
             )
             return
         model.forget_earlier_run()
@@ -221,7 +209,7 @@ class Run:
         )
         if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone
             self.trainer.reference.remember([*self.train_pairs, *self.eval_pairs])
-        self._say_what_is_trained()
+        self.show(about_training(self))
 
     def _plan(self) -> planner.Plan:
         plan = planner.make_plan(
@@ -238,34 +226,12 @@ class Run:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
         return plan
 
-    def _say_what_is_trained(self) -> None:
-        total, scorer = sum(p.numel() for p in self.model.parameters()), self.trainer.scorer
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.show(f"{self.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%}).")
-        refused = "".join(f" Not {name}: {why}." for name, why in scorer.refused.items())
-        self.show(f"Layout of a batch: {scorer.rung}.{refused}")
-        if kernels := kernels_taken():
-            self.show(f"Attention by: {'; '.join(kernels)}.")
-
-    def cards(self) -> str:
-        """Say what these pairs would take on each card that the planner knows, by each method."""
-        config, lengths = (
-            model.load_config(self.settings.base_model),
-            planner.measured_lengths(self.train_pairs),
-        )
-        return planner.cards_table(planner.plan_cards(config, self.settings, lengths))
-
-    def example_loss(self) -> dict[str, float]:
-        """Give the loss terms of a few held-out pairs as the model stands."""
-        pairs = [self.eval_pairs[i] for i in range(min(4, len(self.eval_pairs)))] or [self.train_pairs[0]]
-        return self.trainer.metrics(self.trainer.pair_tables(pairs).sum(0).tolist())
-
     # Training.
 
     @_stage
     def train(self) -> None:
-        """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the newest
-        complete checkpoint; after a stop it returns as after an end."""
+        """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the
+        newest complete checkpoint; after a stop it returns as after an end."""
         if self.finished:
             show_progress(self.folder)
             return
@@ -277,7 +243,7 @@ class Run:
         for row in folders.read_rows(self.folder / "history.jsonl"):
             self.plot.update(row)
         self.peak_before, self.peak_training, self.peak_allocated = 0.0, 0.0, None
-        with self.stop.listening(), _quiet(), contextlib.suppress(Stopped):
+        with self.stop.listening(), model.without_bars(), contextlib.suppress(Stopped):
             try:
                 trainer.prepare(found)
                 if not found:
@@ -292,17 +258,16 @@ class Run:
         self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not done)
         if self.stopped:
             self.show(f"Stopped at step {trainer.step}: {self.stopped}. Run again to go on from there.")
-        self.show(
-            f"Reading of the curves: {reading.read_curves(folders.read_rows(self.folder / 'history.jsonl'))}."
-        )
+        rows = folders.read_rows(self.folder / "history.jsonl")
+        self.show(f"Reading of the curves: {reading.read_curves(rows)}.")
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
         found = checkpoints.complete(self.folder)
         if found and checkpoints.is_sharded(found[-1]) != self.sharded:
             raise UserError(
-                f"{found[-1]} was written {'without' if self.sharded else 'with'} FSDP: go on with the accelerate "
-                "config that the run began with, or choose another output_dir."
+                f"{found[-1]} was written {'without' if self.sharded else 'with'} FSDP: go on with the "
+                "accelerate config that the run began with, or choose another output_dir."
             )
         last = checkpoints.step_of(found[-1]) if found else -1
         if self.main:
@@ -319,10 +284,8 @@ class Run:
         trainer, began = self.trainer, time.monotonic()
         self.peak_before = memory_gib(trainer.device)
         forget_peak_memory()
-        bar = (
-            progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training") if self.main else None
-        )
-        with bar or contextlib.nullcontext() as self.bar:
+        self.bar = progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training")
+        with self.bar:
             trainer.train()
         self.seconds["training"] = time.monotonic() - began
         self.peak_training, self.peak_allocated = memory_gib(trainer.device), allocated_gib(trainer.device)
@@ -332,13 +295,11 @@ class Run:
         self.plot.update(row)
 
     def _on_step(self, step: int) -> None:
-        if self.bar is not None:
-            if step % 10 == 1 or step == self.trainer.steps:
-                pairs, memory = step * self.settings.pairs_per_step, memory_gib(self.trainer.device)
-                self.bar.set_postfix_str(f"{pairs:,} pairs, {memory:.1f} GiB", refresh=False)
-            self.bar.update()
-        if self.settings.watch_every_steps and step % self.settings.watch_every_steps == 0:
-            held_out.watch(self, step)
+        if step % 10 == 1 or step == self.trainer.steps:
+            pairs, memory = step * self.settings.pairs_per_step, memory_gib(self.trainer.device)
+            self.bar.set_postfix_str(f"{pairs:,} pairs, {memory:.1f} GiB", refresh=False)
+        self.bar.update()
+        held_out.watch(self, step)
 
     def _mirror(self) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training stays on the local disk."""
@@ -360,14 +321,9 @@ class Run:
             weights = trainer.gathered_weights()
             if self.main:
                 self.model.generation_config.eos_token_id = held_out.end_ids(self)
-                with _quiet():
-                    model.save_model(
-                        self.model,
-                        self.tokenizer,
-                        self.folder / "model",
-                        base_model=self.settings.base_model,
-                        weights=weights,
-                    )
+                place = dict(folder=self.folder / "model", base_model=self.settings.base_model)
+                with model.without_bars():
+                    model.save_model(self.model, self.tokenizer, weights=weights, **place)
         trainer.close()
         summary = summarise(self)
         self._write("summary.json", summary)
@@ -404,15 +360,3 @@ def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str]
     summary = run.finish()
     run.show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
     return run
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without transformers' own bars: one more appears at every checkpoint."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -4,6 +4,7 @@ It ends no process, computes nothing, and writes no file; it removes STOP. Stand
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -18,8 +19,8 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether training is to end after the present step: because of an interrupt (the first one; a second one acts at
-    once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
+    """Whether training is to end after the present step: because of an interrupt (the first one; a second one
+    acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
 
     Attributes:
         reason: why; empty while there is none. asked: whether somebody asked, and not the clock.
@@ -87,8 +88,9 @@ def progress_bar(total: int | None, unit: str, **options):
     """Make a bar in a notebook or on a terminal; none where the output goes to a file."""
     from tqdm.auto import tqdm
 
-    shown = False if in_notebook() else None
-    return tqdm(total=total, unit=" " + unit, disable=shown, mininterval=0.5, leave=False, **options)
+    # Of several processes the first one shows; tqdm asks for a terminal where it is told None.
+    hidden = os.environ.get("RANK", "0") != "0" or (False if in_notebook() else None)
+    return tqdm(total=total, unit=" " + unit, disable=hidden, mininterval=0.5, leave=False, **options)
 
 
 def duration(minutes: float) -> str:

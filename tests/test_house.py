@@ -115,7 +115,8 @@ ALONE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from lazyorpo_lib.orpo.batching import EncodedPair
-from lazyorpo_lib.orpo.trainer import OrpoTrainer, make_accelerator
+from lazyorpo_lib.orpo.processes import make_accelerator
+from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.settings import Settings
 
 torch.manual_seed(0)

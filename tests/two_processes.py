@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, gather_object
 
 from lazyorpo_lib import run, settings
 from lazyorpo_lib.machine import checkpoint_layers
-from lazyorpo_lib.orpo import trainer
+from lazyorpo_lib.orpo import processes
 from lazyorpo_lib.session import Stop
 from tests.conftest import random_pairs
 from tests.orpo import test_trainer
@@ -57,7 +57,7 @@ def on_gpus(**kwargs):
 if __name__ == "__main__":
     home, way = Path(sys.argv[1]), sys.argv[2]
     if way == "fsdp2":
-        trainer.Accelerator = on_gpus
+        processes.Accelerator = on_gpus
     for what in WAYS if way == "ddp" else ("lora", "full"):
         weights = {
             "through": train(home / what, what),

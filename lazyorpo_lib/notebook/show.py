@@ -7,6 +7,9 @@ datasets are escaped. It computes nothing that `run` does not know, and writes n
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ..model import load_config
+from ..plan import planner
+
 BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print
 CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em"
 LONGEST = 400  # tokens of one text that are shown
@@ -75,11 +78,18 @@ def pair(run) -> Shown:
     return Shown("\n\n".join(text), "".join(html))
 
 
+def cards(run) -> Shown:
+    """Show what the pairs would take on each card that the planner knows, by each method."""
+    config, lengths = load_config(run.settings.base_model), planner.measured_lengths(run.train_pairs)
+    return Shown(planner.cards_table(planner.plan_cards(config, run.settings, lengths)))
+
+
 def loss(run) -> Shown:
     """Show the terms of the loss on a few held-out pairs before training, beside what they mean."""
     if run.finished:
         return Shown("This run is finished; the figures before training are in the table further down.")
-    terms = run.example_loss()
+    some = [run.eval_pairs[i] for i in range(min(4, len(run.eval_pairs)))] or [run.train_pairs[0]]
+    terms = run.trainer.metrics(run.trainer.pair_tables(some).sum(0).tolist())
     return table(("term", "now", ""), [(name, f"{terms[name]:.4f}", note) for name, note in TERMS.items()])
 
 

@@ -1,9 +1,8 @@
-"""Encoded pairs -> the rows a model is run on, and which of their tokens are scored.
+"""Pairs -> steps and micro-batches.
 
-The usual layout is `shared`: one row of tokens without padding; each pair's prompt and chosen, then each pair's
-rejected, whose positions start again where its prompt ended. Models that cannot take it get
-`packed` (two documents a pair) or `padded` (two right-padded rows a pair). Nothing outside this module, attention.py
-and head.py knows a layout. It tokenizes nothing and computes no attention.
+The usual layout is `shared`: one row of tokens without padding; each pair's prompt and chosen, then each
+pair's rejected, whose positions start again where its prompt ended. Models that cannot take it get `packed`
+(two documents a pair) or `padded` (two right-padded rows a pair). It tokenizes nothing and computes nothing.
 """
 
 import random
@@ -27,13 +26,14 @@ class EncodedPair(NamedTuple):
     rejected: Sequence[int]
 
     def tokens(self, layout: str = "shared") -> int:
-        """Tokens that this pair costs in a layout, padding included."""
+        """Count the tokens that this pair costs in a layout, padding included."""
         p, c, r = len(self.prompt), len(self.chosen), len(self.rejected)
         return {"shared": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[layout]
 
 
 class Span(NamedTuple):
-    """Where a pair lies in a `shared` row: prompt and chosen from `start`, rejected from `rejected_start`; then the lengths, in tokens."""
+    """Where a pair lies in a `shared` row: prompt and chosen from `start`, rejected from `rejected_start`;
+    then the lengths, in tokens."""
 
     start: int
     rejected_start: int
@@ -51,15 +51,14 @@ class Batch:
     attention_mask: Tensor | None  # (R, N) int64 where there is padding, else None
     hidden_index: Tensor  # (M,) int64, into R * N: the position whose hidden state predicts the scored token
     targets: Tensor  # (M,) int64, the scored tokens
-    segment: Tensor  # (M,) int64: i chosen answer of pair i; B + i rejected; 2 B + i prompt (scored for the nll alone)
+    segment: Tensor  # (M,) int64: i chosen of pair i; B + i rejected; 2 B + i prompt (for the nll alone)
     lengths: Tensor  # (3 B,) float32, scored tokens in each segment
     pairs: list[EncodedPair]
-    # Of a `shared` row alone: its pairs; what every rejected answer sees, [prompt, rejected] of each pair after the other; and
+    # Of a `shared` row alone: its pairs, and what every rejected answer sees: [prompt, rejected] of each pair.
     spans: list[Span]
     keys: Tensor | None  # (K,) int64, into N
-    starts: (
-        Tensor | None
-    )  # (3, B + 1) int32: where each pair's [prompt, chosen] begins, its rejected, its piece of `keys`; and the ends
+    # (3, B + 1) int32: where each [prompt, chosen] begins, each rejected, its piece of `keys`; and the ends.
+    starts: Tensor | None
 
     def to(self, device) -> "Batch":
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
@@ -100,7 +99,7 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     input_ids, position_ids = np.zeros((2, rows * width), dtype=np.int64)
     input_ids[place] = np.concatenate([pair[kind] for kind in kinds for pair in pairs])
     position_ids[place] = _ranges(np.stack(position), np.stack(lengths))
-    # What is scored, pair by pair: the prompt's tail, chosen, rejected. Each is predicted by the token before it.
+    # What is scored, pair by pair: the prompt's tail, chosen, rejected; each predicted by the token before.
     counts = np.stack([(p - 1) * (nll_over == "prompt+answer"), c, r], axis=1)
     scored = _ranges(np.stack([first + 1, first + p, rejected], axis=1), counts)
     hidden_index = scored - 1
@@ -129,7 +128,8 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
 
 
 def _places(p, c, r, layout: str):
-    """Where each pair's first prompt and its rejected answer begin in the flat rows, (B,) each; how many rows, how wide."""
+    """Where each pair's first prompt and its rejected answer begin in the flat rows, (B,) each; how many
+    rows, how wide."""
     if layout == "shared":  # every [prompt, chosen], then every rejected: two slices of the row
         return _ends(p + c)[:-1], (p + c).sum() + _ends(r)[:-1], 1, (p + c + r).sum()
     if layout == "packed":
@@ -172,8 +172,9 @@ def split_by_tokens(
 
 
 class StepOrder:
-    """Which pairs each optimizer step takes, on this rank: every pair once an epoch, in an order that depends on
-    (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: the steps of an epoch.
+    """Which pairs each optimizer step takes, on this rank: every pair once an epoch, in an order that depends
+    on (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: the steps of an
+    epoch.
 
     Args:
         lengths: tokens of each pair.
@@ -189,8 +190,8 @@ class StepOrder:
         fewest = min(pairs_per_step, len(lengths))
         if fewest < world:
             raise UserError(
-                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or start "
-                "fewer."
+                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or "
+                "start fewer."
             )
         self.lengths, self.pairs_per_step, self.seed = lengths, pairs_per_step, seed
         self.rank, self.world = rank, world

@@ -1,7 +1,7 @@
 """The checkpoints in the folder of a run: complete or absent; where to go on.
 
-It writes, reads and removes them; the state of training is in the trainer's hands. A checkpoint that a kill, a full
-disk or a failing disk has torn is never gone on from, and nothing that is loaded may hold code.
+It writes, reads and removes them; the state of training is in the trainer's hands. A checkpoint that a kill,
+a full disk or a failing disk has torn is never gone on from, and nothing that is loaded may hold code.
 """
 
 import json
@@ -42,7 +42,8 @@ def is_sharded(checkpoint: Path) -> bool:
 
 
 def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
-    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; older ones than the last `keep` go.
+    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; older ones than the last
+    `keep` go.
 
     Args:
         progress: its `step`, and whatever else of plain numbers and texts training goes on with.
@@ -90,8 +91,8 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
     """
     if not (checkpoint / PROGRESS).is_file():
         raise UserError(
-            f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: choose "
-            "another output_dir, or finish the run with that version."
+            f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "
+            "choose another output_dir, or finish the run with that version."
         )
     try:
         if plugin := getattr(accelerator.state, "fsdp_plugin", None):
@@ -111,8 +112,8 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
         return progress
     except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError):
         raise UserError(
-            f"{checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run goes on "
-            "from the checkpoint before it."
+            f"{checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run "
+            "goes on from the checkpoint before it."
         ) from None
 
 

@@ -1,6 +1,7 @@
 """Every formula that is trained: odds, ORPO, SFT, DPO; one objective().
 
-Source: Hong et al. 2024 (arXiv 2403.07691) for ORPO, Rafailov et al. 2023 (arXiv 2305.18290) for DPO. Pure functions on
+Source: Hong et al. 2024 (arXiv 2403.07691) for ORPO, Rafailov et al. 2023 (arXiv 2305.18290) for DPO. Pure
+functions on
 float32 tensors: no model, no device moves, no logging. Training, evaluation and the log all call `objective`.
 """
 
@@ -150,11 +151,12 @@ def metrics(sums: Sequence[float], or_weight: float, name: str = "orpo") -> dict
 def gradient_norms(
     table: Tensor, lengths: Tensor, *, nll_tokens: float, pairs: float, or_weight: float
 ) -> Tensor:
-    """Give the squared norms of the gradients of the nll and of the weighted odds term with respect to the token
-    log-probabilities, where the two terms meet: (2,).
+    """Give the squared norms of the gradients of the nll and of the weighted odds term with respect to the
+    token log-probabilities, where the two terms meet: (2,).
 
     Args:
-        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: of the step.
+        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: of the
+            step.
     """
     column = dict(zip(TERMS, table.T, strict=True))
     of_nll = column["nll_tokens"].sum() / nll_tokens**2

@@ -15,10 +15,12 @@ from ..settings import Settings
 
 
 def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torch.optim.Optimizer:
-    """Make the optimizer of a run over the weights that require gradients. Vectors (norms, biases) are not decayed.
+    """Make the optimizer of a run over the weights that require gradients. Vectors (norms, biases) are not
+    decayed.
 
     Args:
-        retry: take the first step again where memory ran out in it. Of several processes none may do so alone.
+        retry: take the first step again where memory ran out in it. Of several processes none may do so
+            alone.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -81,12 +83,14 @@ def step_again(step, optimizer, *args, **kwargs):
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
     if message:
         raise UserError(
-            f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or method=lora."
+            f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or "
+            "method=lora."
         )
 
 
 def _load_paged(optimizer, state_dict: dict) -> None:
-    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU for good."""
+    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU
+    for good."""
     # The small rest follows at the first step.
     type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
     for parameter, state in optimizer.state.items():

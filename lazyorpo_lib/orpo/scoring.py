@@ -1,8 +1,8 @@
 """Log-probabilities the plain way: what every faster way must equal.
 
-Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for three things:
-the `layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns. A wing may hand
-it a faster one that does the same.
+Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for three
+things: the `layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns. A
+wing may hand it a faster one that does the same.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..machine import attempt
 from .batching import Batch, EncodedPair, collate, split_by_tokens
 
-LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # what to do where one pair is too much
+LESS = "lower max_tokens, or choose method=qlora, or a smaller base_model"  # where one pair is too much
 
 
 class PlainScorer:
@@ -34,11 +34,13 @@ class PlainScorer:
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch):
-        """Give the model's keyword arguments for a batch; they hold until the block ends, its backward included."""
+        """Give the model's keyword arguments for a batch; they hold until the block ends, its backward
+        included."""
         yield dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def read(self, out, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Give the log-probability of each scored token, (M,) float32, and the loss of a router of experts, or None."""
+        """Give the log-probability of each scored token, (M,) float32, and the loss of a router of experts,
+        or None."""
         logits = out.logits.flatten(0, 1).index_select(0, batch.hidden_index).float()
         return torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0], None
 

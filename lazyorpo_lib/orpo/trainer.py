@@ -1,14 +1,12 @@
 """The loop: forward, loss, backward, clip, step, log, stop.
 
-accelerate owns devices, precision, gradient scaling and many processes; transformers the schedules; optimizers.py and
-checkpoints.py what their names say. A step's pairs are split into token-budget micro-batches, and its loss does not depend
-on how (nll exact in tokens, the odds term exact in pairs, over all processes). It draws, prints and downloads nothing.
+accelerate owns devices, precision, gradient scaling and many processes; transformers the schedules. A step's
+pairs are split into token-budget micro-batches, and its loss does not depend on how: the nll is exact in
+tokens, the odds term in pairs, over all processes. It draws, prints and downloads nothing.
 """
 
 import contextlib
-import dataclasses
 import math
-import os
 import time
 import warnings
 from collections import Counter
@@ -17,8 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import get_scheduler
@@ -31,63 +28,11 @@ from ..settings import Settings
 from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
 from .optimizers import make_optimizer
+from .processes import check_sharding
 from .reference import Reference
 from .scoring import LESS, PlainScorer, score
 
 BAD_STEPS_ALLOWED = 3
-
-
-def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
-    """Make the Accelerator of a run, whatever an earlier one of this process was told.
-
-    Args:
-        dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
-
-    Raises:
-        UserError: the accelerate config asks for DeepSpeed.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError(
-            "The accelerate config asks for DeepSpeed, with which the kit does not train: take configs/fsdp2.yaml, "
-            "which spreads the same over the GPUs."
-        )
-    AcceleratorState._reset_state(True)
-    return Accelerator(
-        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
-        cpu=device == "cpu",
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_dir=str(folder / "tensorboard"),
-        # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference; towers
-        # for pixels and experts that no token took have no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
-    )
-
-
-def check_sharding(plugin, model, settings: Settings) -> None:
-    """Refuse what FSDP would train wrongly, and keep log-probabilities and gradient sums in 32 bit.
-
-    Args:
-        plugin: accelerate's FullyShardedDataParallelPlugin.
-
-    Raises:
-        UserError: one of the first version; weights that not every process reads; 4-bit weights; DPO.
-    """
-    if plugin.fsdp_version != 2:
-        raise UserError(
-            "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in configs/fsdp2.yaml."
-        )
-    if plugin.cpu_ram_efficient_loading:
-        raise UserError(
-            "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate config."
-        )
-    if settings.objective == "dpo" or getattr(model, "is_loaded_in_4bit", False):
-        raise UserError(
-            "FSDP trains neither 4-bit weights nor objective=dpo: choose method=lora or full, or configs/ddp.yaml."
-        )
-    if policy := plugin.mixed_precision_policy:  # accelerate's would round both to 16 bit
-        plugin.mixed_precision_policy = dataclasses.replace(
-            policy, reduce_dtype=torch.float32, output_dtype=None
-        )
 
 
 class OrpoTrainer:
@@ -97,16 +42,16 @@ class OrpoTrainer:
         model: what is trained requires gradients, the rest does not.
         train_pairs, eval_pairs: anything with a length that gives an EncodedPair for an index.
         accelerator: from `make_accelerator`. folder: where checkpoints go.
+        tokens_per_batch: computed at once. checkpointed_layers: whose activations are recomputed.
         make_scorer: called with the model once it is in its place; see scoring.py.
-        tokens_per_batch: tokens computed at once. checkpointed_layers: layers whose activations are recomputed.
         stop: asked after every step whether to end.
-        on_row: called on the first process with every row of the history. on_step: called with the number of each step
-            that was taken. on_save: called when a checkpoint is complete.
+        on_row: gets every row of the history, on the first process; on_step the number of each step that was
+            taken; on_save is called when a checkpoint is complete.
 
     Attributes:
-        step, steps: how many were taken, and how many there are. bad_steps: those left out because a number was not
-            finite, {step, rows of the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by
-            itself; empty where it did not.
+        step, steps: taken, and in all. bad_steps: those left out since a number was not finite, {step, rows
+            of the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by
+            itself, or empty.
     """
 
     def __init__(
@@ -130,10 +75,7 @@ class OrpoTrainer:
         self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
         self.on_row, self.on_step, self.on_save = on_row, on_step, on_save
         self.device, self.world = accelerator.device, accelerator.num_processes
-        plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        self.sharded = plugin is not None
-        if plugin:
-            check_sharding(plugin, model, settings)
+        self.sharded = check_sharding(accelerator, model, settings)
         self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
         self.step = self._bad_in_a_row = 0
         set_seed(settings.seed)
@@ -144,15 +86,9 @@ class OrpoTrainer:
         lengths = getattr(train_pairs, "lengths", None)
         if lengths is None:
             lengths = [pair.tokens(self.scorer.layout) for pair in train_pairs]
-        self.order = StepOrder(
-            lengths,
-            settings.pairs_per_step,
-            seed=settings.seed,
-            rank=accelerator.process_index,
-            world=self.world,
-        )
+        place = dict(rank=accelerator.process_index, world=self.world)
+        self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
         self.steps = settings.max_steps or math.ceil(settings.epochs * len(self.order))
-        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped, self.optimizer, self._window = model, None, _Window()
 
     # The loop.
@@ -169,7 +105,7 @@ class OrpoTrainer:
         if self.sharded:  # accelerate puts the pieces in the place of the weights
             self.model = self.wrapped
             torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
-            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.schedule = get_scheduler(
             s.lr_schedule, self.optimizer, num_warmup_steps=s.warmup_steps, num_training_steps=self.steps
         )
@@ -178,11 +114,11 @@ class OrpoTrainer:
             self.load(Path(resume_from))
 
     def train(self) -> None:
-        """Take the steps that are left, until they are done, somebody asks to stop, or numbers are no longer finite."""
+        """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
         self._window, self._saved_at = _Window(), time.monotonic()
         for pairs in self._steps_left():
-            sums, nll_tokens, count = self._gradient(pairs)
-            norm, rate = self._update(pairs, sums, nll_tokens, count), self.schedule.get_last_lr()[0]
+            norm = self._clip(pairs, self._gradient(pairs))
+            rate = self.schedule.get_last_lr()[0]
             self.optimizer.step()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.schedule.step()
@@ -190,7 +126,7 @@ class OrpoTrainer:
             self.step += 1
             if self.step % self.settings.log_every_steps == 0:
                 self._log_step(rate, norm)
-            if self.settings.eval_every_steps and self.step % self.settings.eval_every_steps == 0:
+            if self._evaluation_is_due():
                 self.evaluate()
             self.on_step(self.step)
             stopping = self._asked_to_stop()
@@ -205,8 +141,8 @@ class OrpoTrainer:
         return self.step / len(self.order)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
-        """Give the trained weights in one piece on the first process, where FSDP has them in pieces; else None. Every
-        process calls it."""
+        """Give the trained weights in one piece on the first process, where FSDP has them in pieces; else
+        None. Every process calls it."""
         return checkpoints.in_one_piece(self.model) if self.sharded else None
 
     def close(self) -> None:
@@ -215,7 +151,7 @@ class OrpoTrainer:
             tracker.finish()
 
     def _steps_left(self):
-        """This rank's pairs of each step still to be taken: their order needs no state, so a resume only counts."""
+        """This rank's pairs of each step left; their order needs no state, so a resume only counts."""
         while self.step < self.steps:
             epoch, done = divmod(self.step, len(self.order))
             for positions in self.order.steps(epoch, done):
@@ -223,13 +159,9 @@ class OrpoTrainer:
                 if self.step >= self.steps:
                     return
 
-    def _gradient(self, pairs: list[EncodedPair]) -> tuple[Tensor, int, int]:
-        """Leave the gradient of a step in the weights, in smaller pieces each time that memory runs out.
-
-        Returns:
-            sums of TERMS over this rank's pairs, with two gradient norms, (len(TERMS) + 2,); scored tokens, and pairs,
-            of all ranks.
-        """
+    def _gradient(self, pairs: list[EncodedPair]) -> Tensor:
+        """Leave the gradient of a step in the weights, in smaller pieces each time that memory runs out; the
+        sums of TERMS over this rank's pairs, and two gradient norms, (len(TERMS) + 2,)."""
         if self.reference:
             self._window.work.update(self.reference.remember(pairs))
         self.wrapped.train()
@@ -241,7 +173,7 @@ class OrpoTrainer:
             self.wrapped.zero_grad(set_to_none=True)
             self._use_less_memory(self._computing, message)
 
-    def _forward_backward(self, pairs: list[EncodedPair]) -> tuple[Tensor, int, int]:
+    def _forward_backward(self, pairs: list[EncodedPair]) -> Tensor:
         s, micro_batches = self.settings, self._micro_batches(pairs)
         of_prompt = s.nll_over != "answer"
         step = dict(
@@ -268,7 +200,7 @@ class OrpoTrainer:
             sums += torch.cat([table.detach().sum(0), self._term_norms(table.detach(), batch, step)]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._window.work.update(work)  # only here: a step that ran out of memory does not count
-        return sums, step["nll_tokens"], step["pairs"]
+        return sums
 
     def _pair_table(self, logps: Tensor, batch: Batch) -> Tensor:
         reference = self.reference(batch.pairs) if self.reference else None
@@ -282,7 +214,8 @@ class OrpoTrainer:
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
         if self.world > 1:
-            # FSDP gathers weights in every forward, so every rank must run as many; the extra ones weigh nothing.
+            # FSDP gathers weights in every forward, so every rank must run as many; the extra ones weigh
+            # nothing.
             most = self._over_ranks(len(batches), "max")
             batches = [([min(pairs, key=lambda p: p.tokens())], 0.0)] * (most - len(batches)) + batches
         return batches
@@ -293,21 +226,18 @@ class OrpoTrainer:
         counts = self.accelerator.gather(torch.tensor([count], device=self.device)).tolist()
         return max(counts) if how == "max" else sum(counts)
 
-    def _update(self, pairs: list[EncodedPair], sums: Tensor, nll_tokens: int, count: int) -> float:
-        """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before clipping.
-
-        Here is the one look at the device in a step.
-        """
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
-        found = sums if self.world == 1 else self.accelerator.reduce(sums)
-        norm, *host = torch.cat([norm.float().view(1).to(self.device), found]).tolist()
-        self._window.add(host)
+    def _clip(self, pairs: list[EncodedPair], sums: Tensor) -> float:
+        """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before
+        clipping. The one look at the device in a step."""
         s, scaler = self.settings, self.accelerator.scaler
-        terms = dict(zip(loss.TERMS, host, strict=False))
-        whole = loss.objective(
-            terms, nll_tokens=nll_tokens, pairs=count, or_weight=s.or_weight, name=s.objective
-        )
+        norm = self.accelerator.clip_grad_norm_(self.trained, s.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
+        sums = sums if self.world == 1 else self.accelerator.reduce(sums)
+        norm, *sums = torch.cat([norm.float().view(1).to(self.device), sums]).tolist()
+        self._window.add(sums)
+        # Any part of the loss that is not finite shows in it, whatever it is divided by.
+        terms = dict(zip(loss.TERMS, sums, strict=False))
+        whole = loss.objective(terms, nll_tokens=1, pairs=1, or_weight=s.or_weight, name=s.objective)
         if math.isfinite(whole) and math.isfinite(norm):
             self._bad_in_a_row = 0
         elif not (math.isfinite(whole) and scaler is not None and scaler.get_scale() > 1):
@@ -328,7 +258,8 @@ class OrpoTrainer:
             )
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
-        """After an out-of-memory in `micro`: half its tokens at once; where it is a single pair, more checkpointed layers."""
+        """Halve the tokens computed at once, of which `micro` were too many; of a single pair checkpoint more
+        layers."""
         layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
         if len(micro) > 1:
             tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
@@ -340,8 +271,8 @@ class OrpoTrainer:
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:
             raise UserError(
-                f"Out of memory in step {self.step + 1} on a single pair with every layer checkpointed ({message}); "
-                f"{LESS}."
+                f"Out of memory in step {self.step + 1} on a single pair with every layer checkpointed "
+                f"({message}); {LESS}."
             )
         self._note(
             f"step {self.step + 1}: out of memory; {change}; the step is repeated with the same result"
@@ -352,8 +283,8 @@ class OrpoTrainer:
         warnings.warn(text, stacklevel=3)
 
     def _asked_to_stop(self) -> bool:
-        """Whether training ends here. Of several processes only what all know counts: a signal that comes while they
-        agree waits for the next step."""
+        """Whether training ends here. Of several processes only what all know counts; a signal that comes
+        meanwhile waits for the next step."""
         stop = self.stop
         asked = [stop.is_due(look=self.accelerator.is_main_process), stop.asked, stop.hurried]
         if self.world > 1:
@@ -362,9 +293,13 @@ class OrpoTrainer:
             stop.agree(*asked)
         return bool(self.stop_reason) or (asked[0] and self.step < self.steps)
 
+    def _evaluation_is_due(self) -> bool:
+        every = self.settings.eval_every_steps
+        return bool(every and len(self.eval_pairs)) and self.step % every == 0
+
     def _checkpoint_is_due(self) -> bool:
-        """By steps; and by the clock since the last one or the beginning, so that a run that is shorter writes none.
-        Of several processes the first one's clock counts."""
+        """By steps; and by the first process's clock since the last one, or the beginning: a shorter run
+        writes none."""
         s = self.settings
         if s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps):
             return True
@@ -389,7 +324,8 @@ class OrpoTrainer:
     def pair_tables(
         self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """Give `loss.pair_table` of each pair in the order given, (len(pairs), len(TERMS)) on the CPU; every rank all."""
+        """Give `loss.pair_table` of each pair in the order given, (len(pairs), len(TERMS)) on the CPU; every
+        rank all."""
         rows = {}
         if self.reference:
             self.reference.remember(pairs)
@@ -399,15 +335,10 @@ class OrpoTrainer:
             on_batch(len(batch.pairs))
         return torch.stack([rows[p.index] for p in pairs])
 
-    def evaluate(self) -> dict[str, float]:
-        """Log the figures of the held-out pairs, their names after `eval_`; none without such pairs."""
-        if not len(self.eval_pairs):
-            return {}
-        pairs = [self.eval_pairs[i] for i in range(len(self.eval_pairs))]
-        return self.log_evaluation(self.pair_tables(pairs))
-
-    def log_evaluation(self, table: Tensor) -> dict[str, float]:
-        """Log the figures of `pair_tables` of the held-out pairs, their names after `eval_`."""
+    def evaluate(self, table: Tensor | None = None) -> dict[str, float]:
+        """Log the figures of the held-out pairs, their names after `eval_`; `table` has them where it is known."""
+        if table is None:
+            table = self.pair_tables([self.eval_pairs[i] for i in range(len(self.eval_pairs))])
         row = {f"eval_{name}": value for name, value in self.metrics(table.sum(0).tolist()).items()}
         self.log(row)
         return row
@@ -430,16 +361,19 @@ class OrpoTrainer:
         self.log(row | work | {"memory_gib": memory_gib(self.device)})
 
     def log(self, row: dict[str, float]) -> None:
-        """Hand a row of figures to the trackers, and on the first process to `on_row`, with its step and epoch."""
-        parts = {n: (("eval/", n[5:]) if n.startswith("eval_") else ("train/", n)) for n in row}
-        self.accelerator.log({"".join(parts[n]): value for n, value in row.items()}, step=self.step)
+        """Hand a row of figures to the trackers, and on the first process to `on_row`, with its step and
+        epoch."""
+        kind = {True: "eval/", False: "train/"}
+        told = {kind[n.startswith("eval_")] + n.removeprefix("eval_"): value for n, value in row.items()}
+        self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:
             self.on_row({"step": self.step, "epoch": round(self.epoch, 6)} | row)
 
     # Checkpoints.
 
     def save(self) -> None:
-        """Write a checkpoint of this step; it appears complete or not at all. Raises UserError where the disk fails."""
+        """Write a checkpoint of this step; it appears complete or not at all. Raises UserError where the disk
+        fails."""
         progress = {"step": self.step, "bad_steps": self.bad_steps, "schedule": self.schedule.state_dict()}
         checkpoints.save(
             self.folder,
@@ -453,7 +387,8 @@ class OrpoTrainer:
         self.on_save()
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises UserError: it is damaged, holds code, or an earlier version wrote it."""
+        """Go on from a checkpoint. Raises UserError: it is damaged, holds code, or an earlier version wrote
+        it."""
         progress = checkpoints.load(
             checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
         )

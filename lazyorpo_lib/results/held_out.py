@@ -40,7 +40,7 @@ def measure(run, when: str) -> None:
             texts = _answer(run, prompts, partial(advance, bar))
     evaluated = [row for row in folders.read_rows(run.folder / "history.jsonl") if reading.is_evaluation(row)]
     if trainer.step not in [row["step"] for row in evaluated]:  # else training did, or a kill came in between
-        trainer.log_evaluation(table)
+        trainer.evaluate(table)
     if run.main:
         path = run.folder / "held_out.json"
         kept = evaluate.keep_held_out(
@@ -56,7 +56,9 @@ def measure(run, when: str) -> None:
 
 
 def watch(run, step: int) -> None:
-    """Answer the first held-out prompts while training goes on; kept in watched.jsonl and told."""
+    """Answer the first held-out prompts every `watch_every_steps`; kept in watched.jsonl, and told."""
+    if not run.settings.watch_every_steps or step % run.settings.watch_every_steps:
+        return
     prompts = [run.eval_pairs[i].prompt for i in range(min(3, len(run.eval_pairs)))]
     for pair, text in zip(run.texts, _answer(run, prompts), strict=False):
         question = pair.prompt[-1]["content"]

@@ -1,14 +1,38 @@
-"""What a run came to, for its summary.json: steps, why it ended, time, memory, planned against measured.
+"""What a run says of itself: its pairs, what is trained, what it came to.
 
 It is handed the run, and computes nothing that the run does not know.
 """
 
 import time
+from functools import partial
 from importlib.metadata import version
 
+import numpy as np
+
+from ..fast.attention import kernels_taken
 from ..folder import read_rows
 from ..machine import memory_gib
 from .reading import values
+
+
+def data_report(run, pairs, digest: str) -> dict:
+    """Give the content of data_report.json: rows by fate, and how long each side of the pairs is, in tokens."""
+    figures = {"mean": np.mean, "p50": np.median, "p95": partial(np.quantile, q=0.95), "max": np.max}
+    sides = pairs.lengths_of_sides().items()
+    tokens = {side: {name: f(lengths).item() for name, f in figures.items()} for side, lengths in sides}
+    counts = {"train": len(run.train_pairs), "held_out": len(run.eval_pairs)}
+    return run.report.as_dict() | counts | {"tokens": tokens, "digest": digest}
+
+
+def about_training(run) -> str:
+    """Say what is trained, in which layout, and by which attention."""
+    total, scorer = sum(p.numel() for p in run.model.parameters()), run.trainer.scorer
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    refused = "".join(f" Not {name}: {why}." for name, why in scorer.refused.items())
+    lines = [f"{run.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%})."]
+    lines += [f"Layout of a batch: {scorer.rung}.{refused}"]
+    lines += [f"Attention by: {'; '.join(kernels)}."] if (kernels := kernels_taken()) else []
+    return "\n".join(lines)
 
 
 def summarise(run) -> dict:
@@ -28,7 +52,8 @@ def summarise(run) -> dict:
         "training_minutes": round(training / 60, 3),
         # From the history, which a stop and going on leave whole.
         **{name: int(sum(values(rows, name))) for name in ("tokens", "forward_passes")},
-        # Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without that.
+        # Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without
+        # that.
         "peak_memory_gib": round(max(run.peak_before, memory_gib(trainer.device)), 3),
         "peak_allocated_gib": run.peak_allocated,
         "bad_steps": trainer.bad_steps,

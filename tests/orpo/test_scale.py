@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.checkpoints import is_sharded
-from lazyorpo_lib.orpo.trainer import check_sharding, make_accelerator
+from lazyorpo_lib.orpo.processes import check_sharding, make_accelerator
 from lazyorpo_lib.settings import Settings
 from tests.two_processes import TINY, WAYS, tiny_run, train
 

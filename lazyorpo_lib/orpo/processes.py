@@ -1,0 +1,74 @@
+"""Devices, precision and processes of a run, as accelerate has them; what is refused of its config.
+
+It starts no process: `accelerate launch` does, with one of the files in configs/.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+from ..errors import UserError
+from ..settings import Settings
+
+
+def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
+    """Make the Accelerator of a run, whatever an earlier one of this process was told.
+
+    Args:
+        dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
+
+    Raises:
+        UserError: the accelerate config asks for DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError(
+            "The accelerate config asks for DeepSpeed, with which the kit does not train: take "
+            "configs/fsdp2.yaml, which spreads the same over the GPUs."
+        )
+    AcceleratorState._reset_state(True)
+    # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;
+    # towers for pixels, and experts that no token took, have no gradient.
+    replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    return Accelerator(
+        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
+        cpu=device == "cpu",
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=str(Path(folder) / "tensorboard"),
+        kwargs_handlers=[replicas],
+    )
+
+
+def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
+    """Tell whether FSDP shares out the weights; keep log-probabilities and gradient sums in 32 bit where it
+    does.
+
+    Raises:
+        UserError: what it would train wrongly: its first version, weights that not every process reads, 4
+            bit, DPO.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return False
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in "
+            "configs/fsdp2.yaml."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate "
+            "config."
+        )
+    if settings.objective == "dpo" or getattr(model, "is_loaded_in_4bit", False):
+        raise UserError(
+            "FSDP trains neither 4-bit weights nor objective=dpo: choose method=lora or full, or "
+            "configs/ddp.yaml."
+        )
+    if policy := plugin.mixed_precision_policy:  # accelerate's would round both to 16 bit
+        own = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = own
+    return True
