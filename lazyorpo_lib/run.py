@@ -147,15 +147,15 @@ class Run:
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
-        report = data_report(self, pairs, digest.hexdigest())
-        if report["digest"] != self._read("data_report.json").get("digest", report["digest"]):
-            self._refuse_other_data()
-        self._write("data_report.json", report)
+        self._check_data(digest.hexdigest())
+        self._write("data_report.json", data_report(self, pairs, digest.hexdigest()))
         self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
         return self.report
 
-    def _refuse_other_data(self) -> None:
-        if checkpoints.complete(self.folder):
+    def _check_data(self, digest: str) -> None:
+        """Refuse to go on with other pairs than the run began with."""
+        older = self._read("data_report.json").get("digest", digest)
+        if older != digest and checkpoints.complete(self.folder):
             raise UserError(
                 f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} "
                 "began: choose another output_dir, or bring the old dataset back."
