@@ -33,8 +33,7 @@ if _has_segments and not any(name in os.environ for name in _names):
 
 
 def has_gpu() -> bool:
-    """Ask the driver whether there is a GPU of NVIDIA's; before torch is imported, and where torch cannot use
-    it."""
+    """Ask the driver for a GPU of NVIDIA's; before torch is imported, and where torch cannot use it."""
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 

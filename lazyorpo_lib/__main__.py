@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from itertools import count
+from pathlib import Path
 
 from . import __version__
 from .errors import UserError
@@ -29,6 +30,8 @@ def train(arguments: list[str]) -> int:
     layers = [("env", from_environment()), ("flag", flags)]
     resolve(layers)  # mistakes are told before anything heavy is imported
     check_requirements()
+    if given["probe"] and not (Path(__file__).parent / "trials").is_dir():
+        raise UserError("--probe is not in the standalone notebook: use a clone, or what pip installed.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from . import run
     from .machine import this_machine
@@ -44,12 +47,8 @@ def train(arguments: list[str]) -> int:
         lines = [plan.line(), plan.table(), *plan.method.arithmetic]
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join(lines))
     elif given["probe"]:
-        try:
-            from .trials.trials import probe
-        except ModuleNotFoundError:
-            raise UserError(
-                "--probe is not in the standalone notebook: use it in a clone or pip's package."
-            ) from None
+        from .trials.trials import probe
+
         home = probe(settings)
         print((home / "probe.md").read_text(encoding="utf-8"))
         print(f"The picture it decided from is {home / 'probe.png'}")

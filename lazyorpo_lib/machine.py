@@ -156,8 +156,7 @@ def allocated_gib(device) -> float | None:
 
 
 def forget_peak_memory() -> None:
-    """Start the peak anew. On a GPU it starts at what is reserved, so what lies unused in the cache goes
-    first."""
+    """Start the peak anew. A GPU's starts at what is reserved, so what its cache holds unused goes first."""
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -166,8 +165,7 @@ def forget_peak_memory() -> None:
 
 
 def free_bytes(device) -> int:
-    """Count what can still be allocated: of the GPU, with what its allocator holds unused; else of the
-    machine."""
+    """Count what can still be allocated: on a GPU with what its allocator holds unused."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -30,8 +30,7 @@ from .settings import Settings
 
 
 def check_liger(settings: Settings, machine: Machine) -> None:
-    """Raise UserError where the settings ask for Liger's layers, and no package or no GPU is there for
-    them."""
+    """Raise UserError where the settings ask for Liger's layers, without a package or a GPU for them."""
     why = ""
     if not is_liger_kernel_available():
         why = "it is not installed: pip install liger-kernel, or"

@@ -255,8 +255,7 @@ def _to_type(kind, value):
 
 
 def from_environment(environ=None) -> dict:
-    """Read the `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error, as a typo would
-    be."""
+    """Read the `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error: a typo."""
     environ = os.environ if environ is None else environ
     found = {key.removeprefix("LAZYORPO_").lower(): key for key in environ if key.startswith("LAZYORPO_")}
     return {name: coerce(name, environ[key]) for name, key in found.items()}

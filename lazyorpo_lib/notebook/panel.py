@@ -104,8 +104,7 @@ class Panel:
         ]
 
     def _changed_in_cell(self) -> dict:
-        """Give the cell's values that are not defaults. An edit gives way where the cell has changed since
-        then."""
+        """Give the cell's values that are not defaults. An edit gives way to a later change of the cell."""
         edits, seen, changed = self.memory["edits"], self.memory["seen"], {}
         for name in FIELDS.keys() & self.namespace.keys():
             now, default = _mark(name, self.namespace[name]), _mark(name, DEFAULTS[name])
@@ -154,8 +153,7 @@ class Panel:
         return w.VBox([rows(FIRST), groups, self.status, button])
 
     def _make(self, kind, **options):
-        """A widget that shares its style, as it shares its layout: each of them is saved with the
-        notebook."""
+        """Make a widget that shares its style, as its layout: each of them is saved with the notebook."""
         made = kind(style=self._styles.get(kind, {"description_width": "150px"}), **options)
         self._styles[kind] = made.style
         return made

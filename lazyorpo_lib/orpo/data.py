@@ -162,8 +162,7 @@ def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """Read "prompt=a,chosen=b,rejected=c[,system=d]" as {"prompt": "a", …}; "" is {}, all else a
-    UserError."""
+    """Read "prompt=a,chosen=b,rejected=c[,system=d]"; "" is {}, all else a UserError."""
     mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
     known = mapping.keys() <= {"prompt", "chosen", "rejected", "system"} <= mapping.keys() | {"system"}
     if columns.strip() and not (known and len(mapping) == columns.count("=") == columns.count(",") + 1):
@@ -176,8 +175,7 @@ def parse_columns(columns: str) -> dict[str, str]:
 
 
 def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
-    """Turn a row of any shape into a pair; `columns` as from `parse_columns`. It raises BadRow(reason)
-    alone."""
+    """Turn a row of any shape into a pair; `columns` as from `parse_columns`. Raises BadRow(reason)."""
     if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than columns
         raise BadRow("malformed")
     if columns:
@@ -217,8 +215,7 @@ def _given(row):
 
 
 def _joined(row, head, given):
-    """Put the prompt together, out of the turns inside the answers, the prompt column and the system column;
-    nothing twice."""
+    """Join the turns inside the answers, the prompt column and the system column; nothing twice."""
     system = next((row[name] for name in ("system", "system_prompt") if not _missing(row.get(name))), None)
     system = _turns(system, "system") or [turn for turn in given[:1] if turn["role"] == "system"]
     turns = head + given
@@ -316,8 +313,7 @@ class Report:
         self.longer += sign * (len(pair.chosen) > len(pair.rejected))
 
     def drop(self, index: int, reason: str, row) -> None:
-        """Count a dropped row and hand it to `on_drop`. A row that is a `Pair` had been kept, and goes after
-        all."""
+        """Count a dropped row and hand it to `on_drop`. A `Pair` had been kept, and goes after all."""
         self.dropped[reason] += 1
         if isinstance(row, Pair):
             self.add(row, -1)
@@ -340,8 +336,7 @@ class Report:
 
 
 def json_safe(value, depth: int = 50):
-    """Give any object as strict UTF-8 JSON can hold it: lone surrogates and bytes escaped, what is deeper
-    named."""
+    """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -78,8 +78,7 @@ class Encoder:
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
-        """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) for one that cannot be
-        used."""
+        """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) where it cannot be used."""
         pairs = iter(pairs)
         while some := list(islice(pairs, chunk)):
             yield from zip(some, self._encode_chunk(some), strict=True)
@@ -118,8 +117,7 @@ class Encoder:
         return results
 
     def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
-        """Give token ids without anything added; `as_text` reads even the names of special tokens as plain
-        text."""
+        """Give token ids without anything added; `as_text` reads names of special tokens as plain text."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
 
     def _mentions_special(self, messages) -> bool:
@@ -145,8 +143,7 @@ class Encoder:
         return before, self.tokenizer.eos_token
 
     def _join(self, messages, before: str) -> list[int]:
-        """Give the ids of a prompt whose texts name special tokens: the template's own count, the texts' do
-        not."""
+        """Give the ids of a prompt whose texts name special tokens: only the template's own count."""
         answer = {"role": "assistant", "content": _MARK.format("answer")}
         for form in (messages, _merged(messages)):
             marks = [_MARK.format(i) for i in range(len(form))]
@@ -203,8 +200,7 @@ class Encoder:
 
 
 def _merged(messages) -> list[dict]:
-    """Give the same talk for templates that know no system turn, or no two turns of one role: they are
-    joined."""
+    """Join turns for templates that know no system turn, or no two turns of one role."""
     merged: list[dict] = []
     for message in messages:
         role = "user" if message["role"] == "system" else message["role"]

@@ -92,9 +92,10 @@ def test_other_processes_of_the_notebook_find_the_package_too(tmp_path, monkeypa
     assert os.environ["PYTHONPATH"] == f"before{os.pathsep}{tmp_path / 'bundle'}"
     (tmp_path / "elsewhere").mkdir()
     where = "import lazyorpo_lib.__main__ as m; print(m.__file__); m.console()"
-    command = [sys.executable, "-c", where, "chat", "--help"]
-    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
-    assert done.stdout.startswith(str(tmp_path / "bundle")) and "usage: lazyorpo chat RUN" in done.stdout
+    for words, said in {("chat", "--help"): "usage: lazyorpo chat RUN", ("--probe",): "use a clone"}.items():
+        command = [sys.executable, "-c", where, *words]
+        done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+        assert done.stdout.startswith(str(tmp_path / "bundle")) and said in done.stdout + done.stderr
 
 
 def test_only_what_a_cell_can_use_is_carried():
