@@ -614,7 +614,7 @@ def _planned(
     """A plan, and the settings that it is of: AdamW without pages where its state fits beside the rest, for the same
     numbers sooner. A run that has begun keeps to its kind of state."""
     config = model.load_config(settings.base_model)
-    plan = planner.make_plan(config, settings, target, lengths, **options)
+    plan = planner.make_plan(config, settings, target, lengths, begun=begun, **options)
     if settings.optimizer == "paged_adamw_32bit" and not begun:
         resident = dataclasses.replace(settings, optimizer="adamw")
         other = planner.make_plan(config, resident, target, lengths, **options)
