@@ -142,8 +142,8 @@ class _Probe:
                 other = ", take a GPU that has bfloat16," if dtype == torch.float16 else ""
                 mend = f"set precision=float32{other}"
             raise UserError(
-                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: its log-probabilities "
-                f"are not finite; {mend} or choose another base_model."
+                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: "
+                f"its log-probabilities are not finite; {mend} or choose another base_model."
             )
         # In 16 bit even the truth depends on how rows are batched; that noise is measured, and allowed for.
         self.tolerance = 1e-4

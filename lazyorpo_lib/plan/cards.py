@@ -17,11 +17,8 @@ from ..errors import UserError
 from ..machine import GIB, Machine, product_rate
 
 COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
-MEASURED_SHARE = {
-    "cuda": 0.9,
-    "mps": 0.65,
-    "cpu": 0.65,
-}  # of a product timed here; off CUDA it covers all of a step
+# Of the rate of a product that is timed here; off CUDA it covers all of a step.
+MEASURED_SHARE = {"cuda": 0.9, "mps": 0.65, "cpu": 0.65}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""What one method costs on one device: the peak of memory and the minutes of any split of a step, and the
-best split.
+"""What one method costs on one device: memory and minutes of any split of a step, and the best split.
 
 Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are
-operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. Constants that
-are CUDA's own are stated, and no run has checked them: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK. It
-compares no methods.
+operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. What is CUDA's
+own is stated, and no run has checked it: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK. It compares no
+methods.
 """
 
 import math
@@ -17,16 +16,14 @@ from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
 from ..orpo.batching import EncodedPair
 from ..settings import Settings
-from .cards import Card, rates
+from .cards import rates
 from .lengths import Lengths
 from .profile import Profile
 from .simulation import adapted_layers, on_meta, simulate
 
 MARGIN = 0.08  # share of the memory that a plan leaves free
 CUDA_CONTEXT_GIB = 0.5  # context 0.35 to 0.45, cuBLAS workspace 0.03 to 0.1; not in torch's own count
-CPU_GROWTH_GIB = (
-    0.02  # of the process in its first steps: threads, kernels made at run time; 0.013 to 0.018 measured
-)
+CPU_GROWTH_GIB = 0.02  # of the process in its first steps: threads, new kernels; 0.013 to 0.018 measured
 FRAGMENTATION = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}  # of what comes and goes in a step
 LAUNCH = 8e-6  # seconds in which Python and torch start one operation on a GPU
 APPLE_SHARE = 0.75  # of the RAM may be the GPU's working set
@@ -73,21 +70,16 @@ class _Shape:
         self.largest = max(p.numel() for p in parameters)
         self.bulk = sum(a * b for a, b in adapted)  # in the layers that are adapted and quantised
         self.adapters = sum(rank * (a + b) for a, b in adapted)
-        self.active = self.bulk + round(
-            used * sum(p.numel() for p in parameters if p.dim() == 3)
-        )  # for a token
+        experts = sum(p.numel() for p in parameters if p.dim() == 3)
+        self.active = self.bulk + round(used * experts)  # for one token
         self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
         self.head, tied = head.weight.numel(), head.weight is embeddings.weight
-        self.untied = (
-            0 if tied else embeddings.weight.numel()
-        )  # in input embeddings that are not the head too
+        self.untied = 0 if tied else embeddings.weight.numel()  # in embeddings that are not the head too
         # Numbers in adafactor's row and column averages.
         self.factored = sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters)
         self.layers = text.num_hidden_layers
         self.attention_width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1))
-        self.dense = not takes_sdpa(
-            model
-        )  # attention in eager code, of every token of a row with every other
+        self.dense = not takes_sdpa(model)  # attention of every token of a row with every other
 
 
 # A panel plans again at every change, and few changes need a new simulation.
@@ -99,7 +91,7 @@ class Costs:
     """One method on one device.
 
     Args:
-        card: the machine's data sheet, where it is planned by one.
+        card: the machine's data sheet, a Card, or None.
         dtype: of the computation.
         cards: how many such devices share the weights, their gradients and the optimizer's state.
     """
@@ -109,7 +101,7 @@ class Costs:
         config,
         settings: Settings,
         machine: Machine,
-        card: Card | None,
+        card,
         lengths: Lengths,
         dtype,
         method: str,
@@ -185,16 +177,13 @@ class Costs:
 
     def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
         """Give the peak by part, GiB."""
-        tokens = min(
-            max(tokens, self.lengths.longest), self.most
-        )  # a longer pair is a micro-batch of its own
-        # With earlier micro-batches' gradients; adapters' are small; sharded ones leave the card layer by
-        # layer.
+        lengths = self.lengths
+        tokens = min(max(tokens, lengths.longest), self.most)  # a longer pair has a micro-batch of its own
+        # Gradients of micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
         held = not self.full or tokens < self.most or self.cards > 1
         gradients = 4.0 * self.trained / self.cards
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
         if not self.cuda:  # the masks of the rejected answers, which only the CPU's kernel wants
-            lengths = self.lengths
             masks = lengths.rejected * (lengths.prompt + lengths.rejected) / lengths.mean
             peak += tokens * masks * self.dtype.itemsize
         activations, made = peak - head - made, gradients if held else made
@@ -263,9 +252,7 @@ class Costs:
         moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth
         waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
         paged = self.optimizer()[1] / self.cards
-        over = (
-            self.peak(tokens, checkpointed) * GIB + paged - self.memory
-        )  # leaves and comes back, every step
+        over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves and comes back in a step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
         step = computing + moving + waiting + paging
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)

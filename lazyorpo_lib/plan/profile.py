@@ -51,8 +51,7 @@ class Profile:
         return sum(n * x.moved for n, x in phases), sum(n * x.launches for n, x in phases)
 
     def peak(self, tokens: int, layers: int, checkpointed: int, held: bool) -> tuple[float, float, float]:
-        """Find the highest point of a micro-batch: its bytes without weights, the head's share, the
-        gradients'.
+        """Find the highest point of a micro-batch: bytes without weights, the head's share, the gradients'.
 
         Args:
             held: gradients of earlier micro-batches are there from the start, so that the backward makes
@@ -64,7 +63,7 @@ class Profile:
         def grown(first: str, then: str) -> float:
             return at[then].start - at[first].start
 
-        # What a layer keeps: more while the forward runs, for autocast holds its casts of the weights till then.
+        # What a layer keeps: more while the forward runs, in which autocast holds its casts of the weights.
         forward = more_checkpointed * grown("forward 0", "forward 1")
         forward += more_stored * grown("forward 2", "head")
         checkpoints = more_checkpointed * (grown("backward 0", "backward 1") + self.layer_gradient)
@@ -77,15 +76,15 @@ class Profile:
             moments += [("backward 2", checkpoints + made * more_stored)]
         if checkpointed:
             moments += [("backward 1", checkpoints + made * more_stored)]
-        height, top = max(((at[name].bare if held else at[name].peak) + more, name) for name, more in moments)
-        head = max(0.0, (at[top].bare if held else at[top].peak) - at[top].start) if top == "head" else 0.0
+        peaks = {name: phase.bare if held else phase.peak for name, phase in at.items()}
+        height, top = max((peaks[name] + more, name) for name, more in moments)
+        head = max(0.0, peaks[top] - at[top].start) if top == "head" else 0.0
         gradients = 0.0 if held else at[top].peak - at[top].bare
         return height, head, gradients + (made * (layers - LAYERS) if top == "backward 0" else 0.0)
 
 
 def rough_profile(counts: list[int], hidden: int, inner: int, size: int, head: int) -> Profile:
-    """Estimate a profile by arithmetic: a layer stores about 12 hidden and 5 inner states, a checkpointed one
-    its input.
+    """Estimate: a layer stores about 12 hidden and 5 inner states, a checkpointed one its input.
 
     Args:
         hidden, inner: sizes of the states. size: bytes of a number. head: bytes that the head passes through.

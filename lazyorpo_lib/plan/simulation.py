@@ -34,7 +34,7 @@ from ..fast.layouts import dense_masks
 from ..fast.lora import fuse
 from ..machine import Machine, checkpoint_layers
 from ..model import add_adapters, causal_lm
-from ..orpo.batching import EncodedPair, collate
+from ..orpo.batching import collate
 from ..settings import Settings
 from .profile import LAYERS, Phase, Profile, rough_profile
 
@@ -239,19 +239,15 @@ class _OfTheDevice(TorchFunctionMode):
 
 
 def simulate(
-    config,
-    settings: Settings,
-    method: str,
-    dtype,
-    machine: Machine,
-    rows: list[list[EncodedPair]],
-    sharded=False,
+    config, settings: Settings, method: str, dtype, machine: Machine, rows, sharded: bool = False
 ) -> Profile:
-    """Run forward and backward of a micro-batch of each of `rows`, as `machine` would; `sharded`: with
-    weights that FSDP gathers.
+    """Run forward and backward of a micro-batch of each of `rows` as `machine` would.
 
     A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a
     Llama of its shape; where this torch cannot simulate that either, by a few products of its sizes.
+
+    Args:
+        rows: lists of EncodedPair. sharded: the weights are gathered by FSDP.
 
     Raises:
         UserError: transformers has no causal LM for the config.
@@ -274,16 +270,12 @@ def simulate(
 def _written_by_transformers(config):
     """Take back what Liger put into the model's module for the process: its kernels compute no fakes."""
     module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
-    swapped = [
-        k for k, x in vars(module).items() if str(getattr(x, "__module__", "")).startswith("liger_kernel")
-    ]
-    if not swapped:
-        yield
-        return
-    fresh = importlib.util.module_from_spec(module.__spec__)
-    module.__spec__.loader.exec_module(fresh)
-    liger = {name: getattr(module, name) for name in swapped}
-    vars(module).update({name: getattr(fresh, name) for name in swapped})
+    names = vars(module).items()
+    liger = {k: x for k, x in names if str(getattr(x, "__module__", "")).startswith("liger_kernel")}
+    if liger:
+        fresh = importlib.util.module_from_spec(module.__spec__)
+        module.__spec__.loader.exec_module(fresh)
+        vars(module).update({name: getattr(fresh, name) for name in liger})
     try:
         yield
     finally:
@@ -306,18 +298,14 @@ def _quiet():
 
 
 def _llama_like(text):
-    def size(name: str, default):
-        return getattr(text, name, None) or default
-
-    return transformers.LlamaConfig(
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        intermediate_size=size("intermediate_size", 4 * text.hidden_size),
-        num_attention_heads=size("num_attention_heads", max(1, text.hidden_size // 64)),
-        num_key_value_heads=size("num_key_value_heads", None),
-        tie_word_embeddings=text.tie_word_embeddings,
+    """Make the config of a Llama with the sizes of another."""
+    hidden = text.hidden_size
+    sizes = dict(
+        intermediate_size=4 * hidden, num_attention_heads=max(1, hidden // 64), num_key_value_heads=None
     )
+    sizes = {name: getattr(text, name, None) or default for name, default in sizes.items()}
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+    return transformers.LlamaConfig(**sizes, **{name: getattr(text, name) for name in same})
 
 
 def _attention_of(machine: Machine, half: bool) -> RowAttention:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,9 +195,31 @@ def test_auto_takes_full_tuning_only_at_its_learning_rates():
 
 
 def test_paged_state_leaves_the_card_but_not_the_cpu():
-    on_card = gib(plan("A40", optimizer="paged_adamw_32bit", dtype=torch.bfloat16), "full")
+    paged = Settings(optimizer="paged_adamw_32bit")
+    on_card = gib(make_plan(small(), paged, "A40", LENGTHS, dtype=torch.bfloat16, begun=True), "full")
     on_cpu = gib(plan(optimizer="paged_adamw_32bit"), "full")
     assert on_card.parts["optimizer"] == 0 < on_cpu.parts["optimizer"]
+
+
+def test_adamw_takes_the_place_of_its_paged_kind_where_its_state_fits_and_the_run_has_not_begun():
+    split = dict(method="full", checkpointed_layers=6, tokens_per_batch=LENGTHS.longest)
+    paged = Settings(optimizer="paged_adamw_32bit", **split)
+
+    def taken(gib: float, settings: Settings = paged, **options):
+        card = replace(CARDS["A40"], memory_gib=gib / (1 - MARGIN))
+        return make_plan(small(), settings, card, LENGTHS, dtype=torch.float32, **options)
+
+    begun, resident = taken(40.0, begun=True), taken(40.0, Settings(optimizer="adamw", **split))
+    assert (begun.optimizer, taken(40.0).optimizer) == ("paged_adamw_32bit", "adamw")
+    assert taken(40.0) == resident and begun.method.peak_gib < resident.method.peak_gib
+    between = taken((begun.method.peak_gib + resident.method.peak_gib) / 2)
+    assert between.optimizer == "paged_adamw_32bit" and between.method.fits
+
+
+def test_every_card_of_the_table_is_planned_as_a_run_on_it_would_be():
+    paged = Settings(optimizer="paged_adamw_32bit", precision="float16")
+    for planned, card in zip(plan_cards(small(), paged, LENGTHS), CARDS.values(), strict=True):
+        assert planned == make_plan(small(), paged, card, LENGTHS) and planned.optimizer == "adamw"
 
 
 def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bit():
