@@ -47,9 +47,9 @@ def write_run(folder, *, settings=None, summary=None, held_out=None, without=())
         },
         "summary.json": {
             "finished": True, "why": "every step was taken", "steps": 12, "epochs": 1.0,
-            "method": values["method"], "layout": "shared", "precision": "float32", "device": "CPU, 2 threads",
-            "minutes": 3.0, "training_minutes": 2.5, "peak_memory_gib": 1.25, "bad_steps": [], "out_of_memory": [],
-            "accuracy_after": 0.8, "held_out": {"accuracy": FIGURE},
+            "method": values["method"], "layout": "shared", "precision": "float32",
+            "device": "CPU, 2 threads", "minutes": 3.0, "training_minutes": 2.5, "peak_memory_gib": 1.25,
+            "bad_steps": [], "out_of_memory": [], "accuracy_after": 0.8, "held_out": {"accuracy": FIGURE},
             "verdict": "Accuracy 55% -> 80%: more than noise.",
         } | (summary or {}),
     }  # fmt: skip
