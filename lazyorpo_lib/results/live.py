@@ -107,7 +107,7 @@ class _Picture:
     data."""
 
     def __init__(self):
-        self.figure = Figure(INCHES, facecolor="none")
+        self.figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
         rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
         paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
         paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure, zorder=-1)
@@ -142,8 +142,6 @@ class _Picture:
         self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
         self.status.set_text(status)
         self.reading.set_text(reading.read_curves(rows).capitalize())
-        marked = any(map(reading.is_evaluation, rows))
-        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if marked else "", **NOTE)
         steps = [row["step"] for row in rows] or [0]
         first, last = min(steps), max(*steps, min(steps) + 1)
         side = 0.01 * (last - first)
@@ -154,6 +152,8 @@ class _Picture:
             axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
             _place_labels(axes, curves)
         self._stack()
+        marked = any(len(curve.held_out.get_xdata()) for curve in self.curves[self.main])
+        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if marked else "", **NOTE)
         chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
         self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
         return _png(self.figure, path)
@@ -186,9 +186,9 @@ def _place_labels(axes, curves):
 def _png(figure, path=None) -> bytes:
     """Draw a figure in 256 colors, a quarter of the bytes of all; returns PNG bytes, also written to
     `path`."""
-    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    buffer = io.BytesIO()
+    figure.canvas.draw()
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "png")
     if path:
         write_atomically(path, buffer.getvalue())
@@ -319,7 +319,7 @@ class LivePlot:
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
     """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes as
     `draw`."""
-    figure = Figure(INCHES)
+    figure = FigureCanvasAgg(Figure(INCHES)).figure
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
         lines = []
@@ -349,7 +349,8 @@ def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
     kinds, names = list(trials), list(next(iter(trials.values())))
     columns = min(len(names), 3)
     lines = math.ceil(len(names) / columns)
-    figure = Figure((INCHES[0], 0.7 + lines * (0.9 + 0.28 * len(kinds))), layout="constrained")
+    size = INCHES[0], 0.7 + lines * (0.9 + 0.28 * len(kinds))
+    figure = FigureCanvasAgg(Figure(size, layout="constrained")).figure
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
     for axes, name in zip(panels, names, strict=False):
         for k, kind in enumerate(kinds):

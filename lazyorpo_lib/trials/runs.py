@@ -1,7 +1,7 @@
 """What several runs share: a process and a folder for each, a table and a picture of what they left.
 
-In a process of its own a run has a peak memory of its own. A finished one is not run again. This process only waits,
-reads and draws.
+In a process of its own a run has a peak memory of its own. A finished one is not run again. This process only
+waits, reads and draws.
 """
 
 import contextlib

@@ -12,7 +12,10 @@ from lazyorpo_lib.folder import FILES, MARKER
 from lazyorpo_lib.results import card
 from lazyorpo_lib.settings import DEFAULTS
 
-EVIL = "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"
+EVIL = (
+    "<script>alert(1)</script> | a | ``` b\n---\nlicense: evil\n---\n"
+    "# Head\n![x](javascript:1) `c` *d* [e](f) \u202e"
+)
 FIGURE = {
     "pairs": 40, "before": 0.55, "before_interval": [0.4, 0.7], "after": 0.8, "after_interval": [0.675, 0.9],
     "change": 0.25, "change_interval": [0.1, 0.4], "more_than_noise": True,
@@ -33,18 +36,21 @@ def write_run(folder, *, settings=None, summary=None, held_out=None, without=())
     files = {
         "settings.json": {"version": "0.1.0", "settings": values, "sources": {"method": "flag"}},
         "data_report.json": {
-            "read": 100, "kept": 90, "dropped": {"equal_answers": 10}, "chosen_longer": 0.61, "train": 50,
-            "held_out": 40, "tokens": {side: figures for side in ("prompt", "chosen", "rejected")}, "digest": "d",
+            "read": 100, "kept": 90, "dropped": {"equal_answers": 10}, "chosen_longer": 0.61,
+            "train": 50, "held_out": 40, "digest": "d",
+            "tokens": {side: figures for side in ("prompt", "chosen", "rejected")},
         },
         "held_out.json": held_out or {
             "columns": ["accuracy"], "prompts": ["Why?"], "chosen_shorter": [True],
-            "before": {"pairs": [[0.0]] * 40, "answers": texts}, "after": {"pairs": [[1.0]] * 40, "answers": texts},
+            "before": {"pairs": [[0.0]] * 40, "answers": texts},
+            "after": {"pairs": [[1.0]] * 40, "answers": texts},
         },
         "summary.json": {
-            "finished": True, "why": "every step was taken", "steps": 12, "epochs": 1.0, "method": values["method"],
-            "layout": "shared", "precision": "float32", "device": "CPU, 2 threads", "minutes": 3.0,
-            "training_minutes": 2.5, "peak_memory_gib": 1.25, "bad_steps": [], "out_of_memory": [],
-            "accuracy_after": 0.8, "verdict": "Accuracy 55% -> 80%: more than noise.", "held_out": {"accuracy": FIGURE},
+            "finished": True, "why": "every step was taken", "steps": 12, "epochs": 1.0,
+            "method": values["method"], "layout": "shared", "precision": "float32",
+            "device": "CPU, 2 threads", "minutes": 3.0, "training_minutes": 2.5, "peak_memory_gib": 1.25,
+            "bad_steps": [], "out_of_memory": [], "accuracy_after": 0.8, "held_out": {"accuracy": FIGURE},
+            "verdict": "Accuracy 55% -> 80%: more than noise.",
         } | (summary or {}),
     }  # fmt: skip
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""evaluate.py: intervals that cover, changes taken pair by pair, verdicts in words, greedy answers whatever the batch."""
+"""evaluate.py: intervals cover, changes are taken pair by pair, answers do not depend on the batch."""
 
 import json
 

@@ -394,8 +394,9 @@ def test_the_users_own_plot_style_changes_nothing_either_way():
 @pytest.mark.parametrize("backend", [None, "module://matplotlib_inline.backend_inline"])
 def test_it_draws_without_pyplot_or_a_backend(tmp_path, backend):
     code = (
-        "import sys; from lazyorpo_lib.results import live; p = live.LivePlot(sys.argv[1]); p.update({'step': 1, 'nll': 1});"
-        "p.close(); assert p.drawn == 2; sys.exit('matplotlib.pyplot' in sys.modules)"
+        "import sys; from lazyorpo_lib.results import live; p = live.LivePlot(sys.argv[1]);"
+        "p.update({'step': 1, 'nll': 1});p.close(); assert p.drawn == 2;"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     environment |= {"MPLBACKEND": backend} if backend else {}

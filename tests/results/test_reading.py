@@ -1,4 +1,4 @@
-"""history.py: rows survive kills and resumes, and the reading says what synthetic curves were made to show."""
+"""reading.py, and rows in folder.py: rows survive kills, the reading says what curves were made to show."""
 
 import math
 import random
@@ -205,7 +205,8 @@ def test_the_reading_sees_memorising_in_the_held_out_nll():
 
 
 def test_it_imports_the_standard_library_alone():
-    code = "import sys, lazyorpo_lib.results.reading; sys.exit(bool({'numpy', 'torch', 'matplotlib'} & set(sys.modules)))"
+    heavy = "{'numpy', 'torch', 'matplotlib'}"
+    code = f"import sys, lazyorpo_lib.results.reading; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

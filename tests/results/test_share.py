@@ -1,4 +1,4 @@
-"""share.py: the merged model is the tuned one, the talk goes as in training, runs compare fairly, a push is whole."""
+"""share.py: the merged model is the tuned one, the talk goes as in training, a push is whole."""
 
 import base64
 import io
