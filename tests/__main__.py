@@ -1,7 +1,9 @@
-"""python -m tests: everything CI checks, in order: style, known vulnerabilities, tests, and every notebook under nbval.
+"""Everything CI checks, in order: style, known vulnerabilities, tests, and every notebook under nbval.
 
-The notebooks run on the `tiny` preset, once more with Colab's versions, and the main one once as the real demo. The oldest
-versions that requirements.txt allows plan and train too. The first thing that fails ends it.
+    python -m tests
+
+The notebooks run on the `tiny` preset, once more with Colab's versions, and the main one once as the real
+demo. The oldest versions that requirements.txt allows plan and train too. The first thing that fails ends it.
 """
 
 import os
@@ -61,7 +63,8 @@ def floors() -> list[str]:
 
 
 def with_colabs_versions(python: str, folder: str) -> None:
-    """The main notebooks, a plan, the form and the stop with Colab's own versions, of which the kit changes none."""
+    """The main notebooks, a plan, the form and the stop with Colab's own versions, of which the kit changes
+    none."""
     before = set(pip(python, "freeze"))
     pip(python, "install", "-q", "-r", "requirements.txt")
     after = set(pip(python, "freeze"))
@@ -100,7 +103,8 @@ def on_the_floor(python: str, folder: str) -> None:
 
 
 def notebooks(folder: str) -> None:
-    """Every notebook here, and what runs with other versions: gigabytes of torch, installed one after the other meanwhile."""
+    """Every notebook here, and what runs with other versions: gigabytes of torch, installed one after the
+    other meanwhile."""
     here, aside = sys.executable, ThreadPoolExecutor(1)
     colab = aside.submit(environment, os.path.join(folder, "colab"), "-r", "tests/colab-constraints.txt")
     floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())

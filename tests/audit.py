@@ -17,9 +17,8 @@ def judge(report: dict) -> tuple[int, str]:
         return 0, "pip-audit: no vulnerability service could be asked; nothing was checked."
     found = [(v["id"], f"{p['name']} {p['version']}") for p in asked for v in p["vulns"]]
     lines = [f"{name} has {number}: " + ACCEPTED.get(number, "not accepted") for number, name in found]
-    lines.append(
-        f"pip-audit: {len(asked)} of {len(report['dependencies'])} packages checked, {len(found)} known vulnerabilities."
-    )
+    checked = f"{len(asked)} of {len(report['dependencies'])} packages checked"
+    lines.append(f"pip-audit: {checked}, {len(found)} known vulnerabilities.")
     return int(any(number not in ACCEPTED for number, _ in found)), "\n".join(lines)
 
 

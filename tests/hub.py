@@ -1,10 +1,10 @@
-"""A server on this machine that plays the hub, for downloads and for pushes; and a process that downloads from it.
+"""A server on this machine that plays the hub, and a process that downloads from it.
 
-What it serves lies in a folder, `models/<name>/` and `datasets/<name>/`, and is had from any owner. The owner's name says
-how it behaves: `fine`, or one of FAULTS. An error's text repeats what the client sent to authorise itself, as a careless
-server might.
+It takes pushes too. What it serves lies in a folder, `models/<name>/` and `datasets/<name>/`, and is had from
+any owner. The owner's name says how it behaves: `fine`, or one of FAULTS. An error's text repeats what the
+client sent to authorise itself, as a careless server might.
 
-    python -m tests.hub      one line ["model" | "dataset", name] on stdin, one line ["" | what was said] on stdout
+    python -m tests.hub    # lines ["model" | "dataset", name] on stdin, ["" | what was said] on stdout
 """
 
 import contextlib
@@ -20,9 +20,15 @@ from pathlib import Path
 from lazyorpo_lib.errors import UserError
 
 FAULTS = {
-    "private": (401, "RepoNotFound"), "gated": (403, "GatedRepo"), "refused": (403, ""), "missing": (404, "RepoNotFound"),
-    "busy": (429, ""), "broken": (500, ""), "slow": None, "cut": None,
-}  # fmt: skip
+    "private": (401, "RepoNotFound"),
+    "gated": (403, "GatedRepo"),
+    "refused": (403, ""),
+    "missing": (404, "RepoNotFound"),
+    "busy": (429, ""),
+    "broken": (500, ""),
+    "slow": None,
+    "cut": None,
+}
 COMMIT = "c" * 40
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.million --pairs 1000000
 
-Each pair has a prompt of about 80 and answers of about 150 characters; one in twenty is a duplicate. Prints one JSON object; memory is
-the process's peak, before (everything imported) and after.
+Each pair has a prompt of about 80 and answers of about 150 characters; one in twenty is a duplicate. Prints
+one JSON object; memory is the process's peak, before (everything imported) and after.
 """
 
 import argparse
@@ -49,10 +49,19 @@ def main() -> None:
         run = Run(*resolve([("million", values)])[:2], show=lambda text: None)
         before, began = peak_gib(), time.monotonic()
         report = run.load_pairs()
-        print(json.dumps({
-            "date": datetime.date.today().isoformat(), "pairs": count, "report": str(report), "train": len(run.train_pairs),
-            "peak_gib_before": before, "peak_gib_after": peak_gib(), "minutes": round((time.monotonic() - began) / 60, 2),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "date": datetime.date.today().isoformat(),
+                    "pairs": count,
+                    "report": str(report),
+                    "train": len(run.train_pairs),
+                    "peak_gib_before": before,
+                    "peak_gib_after": peak_gib(),
+                    "minutes": round((time.monotonic() - began) / 60, 2),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

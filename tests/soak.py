@@ -1,13 +1,13 @@
-"""A run is killed and restarted at random moments until it ends; what it leaves must equal an uninterrupted run.
+"""Strikes runs at random moments until they end; what they leave must equal what an uninterrupted one leaves.
 
     python -m tests.soak --kills 50 --seed 0 --out tests/results/2026-11-25-soak.json
 
-Each attempt is a process of its own, forked from this one, so that nothing is imported again: the command line on the `tiny`
-preset, with dropout on, a checkpoint at every step and several passes over the pairs. A moment is drawn between the start
-and the time that a whole run takes, so it also falls into reading, loading, evaluating, saving and wrapping up. Checked
-after each attempt: its exit status, no traceback, and a history without gaps. Checked of each finished run, against the
-uninterrupted one: the same weights bit for bit, the same rows of the history, the same pairs in every step, each of them
-once a pass.
+Each attempt is a process of its own, forked from this one, so that nothing is imported again: the command
+line on the `tiny` preset, with dropout on, a checkpoint at every step and several passes over the pairs. A
+moment is drawn between the start and the time that a whole run takes, so it also falls into reading, loading,
+evaluating, saving and wrapping up. Checked after each attempt: its exit status, no traceback, and a history
+without gaps. Checked of each finished run, against the uninterrupted one: the same weights bit for bit, the
+same rows of the history, the same pairs in every step, each of them once a pass.
 """
 
 import argparse
@@ -25,19 +25,24 @@ import time
 from pathlib import Path
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import read_rows
+from lazyorpo_lib.folder import append_row, read_rows
 from lazyorpo_lib.results import reading
 
-KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "STOP file", "max_minutes", "full disk", "torn checkpoint")
 STEPS = 24
+PATIENCE = 600  # seconds, also on a machine that has other work
 TIMINGS = ("pairs_per_second", "tokens_per_second", "memory_gib")
 FLAGS = ["--preset", "tiny", "--max-steps", str(STEPS), "--save-every-steps", "1", "--lora-dropout", "0.2"]
-FLAGS += [
-    "--lr-schedule",
-    "constant",
-    "--precision",
-    "float32",
-]  # auto is a timing, which may come out otherwise the next time
+# A precision of auto is a timing, which may come out otherwise the next time.
+FLAGS += ["--lr-schedule", "constant", "--precision", "float32"]
+ALLOWED = {  # exit statuses of a struck attempt, but for that of one that ended before
+    "SIGKILL": {-signal.SIGKILL},
+    "SIGTERM": {-signal.SIGTERM, 130},
+    "SIGINT": {130},
+    "STOP file": {130},
+    "max_minutes": {0},
+    "full disk": {2},
+    "torn checkpoint": {-signal.SIGKILL},
+}
 
 
 class Child:
@@ -76,7 +81,7 @@ class Child:
             os._exit(status)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status (minus the signal that killed it), or None if it still runs after so many seconds."""
+        """The exit status (minus the signal that killed it), or None if it still runs after these seconds."""
         until = time.monotonic() + seconds
         while True:
             pid, status = os.waitpid(self.process, os.WNOHANG)
@@ -91,17 +96,15 @@ class Child:
 
 def note_pairs(file: Path) -> None:
     """Write down the dataset rows of every step that begins."""
-    from lazyorpo_lib.results.history import append
-
     from lazyorpo_lib.orpo.trainer import OrpoTrainer
 
-    inner = OrpoTrainer.training_step
+    inner = OrpoTrainer._gradient
 
-    def noted(trainer, model, inputs, *rest):
-        append(file, {"step": trainer.state.global_step, "rows": str([p.index for p in inputs["pairs"]])})
-        return inner(trainer, model, inputs, *rest)
+    def noted(trainer, pairs):
+        append_row(file, {"step": trainer.step, "rows": str([p.index for p in pairs])})
+        return inner(trainer, pairs)
 
-    OrpoTrainer.training_step = noted
+    OrpoTrainer._gradient = noted
 
 
 def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> int:
@@ -122,14 +125,11 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
             )
         elif kind == "torn checkpoint":
             os.kill(child.process, signal.SIGKILL)
-        status = child.wait(120)
+        status = child.wait(PATIENCE)
+    assert status is not None, f"{kind}: the run has not ended {PATIENCE} s after it"
     if kind == "torn checkpoint":
         tear(folder, chance)
-    allowed = {
-        "SIGKILL": {-signal.SIGKILL}, "torn checkpoint": {-signal.SIGKILL}, "SIGTERM": {-signal.SIGTERM, 130}, "SIGINT": {130},
-        "STOP file": {130}, "max_minutes": {0}, "full disk": {2},
-    }[kind] | {0}  # fmt: skip
-    assert status in allowed, (kind, status, child.said[-3000:])
+    assert status in ALLOWED[kind] | {0}, (kind, status, child.said[-3000:])
     assert "Traceback" not in child.said, (kind, child.said[-3000:])
     return status
 
@@ -144,7 +144,6 @@ def tear(folder: Path, chance: random.Random) -> None:
 
 
 def steps_of(folder: Path) -> list[int]:
-
     return [row["step"] for row in read_rows(folder / "history.jsonl") if "loss" in row]
 
 
@@ -152,19 +151,15 @@ def left_behind(folder: Path) -> dict:
     """What must be the same, however often a run was struck."""
     from safetensors.torch import load_file
 
+    # A stop adds an evaluation.
     rows = read_rows(folder / "history.jsonl")
-    rows = [
-        row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)
-    ]  # a stop adds an evaluation
-    pairs = {
-        row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))
-    }  # the last one counts
+    rows = [row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)]
+    # Of the notes of a step the last one counts.
+    pairs = {row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))}
+    weights = load_file(folder / "model" / "adapter_model.safetensors")
     held_out = json.loads((folder / "held_out.json").read_text())
     return {
-        "weights": {
-            name: t.numpy().tobytes()
-            for name, t in load_file(folder / "model" / "adapter_model.safetensors").items()
-        },
+        "weights": {name: weight.numpy().tobytes() for name, weight in weights.items()},
         "history": [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows],
         "pairs": [pairs[step] for step in range(STEPS)],
         "held_out": {when: held_out[when] for when in ("before", "after")},
@@ -172,7 +167,8 @@ def left_behind(folder: Path) -> dict:
 
 
 def soak(kills: int, seed: int, home: Path) -> dict:
-    """Strike `kills` times; returns the figures. Raises AssertionError at the first thing that is not as it must be."""
+    """Strike `kills` times; returns the figures. Raises AssertionError at the first thing that is not as it
+    must be."""
     import datasets  # noqa: F401  all that a run imports, once
     import peft  # noqa: F401
 
@@ -180,7 +176,7 @@ def soak(kills: int, seed: int, home: Path) -> dict:
 
     chance, began = random.Random(seed), time.monotonic()
     child = Child(home / "reference")
-    assert child.wait(300) == 0, child.said[-3000:]
+    assert child.wait(PATIENCE) == 0, child.said[-3000:]
     seconds, wanted = time.monotonic() - child.began, left_behind(home / "reference")
     assert steps_of(home / "reference") == list(range(1, STEPS + 1))
     a_pass = -(-len({i for rows in wanted["pairs"] for i in rows}) // len(wanted["pairs"][0]))
@@ -190,49 +186,44 @@ def soak(kills: int, seed: int, home: Path) -> dict:
     struck, finished, where, strikes = collections.Counter(), 0, collections.Counter(), []
     while struck.total() < kills or where["open"]:
         folder = home / f"run-{finished}"
-        kind = chance.choice(KINDS) if struck.total() < kills else "none"
+        kind = chance.choice(list(ALLOWED)) if struck.total() < kills else "none"
         if kind == "none":
             child = Child(folder)
-            assert child.wait(300) == 0, child.said[-3000:]
+            assert child.wait(PATIENCE) == 0, child.said[-3000:]
         else:
             status = attempt(folder, kind, seconds, chance)
             struck[kind] += 1
             strikes.append((kind, status, len(steps_of(folder))))
+            print(f"{struck.total()} of {kills}, run {finished}: {strikes[-1]}", file=sys.stderr, flush=True)
         steps = steps_of(folder)
         assert steps == list(range(1, len(steps) + 1)), (kind, steps)
         summary = folder / "summary.json"
         done = summary.is_file() and json.loads(summary.read_text())["finished"]
         where["open"] = not done
-        where[
-            "before the first step"
-            if not steps
-            else "after the last step"
-            if len(steps) == STEPS
-            else "between"
-        ] += kind != "none"
+        between = "after the last step" if len(steps) == STEPS else "between"
+        where[between if steps else "before the first step"] += kind != "none"
         if done:
             child = Child(folder)  # once more: a finished run is wrapped up, and stays as it is
-            assert child.wait(300) == 0, child.said[-3000:]
+            assert child.wait(PATIENCE) == 0, child.said[-3000:]
             found = left_behind(folder)
             for name, value in wanted.items():
-                told = (
-                    [(a, b) for a, b in zip(value, found[name], strict=False) if a != b]
-                    if name != "weights"
-                    else ""
-                )
-                assert found[name] == value, (
-                    f"{name} of run {finished} differ after {strikes}: {len(found[name])} {told}"
-                )
+                unlike = [(a, b) for a, b in zip(value, found[name], strict=False) if a != b]
+                told = "" if name == "weights" else f": {len(found[name])} {unlike}"
+                assert found[name] == value, f"{name} of run {finished} differ after {strikes}{told}"
             assert not list(folder.glob("checkpoint-*")) and (folder / "README.md").is_file()
             finished, strikes = finished + 1, []
             shutil.rmtree(folder)
             folder.with_suffix(".pairs").unlink()
     del where["open"]
     return {
-        "date": datetime.date.today().isoformat(), "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),
-        "strikes": dict(struck), "steps logged when struck": dict(where), "runs finished and equal": finished,
-        "seconds of an uninterrupted run": round(seconds, 1), "seconds in all": round(time.monotonic() - began),
-    }  # fmt: skip
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),
+        "strikes": dict(struck),
+        "steps logged when struck": dict(where),
+        "runs finished and equal": finished,
+        "seconds of an uninterrupted run": round(seconds, 1),
+        "seconds in all": round(time.monotonic() - began),
+    }
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ FLOORS = {
     "plan": 3,
     "results": 4,
     "run": 5,
-    **dict.fromkeys(("pairs", "trials", "notebook", "__main__"), 6),
+    **dict.fromkeys(("pairs", "trials", "notebook"), 6),
+    "__main__": 7,
 }
 WINGS = ("fast", "plan", "results", "pairs", "trials", "notebook", "demo")
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -486,27 +485,6 @@ def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
     )
     done = command("--preset", "tiny", "--dataset", file, "--output-dir", tmp_path / "run")
     assert done.returncode == 2 and "5 identical answers" in done.stderr
-
-
-# Paged AdamW is for where AdamW does not fit.
-
-
-@pytest.mark.parametrize(
-    "adamw,begun,taken",
-    [(("full", True), False, "adamw"), (("full", False), False, "paged_adamw_32bit"), (("lora", True), False, "paged_adamw_32bit"),
-     (("full", True), True, "paged_adamw_32bit")],
-)  # fmt: skip
-def test_adamw_takes_the_place_of_its_paged_kind_where_the_same_method_fits_with_it(
-    monkeypatch, adamw, begun, taken
-):
-    def plan(config, settings, *args, **kwargs):
-        chosen, fits = adamw if settings.optimizer == "adamw" else ("full", True)
-        return types.SimpleNamespace(chosen=chosen, method=types.SimpleNamespace(fits=fits), of=settings)
-
-    monkeypatch.setattr(planner, "make_plan", plan)
-    settings = resolve([("test", {"preset": "phi2-article", "base_model": model.TINY_MODEL})])[0]
-    found, used = run._planned(settings, None, None, begun=begun)
-    assert found.of == used and used.optimizer == taken
 
 
 def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):

@@ -1,14 +1,16 @@
-"""Side by side with TRL's ORPOTrainer: same pairs, model, pairs a step, precision and adapter, in one run, step by step in turn.
+"""Side by side with TRL's ORPOTrainer, step by step in turn: same pairs, model, precision and adapter.
 
-    python -m tests.benchmarks                                    # the demo's model and pairs, LoRA
+    python -m tests.benchmarks                      # the demo's model and pairs, LoRA
     python -m tests.benchmarks --dataset pairs.json --max-tokens 760 --method full --checkpointing
-    python -m tests.benchmarks --model llama-3-8b --method qlora --precision bfloat16      # random weights, on a GPU
-    python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16   # one system against itself
-    python -m tests.benchmarks --systems "LazyORPO, answer" --growth 256 1024 4096   # one pair of so many tokens, each twice
+    # random weights, on a GPU
+    python -m tests.benchmarks --model llama-3-8b --method qlora --precision bfloat16
+    # one system against itself; one pair of so many tokens, each twice
+    python -m tests.benchmarks --systems "LazyORPO, answer" --precision float32 bfloat16
+    python -m tests.benchmarks --systems "LazyORPO, answer" --growth 256 1024 4096
 
-Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up by a first step that does not
-count; while one computes the others wait. The machine's own matmul rate is taken before each round of steps, for machines drift.
-Memory is the peak above the loaded model.
+Prints a table, writes a JSON and a picture. Each system is a process of its own, warmed up by a first step
+that does not count; while one computes the others wait. The machine's own matmul rate is taken before each
+round of steps, for machines drift. Memory is the peak above the loaded model.
 """
 
 import argparse
@@ -119,12 +121,18 @@ class Worker:
         per_weight = (6 if self.job["method"] == "full" else 4) + 2 * self.job["checkpointing"]
         possible = sum(s["seconds"] * rate for s, rate in zip(counted, rates, strict=True)) * 1e12
         return {
-            "pairs_per_second": self.job["pairs"] * len(counted) / seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "pairs_per_second": self.job["pairs"] * len(counted) / seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
             "peak_gib_above_model": counted[-1]["memory_gib"] - self.loaded_gib,
-            "matmul_share": per_weight * self.model["parameters"] * tokens / possible, "losses": [s["loss"] for s in self.steps],
-            "seconds": [s["seconds"] for s in counted], "step_tokens": [s["tokens"] for s in counted],
-            "attention_seconds": [s["attention_seconds"] for s in counted], "matmul_tflops": rates, "profile": self.profile,
-        }  # fmt: skip
+            "matmul_share": per_weight * self.model["parameters"] * tokens / possible,
+            "losses": [s["loss"] for s in self.steps],
+            "seconds": [s["seconds"] for s in counted],
+            "step_tokens": [s["tokens"] for s in counted],
+            "attention_seconds": [s["attention_seconds"] for s in counted],
+            "matmul_tflops": rates,
+            "profile": self.profile,
+        }
 
 
 def matmul_rate(dtype: torch.dtype, device: str, width: int) -> float:
@@ -181,29 +189,31 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     results = {w.name: w.figures() for w in workers}
     first = next(iter(results.values()))
     rate = statistics.median(first["matmul_tflops"])
-    print(f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({workers[0].job['precision']}); {options.method}, checkpointing "
-          f"{'on' if options.checkpointing else 'off'}; {job['pairs']} pairs a step, {job['steps']} steps, "
-          f"{workers[0].model['mean_tokens']:.0f} tokens a pair\n")  # fmt: skip
     print(
-        "| system | pairs/s | against first | tokens | peak above model, GiB | against first | matmul share | loss, step 2 |"
+        f"\n{machine.name}, matmul {rate:.3g} TFLOP/s ({workers[0].job['precision']}); {options.method}, "
+        f"checkpointing {'on' if options.checkpointing else 'off'}; {job['pairs']} pairs a step, "
+        f"{job['steps']} steps, {workers[0].model['mean_tokens']:.0f} tokens a pair\n"
+    )
+    print(
+        "| system | pairs/s | against first | tokens | peak above model, GiB | against first "
+        "| matmul share | loss, step 2 |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
+        speed, memory = r["pairs_per_second"], r["peak_gib_above_model"]
         print(
-            f"| {name} | {r['pairs_per_second']:.4f} | {r['pairs_per_second'] / first['pairs_per_second']:.2f} x | {r['tokens']} | "
-            f"{r['peak_gib_above_model']:.2f} | {r['peak_gib_above_model'] / first['peak_gib_above_model']:.2f} | "
+            f"| {name} | {speed:.4f} | {speed / first['pairs_per_second']:.2f} x | {r['tokens']} | "
+            f"{memory:.2f} | {memory / first['peak_gib_above_model']:.2f} | "
             f"{r['matmul_share']:.0%} | {r['losses'][1]:.5f} |"
         )
     if options.growth:
-        print(
-            "\n| tokens a pair | tokens/s | of a token's time: attention, ms | the rest, ms |\n|---|---|---|---|"
-        )
+        print("\n| tokens a pair | tokens/s | of a token's time: attention, ms | the rest, ms |")
+        print("|---|---|---|---|")
         for tokens, seconds, attention in zip(
             *(first[k] for k in ("step_tokens", "seconds", "attention_seconds")), strict=True
         ):
-            print(
-                f"| {tokens} | {tokens / seconds:.0f} | {1e3 * attention / tokens:.2f} | {1e3 * (seconds - attention) / tokens:.2f} |"
-            )
+            ms = [1e3 * part / tokens for part in (attention, seconds - attention)]
+            print(f"| {tokens} | {tokens / seconds:.0f} | {ms[0]:.2f} | {ms[1]:.2f} |")
     for worker in workers:
         for name, share in worker.profile or ():
             print(f"{worker.name}: {name} {share:.1%}")
@@ -216,11 +226,15 @@ def report(options, job: dict, workers: list[Worker]) -> None:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
-        "date": str(datetime.date.today()), "device": machine.name, "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "command": " ".join(["python -m tests.benchmarks", *(Path(a).name for a in sys.argv[1:])]),
+        "date": str(datetime.date.today()),
+        "device": machine.name,
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "command": " ".join(["python -m tests.benchmarks", *(Path(a).name for a in sys.argv[1:])]),
         "job": job | {"dataset": Path(options.dataset).name, "model": Path(options.model).name},
-        "matmul_tflops": rate, "results": results,
-    }  # fmt: skip
+        "matmul_tflops": rate,
+        "results": results,
+    }
     (options.out / f"{stamp}.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(
         results, options.out / f"{stamp}.png", f"{Path(options.model).name}, {options.method}, {machine.name}"

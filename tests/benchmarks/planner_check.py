@@ -1,11 +1,12 @@
-"""Predicted against measured peaks on the CPU: four small shapes x three methods, each in a process of its own.
+"""Predicted against measured peaks on the CPU: four small shapes x three methods, each in its own process.
 
     python -m tests.benchmarks.planner_check            # prints a table, writes results/planner_cpu.json
     python -m tests.benchmarks.planner_check llama lora # one case
 
-A case plans, then builds random weights of the shape, runs two optimizer steps of OrpoTrainer and reads the process's highest
-resident memory (VmHWM, reset after the weights are there). glibc is told to give freed memory back (MALLOC_MMAP_THRESHOLD_,
-MALLOC_TRIM_THRESHOLD_), else what is measured is its heap's history as much as the step. Linux only.
+A case plans, then builds random weights of the shape, runs two optimizer steps of OrpoTrainer and reads the
+process's highest resident memory (VmHWM, reset after the weights are there). glibc is told to give freed
+memory back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), else what is measured is its heap's history as
+much as the step. Linux only.
 """
 
 import json
@@ -18,16 +19,76 @@ from pathlib import Path
 
 from lazyorpo_lib.machine import Machine
 
-SHAPES = {  # name: (model type, config, pairs in a micro-batch, tokens of prompt, chosen, rejected, checkpointed layers)
-    "llama": ("llama", dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-                            num_key_value_heads=4, tie_word_embeddings=False), 1, 400, 300, 300, 0),
-    "qwen2": ("qwen2", dict(vocab_size=96000, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
-                            num_key_value_heads=2, tie_word_embeddings=True), 2, 200, 200, 150, 6),
-    "phi": ("phi", dict(vocab_size=51200, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=12),
-            1, 300, 300, 300, 8),
-    "gemma": ("gemma", dict(vocab_size=64000, hidden_size=640, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=5,
-                            num_key_value_heads=1, head_dim=128, tie_word_embeddings=True), 3, 150, 150, 150, 2),
-}  # fmt: skip
+# name: (model type, config, pairs in a micro-batch, tokens of prompt, chosen, rejected, checkpointed layers)
+SHAPES = {
+    "llama": (
+        "llama",
+        dict(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=8,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        1,
+        400,
+        300,
+        300,
+        0,
+    ),
+    "qwen2": (
+        "qwen2",
+        dict(
+            vocab_size=96000,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=10,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        2,
+        200,
+        200,
+        150,
+        6,
+    ),
+    "phi": (
+        "phi",
+        dict(
+            vocab_size=51200,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=8,
+            num_attention_heads=12,
+        ),
+        1,
+        300,
+        300,
+        300,
+        8,
+    ),
+    "gemma": (
+        "gemma",
+        dict(
+            vocab_size=64000,
+            hidden_size=640,
+            intermediate_size=2560,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            num_key_value_heads=1,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
+        3,
+        150,
+        150,
+        150,
+        2,
+    ),
+}
 METHODS = ("full", "lora", "qlora")
 RESULTS = Path(__file__).parent / "results" / "planner_cpu.json"
 
@@ -39,8 +100,10 @@ def case(shape: str, method: str) -> dict:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lazyorpo_lib import model as models
+    from lazyorpo_lib.fast.layouts import PairScorer
     from lazyorpo_lib.orpo.batching import EncodedPair
-    from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
+    from lazyorpo_lib.orpo.processes import make_accelerator
+    from lazyorpo_lib.orpo.trainer import OrpoTrainer
     from lazyorpo_lib.plan.lengths import measured_lengths
     from lazyorpo_lib.plan.planner import make_plan
     from lazyorpo_lib.settings import Settings
@@ -50,9 +113,16 @@ def case(shape: str, method: str) -> dict:
     pairs = [EncodedPair(i, [7 + i] * p, [9] * c, [11] * r) for i in range(4 * count)]
     tokens = count * (p + c + r)
     settings = Settings(
-        base_model=shape, method=method, tokens_per_batch=tokens, checkpointed_layers=checkpointed, pairs_per_step=2 * count,
-        max_steps=2, save_every_steps=0, eval_pairs=0, precision="float32",
-    )  # fmt: skip
+        base_model=shape,
+        method=method,
+        tokens_per_batch=tokens,
+        checkpointed_layers=checkpointed,
+        pairs_per_step=2 * count,
+        max_steps=2,
+        save_every_steps=0,
+        eval_pairs=0,
+        precision="float32",
+    )
     machine = Machine("cpu", "CPU", psutil.virtual_memory().total / 2**30)
     start = time.monotonic()
     plan = make_plan(config, settings, machine, measured_lengths(pairs), dtype=torch.float32).method
@@ -61,10 +131,17 @@ def case(shape: str, method: str) -> dict:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(home)
         settings = Settings(**{**vars(settings), "base_model": home})
         model = models.load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
-        args = training_arguments(settings, dtype=torch.float32, device="cpu", output_dir=Path(home))
         run = OrpoTrainer(
-            model, args, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=checkpointed
+            model,
+            settings,
+            pairs,
+            accelerator=make_accelerator(settings, dtype=torch.float32, device="cpu", folder=Path(home)),
+            folder=Path(home),
+            tokens_per_batch=tokens,
+            checkpointed_layers=checkpointed,
+            make_scorer=lambda whole: PairScorer(models.causal_lm(whole)),
         )
+        run.prepare()
         resident = psutil.Process().memory_info().rss / 2**30
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at what is resident now
         start = time.monotonic()
@@ -73,12 +150,18 @@ def case(shape: str, method: str) -> dict:
     status = Path("/proc/self/status").read_text()
     measured = int(status.split("VmHWM:")[1].split()[0]) / 2**20
     return dict(
-        shape=shape, method=method, parameters=sum(p.numel() for p in model.parameters()),
-        predicted_gib=round(plan.peak_gib, 3), measured_gib=round(measured, 3), ratio=round(plan.peak_gib / measured, 4),
-        parts={k: round(v, 3) for k, v in plan.parts.items()}, loaded_gib=round(resident, 3),
-        predicted_minutes=round(plan.minutes, 3), measured_minutes=round(seconds / 60, 3),
+        shape=shape,
+        method=method,
+        parameters=sum(p.numel() for p in model.parameters()),
+        predicted_gib=round(plan.peak_gib, 3),
+        measured_gib=round(measured, 3),
+        ratio=round(plan.peak_gib / measured, 4),
+        parts={k: round(v, 3) for k, v in plan.parts.items()},
+        loaded_gib=round(resident, 3),
+        predicted_minutes=round(plan.minutes, 3),
+        measured_minutes=round(seconds / 60, 3),
         planned_in_seconds=round(planned_in, 1),
-    )  # fmt: skip
+    )
 
 
 def main(shapes=tuple(SHAPES), methods=METHODS) -> list[dict]:
@@ -95,8 +178,9 @@ def main(shapes=tuple(SHAPES), methods=METHODS) -> list[dict]:
             rows.append(row)
             print(
                 f"{shape:8}{method:8}{row['predicted_gib']:10.3f}{row['measured_gib']:10.3f}{row['ratio']:8.3f}"
-                f"{row['predicted_minutes']:10.3f}{row['measured_minutes']:8.3f}", flush=True,
-            )  # fmt: skip
+                f"{row['predicted_minutes']:10.3f}{row['measured_minutes']:8.3f}",
+                flush=True,
+            )
     return rows
 
 

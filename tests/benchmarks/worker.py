@@ -1,6 +1,7 @@
-"""One system training in a process of its own, a step at a time when told to over stdin; figures go out as JSON lines.
+"""One system training in a process of its own, a step at a time when told to over stdin.
 
 `python -m tests.benchmarks.worker '{"system": "lazyorpo", …}'`; started by `python -m tests.benchmarks`.
+Figures go out as JSON lines.
 """
 
 import json
@@ -19,36 +20,69 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from lazyorpo_lib import model
 from lazyorpo_lib.fast.attention import RowAttention
+from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.orpo import data
-from lazyorpo_lib.orpo.batching import EncodedPair, StepSampler, collate
+from lazyorpo_lib.orpo.batching import EncodedPair, StepOrder, collate
 from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
-from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
+from lazyorpo_lib.orpo.processes import make_accelerator
+from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.settings import Settings
 
 # Published shapes, filled with random weights: speed and memory do not depend on their values.
 SHAPES = {
-    "phi-2": dict(model_type="phi", hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
-                  vocab_size=51200, max_position_embeddings=4096, partial_rotary_factor=0.4),
-    "llama-3-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                       num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192),
-    "gemma-7b": dict(model_type="gemma", hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
-                     num_attention_heads=16, num_key_value_heads=16, head_dim=256, vocab_size=256000,
-                     max_position_embeddings=8192),
-}  # fmt: skip
+    "phi-2": dict(
+        model_type="phi",
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=51200,
+        max_position_embeddings=4096,
+        partial_rotary_factor=0.4,
+    ),
+    "llama-3-8b": dict(
+        model_type="llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ),
+    "gemma-7b": dict(
+        model_type="gemma",
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        vocab_size=256000,
+        max_position_embeddings=8192,
+    ),
+}
 
 
 def encoded_pairs(job: dict) -> list:
-    """The first pairs of the dataset that fit, then the order in which the kit would take them; or random ones of given lengths."""
+    """The first pairs of the dataset that fit, then the order in which the kit would take them; or random
+    ones of given lengths."""
     if job["growth"]:
         rng = random.Random(0)
-        return [EncodedPair(i, *([rng.randrange(5, 5000) for _ in range(n // 3 + k * (n % 3))] for k in (1, 0, 0)))
-                for i, n in enumerate([*sorted(2 * job["growth"]), *job["growth"][-1:] * job["profile"]])]  # fmt: skip
+        return [
+            EncodedPair(
+                i, *([rng.randrange(5, 5000) for _ in range(n // 3 + k * (n % 3))] for k in (1, 0, 0))
+            )
+            for i, n in enumerate([*sorted(2 * job["growth"]), *job["growth"][-1:] * job["profile"]])
+        ]
     tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
     cleaned, _ = data.clean(data.open_rows(job["dataset"]))
     pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
-    order = [i for step in StepSampler([p.tokens() for p in pairs], job["pairs"], seed=0) for i in step]
+    order = [
+        i for step in StepOrder([p.tokens() for p in pairs], job["pairs"], seed=0).steps(0) for i in step
+    ]
     return [pairs[i] for i in order][
         : job["pairs"] * (1 + job["steps"] + job["profile"])
     ]  # the first step is the warm-up
@@ -68,34 +102,32 @@ def base_model(job: dict, device: str):
         return model.load_base(folder, dtype=dtype, device=device, four_bit=True)
 
 
-class Stepwise(TrainerCallback):
-    """Waits for a line before each step and reports after it; after the counted ones comes the profiled one, if asked for."""
+class Stepwise:
+    """Waits for a line before each step and reports after it; after the counted ones comes the profiled one,
+    if asked for."""
 
-    def __init__(self, job: dict, tokens):
-        self.job, self.tokens, self.profiler = job, tokens, None
+    def __init__(self, job: dict, model, tokens):
+        self.job, self.model, self.tokens, self.profiler = job, model, tokens, None
+        self.device = torch.device(job["device"])
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.device = args.device
+    def ready(self) -> None:
         say(ready=True, memory_gib=peak(self.device))
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def begin(self, step: int) -> None:
         sys.stdin.readline()
-        if state.global_step > self.job["steps"]:
+        if step > self.job["steps"]:
             activities = [
                 getattr(ProfilerActivity, name) for name in ("CPU", "CUDA")[: 1 + torch.cuda.is_available()]
             ]
             self.profiler = profile(activities=activities).__enter__()
         self.began = time.perf_counter()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
-            return
+    def end(self, step: int, loss: float) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds, step = time.perf_counter() - self.began, state.global_step - 1
         figures = dict(
-            loss=logs["loss"],
-            seconds=seconds,
+            loss=loss,
+            seconds=time.perf_counter() - self.began,
             memory_gib=peak(self.device),
             tokens=self.tokens(step),
             attention_seconds=0.0,
@@ -106,6 +138,23 @@ class Stepwise(TrainerCallback):
         if self.job["growth"]:
             figures["attention_seconds"] = attention_seconds(self.job, self.model, step)
         say(**figures)
+
+
+class OfTheTrainer(TrainerCallback):
+    """A Stepwise in the words of transformers' Trainer."""
+
+    def __init__(self, stepwise: Stepwise):
+        self.stepwise = stepwise
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stepwise.ready()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stepwise.begin(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.stepwise.end(state.global_step - 1, logs["loss"])
 
 
 def shares(events, most: int = 12) -> list:
@@ -149,24 +198,38 @@ def peak(device) -> float:
 
 
 def lazyorpo(job: dict, pairs: list, built, folder: str):
-    settings = settings_of(job)
-    arguments = training_arguments(
-        settings, dtype=getattr(torch, job["precision"]), device=job["device"], output_dir=Path(folder)
-    )
-    trainer = OrpoTrainer(
-        built, arguments, settings, pairs, tokens_per_batch=job["tokens_per_batch"],
+    class InOrder(OrpoTrainer):
+        """The kit's trainer, its pairs in the order given and its steps when told."""
+
+        def _gradient(self, pairs):
+            stepwise.begin(self.step)
+            return super()._gradient(pairs)
+
+        def train(self):
+            self.prepare()
+            some, count = job["pairs"], len(pairs)
+            self.order.steps = lambda epoch, first=0: (
+                list(range(start, min(start + some, count))) for start in range(first * some, count, some)
+            )
+            stepwise.ready()
+            super().train()
+
+    def tokens(step):
+        return sum(p.tokens() for p in pairs[step * job["pairs"] : (step + 1) * job["pairs"]])
+
+    settings, dtype = settings_of(job), getattr(torch, job["precision"])
+    stepwise = Stepwise(job, model.causal_lm(built), tokens)
+    return InOrder(
+        built,
+        settings,
+        pairs,
+        accelerator=make_accelerator(settings, dtype=dtype, device=job["device"], folder=Path(folder)),
+        folder=Path(folder),
+        tokens_per_batch=job["tokens_per_batch"],
         checkpointed_layers=10**6 if job["checkpointing"] else 0,
-        callbacks=[stepwise := Stepwise(job, lambda step: sum(p.tokens() for p in pairs[step * job["pairs"] : (step + 1) * job["pairs"]]))],
-    )  # fmt: skip
-    stepwise.model = model.causal_lm(built)
-    from torch.utils.data import DataLoader
-
-    def in_order():
-        trainer.sampler = type("Order", (), {"set_epoch": lambda self, epoch: None})()
-        return DataLoader(pairs, batch_size=job["pairs"], shuffle=False, collate_fn=lambda x: {"pairs": x})
-
-    trainer.get_train_dataloader = in_order
-    return trainer
+        make_scorer=lambda whole: PairScorer(model.causal_lm(whole)),
+        on_row=lambda row: stepwise.end(row["step"] - 1, row["loss"]),
+    )
 
 
 def trl(job: dict, pairs: list, built, folder: str):
@@ -195,27 +258,45 @@ def trl(job: dict, pairs: list, built, folder: str):
     texts = Dataset.from_list([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(len(pairs))])
     settings = settings_of(job)
     config = ORPOConfig(
-        folder, per_device_train_batch_size=job["pairs"], max_length=job["max_tokens"] + 1, beta=settings.or_weight,
-        learning_rate=settings.learning_rate, lr_scheduler_type="cosine", num_train_epochs=1, logging_steps=1,
-        logging_nan_inf_filter=False, report_to="none", save_strategy="no", use_cpu=job["device"] == "cpu", disable_tqdm=True,
-        bf16=job["precision"] == "bfloat16", fp16=job["precision"] == "float16", seed=settings.seed,
-        gradient_checkpointing=job["checkpointing"], gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
+        folder,
+        per_device_train_batch_size=job["pairs"],
+        max_length=job["max_tokens"] + 1,
+        beta=settings.or_weight,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        num_train_epochs=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=job["device"] == "cpu",
+        disable_tqdm=True,
+        bf16=job["precision"] == "bfloat16",
+        fp16=job["precision"] == "float16",
+        seed=settings.seed,
+        gradient_checkpointing=job["checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
 
     def tokens(step):
         some = pairs[step * job["pairs"] : (step + 1) * job["pairs"]]
         return 2 * len(some) * max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in some)
 
-    return SameTokens(
-        built, config, train_dataset=texts, processing_class=tokenizer, callbacks=[Stepwise(job, tokens)]
-    )  # fmt: skip
+    told = OfTheTrainer(Stepwise(job, built, tokens))
+    return SameTokens(built, config, train_dataset=texts, processing_class=tokenizer, callbacks=[told])
 
 
 def settings_of(job: dict) -> Settings:
     return Settings(
-        method=job["method"], pairs_per_step=job["pairs"], nll_over=job["nll_over"], learning_rate=job["learning_rate"],
-        max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"], save_every_steps=0, eval_pairs=0,
-    )  # fmt: skip
+        method=job["method"],
+        pairs_per_step=job["pairs"],
+        nll_over=job["nll_over"],
+        learning_rate=job["learning_rate"],
+        max_prompt_tokens=job["max_tokens"] - 2,
+        max_tokens=job["max_tokens"],
+        save_every_steps=0,
+        eval_pairs=0,
+    )
 
 
 def main(job: dict) -> None:

@@ -1,14 +1,15 @@
-"""Acceptance on a graphics card: is it right, does it fit, is it as fast as planned. Parts 0 to 17, each a process of its own.
+"""Acceptance on a graphics card: is it right, does it fit, is it as fast as planned.
 
-    python -m tests.gpu                       # every part that fits into --minutes
-    python -m tests.gpu 0-9 --minutes 9       # by number, range or name
-    python -m tests.gpu --short               # for a Colab T4: some 12 minutes, and the JSON to send in at the end
-    python -m tests.gpu pack .site            # what a card without PyPI lacks, for PYTHONPATH=.site; carry it there
+    python -m tests.gpu                    # every part, 0 to 17, that fits into --minutes
+    python -m tests.gpu 0-9 --minutes 9    # by number, range or name
+    python -m tests.gpu --short            # for a Colab T4: some 12 minutes; prints the JSON to send in
+    python -m tests.gpu pack .site         # what a card without PyPI lacks, to carry there for PYTHONPATH
 
-Prints one line a check, `PASS|FAIL|SKIP name: measured (expected) in s`, as soon as it is known, then a table; writes
-<date>-<card>.json. A part is started only where its estimated seconds still fit into --minutes, else skipped by name.
-Nothing is downloaded: weights are random in published shapes, built on the card; lengths of pairs are real (tests/lengths.json).
-Without CUDA every part that can runs in a small form on the CPU (--small), which shows that the suite works, and no more.
+Each part is a process of its own. Prints one line a check, `PASS|FAIL|SKIP name: measured (expected) in s`,
+as soon as it is known, then a table; writes <date>-<card>.json. A part is started only where its estimated
+seconds still fit into --minutes, else skipped by name. Nothing is downloaded: weights are random in published
+shapes, built on the card; lengths of pairs are real (tests/lengths.json). Without CUDA every part that can
+runs in a small form on the CPU (--small), which shows that the suite works, and no more.
 Exit status: 0 nothing failed, 1 something did, 2 a wrong call.
 """
 
@@ -50,40 +51,42 @@ class Part(NamedTuple):
     environment: tuple = ()
 
 
+BNB, TRL = ("bitsandbytes",), ("trl", "datasets")
+WHOLE = tuple(
+    (name, "expandable_segments:False") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+)
 PARTS = (
     Part(0, "env", "speed.env", 15, 10),
     Part(1, "plan", "exact.plan", 40, 40),
     Part(2, "kernel", "exact.kernel", 50, 20),
     Part(3, "equal", "exact.equal", 70, 40),
     Part(4, "fp16", "exact.fp16", 40, 15),
-    Part(5, "qlora", "exact.qlora", 60, 30, needs=("bitsandbytes",)),
+    Part(5, "qlora", "exact.qlora", 60, 30, needs=BNB),
     Part(6, "resume", "exact.resume", 60, 20, environment=(("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)),
     Part(7, "oom", "exact.oom", 50),
     Part(8, "twice", "exact.twice", 60, 40),
     Part(9, "probe", "exact.probe", 60, 100),
     Part(10, "peaks/smollm2-135m", "speed.peaks", 20, 30, ("smollm2-135m", "lora")),
-    Part(10, "peaks/fragments", "speed.peaks", 20, None, ("smollm2-135m", "lora", "", False),
-         environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False"),
-                      ("PYTORCH_ALLOC_CONF", "expandable_segments:False"))),
+    Part(10, "peaks/fragments", "speed.peaks", 20, None, ("smollm2-135m", "lora", "", False), (), 0, WHOLE),
     Part(10, "peaks/qwen2.5-1.5b", "speed.peaks", 25, None, ("qwen2.5-1.5b", "lora", "T4")),
     Part(10, "peaks/phi-2", "speed.peaks", 35, 30, ("phi-2", "full"), gib=60),
-    Part(10, "peaks/llama-3-8b-qlora", "speed.peaks", 45, None, ("llama-3-8b", "qlora", "T4"), ("bitsandbytes",)),
+    Part(10, "peaks/llama-3-8b-qlora", "speed.peaks", 45, None, ("llama-3-8b", "qlora", "T4"), BNB),
     Part(10, "peaks/llama-3-8b", "speed.peaks", 35, None, ("llama-3-8b", "lora", "A100-40"), gib=39),
     Part(10, "peaks/gemma-7b", "speed.peaks", 35, None, ("gemma-7b", "lora", "A40"), gib=44),
     Part(11, "article/phi-2", "speed.article", 90, 30, ("phi-2", "full", 120, 20), gib=60),
     Part(11, "article/qwen2.5-1.5b", "speed.article", 60, None, ("qwen2.5-1.5b", "lora", 30, 5)),
-    Part(12, "trl/llama-3-8b", "speed.trl", 80, 90, ("llama-3-8b", False), ("trl", "datasets"), 60),
-    Part(12, "trl/llama-3-8b-checkpointed", "speed.trl", 80, None, ("llama-3-8b", True), ("trl", "datasets"), 40),
-    Part(12, "trl/phi-2", "speed.trl", 60, None, ("phi-2", False), ("trl", "datasets"), 40),
-    Part(12, "trl/smollm2-135m", "speed.trl", 40, None, ("smollm2-135m", False), ("trl", "datasets")),
+    Part(12, "trl/llama-3-8b", "speed.trl", 80, 90, ("llama-3-8b", False), TRL, 60),
+    Part(12, "trl/llama-3-8b-checkpointed", "speed.trl", 80, None, ("llama-3-8b", True), TRL, 40),
+    Part(12, "trl/phi-2", "speed.trl", 60, None, ("phi-2", False), TRL, 40),
+    Part(12, "trl/smollm2-135m", "speed.trl", 40, None, ("smollm2-135m", False), TRL),
     Part(13, "syncs", "speed.syncs", 30),
     Part(14, "liger", "speed.liger", 40, None, needs=("liger_kernel",)),
     Part(15, "answers", "exact.answers", 30, 15),
     Part(16, "real", "speed.real", 60),
     Part(17, "ddp", "speed.ddp", 90),
-)  # fmt: skip
-SHORT = [part for part in PARTS if part.number < 6 or part.name in (
-    "peaks/qwen2.5-1.5b", "peaks/llama-3-8b-qlora", "article/qwen2.5-1.5b")]  # fmt: skip
+)
+OF_A_T4 = ("peaks/qwen2.5-1.5b", "peaks/llama-3-8b-qlora", "article/qwen2.5-1.5b")
+SHORT = [part for part in PARTS if part.number < 6 or part.name in OF_A_T4]
 PACKED = ("bitsandbytes", "trl", "liger-kernel", "datasets", "dill", "multiprocess", "xxhash")
 PACKED_MIB = 64
 
@@ -93,7 +96,8 @@ class Wrong(Exception):
 
 
 def chosen(names: list[str]) -> list[Part]:
-    """The parts that numbers, ranges (0-9) and names (peaks, peaks/phi-2) mean, in their order; all of them for none."""
+    """The parts that numbers, ranges (0-9) and names (peaks, peaks/phi-2) mean, in their order; all of them
+    for none."""
     wanted = set()
     for name in names:
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", name)
@@ -111,7 +115,8 @@ def chosen(names: list[str]) -> list[Part]:
 
 
 def verdict(checks: list[dict]) -> str:
-    """FAIL where a check failed or none was made; SKIP where the part said why it cannot be run here; else PASS."""
+    """FAIL where a check failed or none was made; SKIP where the part said why it cannot be run here; else
+    PASS."""
     if any("skip" in check for check in checks):
         return "SKIP"
     return "PASS" if checks and all(check["ok"] is not False for check in checks) else "FAIL"
@@ -127,7 +132,8 @@ def line(part: str, check: dict) -> str:
     expected = ", ".join(limits) or check.get("expected", "told")
     verdict = "FAIL" if check["ok"] is False else "PASS"
     unit = check["unit"] and f" {check['unit']}"
-    return f"{verdict} {part}, {check['what']}: {words(check['measured'])}{unit} ({expected}) in {check['seconds']:.1f} s"
+    measured = f"{words(check['measured'])}{unit} ({expected})"
+    return f"{verdict} {part}, {check['what']}: {measured} in {check['seconds']:.1f} s"
 
 
 def measure(part: Part, small: bool, say) -> None:
@@ -178,7 +184,8 @@ def started(part: Part, small: bool, seconds: float):
         for said in process.stdout:
             yield json.loads(said)
         if process.wait():
-            measured = f"ended with status {process.returncode} after {time.monotonic() - began:.0f} of {seconds:.0f} s"
+            after = f"{time.monotonic() - began:.0f} of {seconds:.0f} s"
+            measured = f"ended with status {process.returncode} after {after}"
             yield {"what": "end", "measured": measured, "ok": False, "unit": "", "seconds": 0.0}
     finally:
         clock.cancel()
@@ -224,9 +231,13 @@ def facts() -> dict:
 
     here = this_machine()
     return {
-        "device": here.device, "card": here.name, "memory_gib": here.memory_gib, "capability": here.capability,
-        "cards": torch.cuda.device_count(), "cuda": torch.version.cuda,
-    }  # fmt: skip
+        "device": here.device,
+        "card": here.name,
+        "memory_gib": here.memory_gib,
+        "capability": here.capability,
+        "cards": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+    }
 
 
 def results_file(folder: Path, about: dict) -> Path:
@@ -236,7 +247,8 @@ def results_file(folder: Path, about: dict) -> Path:
 
 
 def run(parts: list[Part], small: bool, about: dict, minutes: float, file: Path) -> list[dict]:
-    """Every part in turn; the file is whole after each, and keeps what an earlier call of the day measured in other parts."""
+    """Every part in turn; the file is whole after each, and keeps what an earlier call of the day measured in
+    other parts."""
     deadline = time.monotonic() + 60 * minutes
     rows = {row["part"]: row for row in json.loads(file.read_text())["parts"]} if file.is_file() else {}
     done = []
@@ -283,11 +295,27 @@ def table(done: list[dict]) -> str:
 
 
 def pack(folder: Path, cuda: str = "130") -> int:
-    """What a card without PyPI lacks, unpacked into `folder` for its PYTHONPATH (Python 3.12, Linux); returns its MiB."""
+    """What a card without PyPI lacks, unpacked into `folder` for its PYTHONPATH (Python 3.12, Linux); returns
+    its MiB."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as wheels:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary", ":all:", "--python-version", "3.12", "--implementation", "cp", "-d", wheels]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            "3.12",
+            "--implementation",
+            "cp",
+            "-d",
+            wheels,
+        ]
         for glibc in ("2_28", "2_27", "2_24", "2_17"):
             command += ["--platform", f"manylinux_{glibc}_x86_64"]
         if subprocess.run([*command, "--platform", "manylinux2014_x86_64", *PACKED]).returncode:
@@ -346,9 +374,8 @@ def main(arguments: list[str]) -> int:
         if options.part[:1] == ["pack"]:
             if len(options.part) != 2:
                 raise Wrong("pack takes one folder to unpack into, as in: python -m tests.gpu pack .site")
-            print(
-                f"{options.part[1]}: {pack(Path(options.part[1]))} MiB; start with PYTHONPATH={options.part[1]}"
-            )
+            folder = options.part[1]
+            print(f"{folder}: {pack(Path(folder))} MiB; start with PYTHONPATH={folder}")
             return 0
         parts = SHORT if options.short and not options.part else chosen(options.part)
         about = machine()

@@ -1,7 +1,7 @@
-"""What the parts of tests.gpu share: shapes with random weights, pairs of real lengths, trainers, clocks, caps, verdicts.
+"""What the parts of tests.gpu share: random weights, pairs of real lengths, trainers, clocks, caps, verdicts.
 
-A part is a generator of checks. Figures are GiB, milliseconds or shares; a relative difference is the norm of the difference over
-the norm of the truth.
+A part is a generator of checks. Figures are GiB, milliseconds or shares; a relative difference is the norm of
+the difference over the norm of the truth.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib.fast import attention
+from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair
-from lazyorpo_lib.orpo.trainer import OrpoTrainer, training_arguments
+from lazyorpo_lib.orpo.processes import make_accelerator
+from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.plan import cards
 from lazyorpo_lib.settings import Settings
 from tests.benchmarks.worker import SHAPES as BENCHMARKED
@@ -31,21 +33,60 @@ DEVICE = "cuda:0" if CUDA else "cpu"
 HALF = torch.float16 if CUDA and torch.cuda.get_device_capability()[0] < 8 else torch.bfloat16
 GIB = 2**30
 SHAPES = BENCHMARKED | {
-    "smollm2-135m": dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                         num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
-                         max_position_embeddings=8192),
-    "qwen2.5-1.5b": dict(model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                         num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
-                         max_position_embeddings=32768),
-    "gemma-2-2b": dict(model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
-                       num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=256000,
-                       max_position_embeddings=8192),
-    "mixtral-8x7b": dict(model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                         num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, num_local_experts=8,
-                         max_position_embeddings=32768),
-}  # fmt: skip
-TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16)  # fmt: skip
+    "smollm2-135m": dict(
+        model_type="llama",
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    ),
+    "qwen2.5-1.5b": dict(
+        model_type="qwen2",
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+    ),
+    "gemma-2-2b": dict(
+        model_type="gemma2",
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=256000,
+        max_position_embeddings=8192,
+    ),
+    "mixtral-8x7b": dict(
+        model_type="mixtral",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        num_local_experts=8,
+        max_position_embeddings=32768,
+    ),
+}
+TINY = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 class Skip(Exception):
@@ -55,7 +96,8 @@ class Skip(Exception):
 def check(
     what: str, measured, low=None, high=None, *, unit: str = "", ok: bool | None = None, expected: str = ""
 ) -> dict:
-    """One figure and what is expected of it; NaN is never within limits. Without limits and `ok` it is only told.
+    """One figure and what is expected of it; NaN is never within limits. Without limits and `ok` it is only
+    told.
 
     Args:
         ok, expected: the verdict and its reason, where limits do not say them.
@@ -143,7 +185,8 @@ def lora(model, **settings):
 def lengths(
     count: int, *, longest: int = 2048, prompt: int = 10**6, shrink: int = 1
 ) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) of real pairs, prompts cut, pairs of more than `longest` tokens left out, again and again."""
+    """(prompt, chosen, rejected) of real pairs, prompts cut, pairs of more than `longest` tokens left out,
+    again and again."""
     rows = json.loads(Path(__file__).parents[1].joinpath("lengths.json").read_text())
     rows = [(min(p, prompt), c, r) for p, c, r in rows if min(p, prompt) + max(c, r) <= longest]
     rows = [tuple(max(1, n // shrink) for n in row) for row in rows]
@@ -163,8 +206,14 @@ def pairs_of(triples, vocabulary: int, seed: int = 0) -> list[EncodedPair]:
 
 
 def trainer_of(
-    model, pairs, folder, *, dtype, tokens=10**6, layers=0, rows=None, callbacks=(), **settings
+    model, pairs, folder, *, dtype, tokens=10**6, layers=0, rows=None, watchers=(), resume=None, **settings
 ) -> OrpoTrainer:
+    """A trainer on this machine's device, ready to take its steps.
+
+    Args:
+        rows: gets those of the history. watchers: called with the number of each step that was taken.
+        resume: a checkpoint to go on from.
+    """
     quiet = dict(
         method="lora",
         save_every_steps=0,
@@ -174,13 +223,30 @@ def trainer_of(
         lr_schedule="constant",
     )
     settings = Settings(**(quiet | settings))
-    arguments = training_arguments(
-        settings, dtype=dtype, device=DEVICE.split(":")[0], output_dir=Path(folder)
+    if settings.liger_kernel:
+        models.apply_liger(model)
+    if not getattr(model, "is_loaded_in_4bit", False):  # which is there already
+        model.to(DEVICE)
+    device, folder = DEVICE.split(":")[0], Path(folder)
+
+    def on_step(step: int) -> None:
+        for watcher in watchers:
+            watcher(step)
+
+    trainer = OrpoTrainer(
+        model,
+        settings,
+        pairs,
+        accelerator=make_accelerator(settings, dtype=dtype, device=device, folder=folder),
+        folder=folder,
+        tokens_per_batch=tokens,
+        checkpointed_layers=layers,
+        make_scorer=lambda whole: PairScorer(models.causal_lm(whole)),
+        on_row=(rows if rows is not None else []).append,
+        on_step=on_step,
     )
-    return OrpoTrainer(
-        model, arguments, settings, pairs, tokens_per_batch=tokens, checkpointed_layers=layers,
-        on_row=(rows if rows is not None else []).append, callbacks=callbacks,
-    )  # fmt: skip
+    trainer.prepare(resume)
+    return trainer
 
 
 def trained(model) -> dict[str, torch.Tensor]:
@@ -202,14 +268,14 @@ def largest(values) -> float:
     return torch.tensor([float(x) for x in values], dtype=torch.float64).max().item()
 
 
-class Clock(TrainerCallback):
+class Clock:
     """Seconds a step, from the end of step `first` to the end of step `last`."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last, self.times = first, last, []
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (self.first, self.last):
+    def __call__(self, step: int) -> None:
+        if step in (self.first, self.last):
             synchronize()
             self.times.append(time.perf_counter())
 
@@ -263,7 +329,8 @@ def cap(gib: float) -> None:
 
 @contextlib.contextmanager
 def as_t4():
-    """This card as a T4 has it: no bfloat16, no flash attention. For what is right and what fits, never for speed."""
+    """This card as a T4 has it: no bfloat16, no flash attention. For what is right and what fits, never for
+    speed."""
     if not CUDA:
         yield
         return

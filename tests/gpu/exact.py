@@ -21,25 +21,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import layouts
 from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.lora import fuse
+from lazyorpo_lib.machine import checkpoint_layers, this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
-from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers, training_arguments
+from lazyorpo_lib.orpo.loss import TERMS, objective
+from lazyorpo_lib.orpo.processes import make_accelerator
+from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.results import evaluate
 from lazyorpo_lib.settings import Settings, resolve
 
-from .bench import (  # isort: skip
-    CUDA, DEVICE, GIB, HALF, TINY, as_t4, build, cap, check, clean, config, difference, largest, lengths, lora, milliseconds,
-    pairs_of, same, this_card, trained, trainer_of,
-)  # fmt: skip
-from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.machine import this_machine
+from .bench import (
+    CUDA,
+    DEVICE,
+    GIB,
+    HALF,
+    TINY,
+    as_t4,
+    build,
+    cap,
+    check,
+    clean,
+    config,
+    difference,
+    largest,
+    lengths,
+    lora,
+    milliseconds,
+    pairs_of,
+    same,
+    this_card,
+    trained,
+    trainer_of,
+)
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 if not CUDA:
-    del HALVES["float16"]  # transformers' Trainer has it on a card alone
+    del HALVES["float16"]  # accelerate scales its loss on a card alone
 elif HALF == torch.float16:
     del HALVES["bfloat16"]  # only emulated
 
@@ -121,7 +142,8 @@ def _inputs(heads: int, few: int, size: int, n: int, dtype):
 
 
 def _attention_error(shape, triples, window, dtype, seen) -> float:
-    """The largest of output's and gradients' relative differences from float64; `seen` gets the operations it took."""
+    """The largest of output's and gradients' relative differences from float64; `seen` gets the operations it
+    took."""
     batch = _row(triples).to(DEVICE)
     *inputs, grad = _inputs(*shape, batch.input_ids.shape[1], dtype)
 
@@ -167,7 +189,8 @@ def kernel(small: bool):
 
 
 def _speed():
-    """Eight pairs of 900 tokens, forward and backward: the row's kernel, a call for every answer, a dense mask."""
+    """Eight pairs of 900 tokens, forward and backward: the row's kernel, a call for every answer, a dense
+    mask."""
     triples = [(300, 300, 300)] * 8
     batch = _row(triples).to(DEVICE)
     *inputs, grad = _inputs(32, 8, 128, batch.input_ids.shape[1], HALF)
@@ -200,8 +223,15 @@ ARCHITECTURES = ("llama", "qwen2", "phi", "gemma", "gemma3_text", "mixtral")
 def _small_model(kind: str, layers: int = 4):
     from transformers import AutoConfig
 
-    shape = TINY | dict(hidden_size=256, head_dim=64, intermediate_size=384, num_hidden_layers=layers,
-                        pad_token_id=0, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+    shape = TINY | dict(
+        hidden_size=256,
+        head_dim=64,
+        intermediate_size=384,
+        num_hidden_layers=layers,
+        pad_token_id=0,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
     if kind == "gemma3_text":
         shape |= dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"] * (layers // 2))
     model = build(AutoConfig.for_model(kind, **shape), torch.float32, "cpu")
@@ -213,7 +243,7 @@ def _small_model(kind: str, layers: int = 4):
 
 
 def _copied(model, method: str, dtype, **settings):
-    """A copy; frozen weights in `dtype`, trained ones in float32. The Trainer moves it to its device."""
+    """A copy; frozen weights in `dtype`, trained ones in float32."""
     model = copy.deepcopy(model)
     if method == "lora":
         model = lora(model, **settings)
@@ -235,11 +265,12 @@ def _scale(trainer) -> float:
 def _step(trainer, pairs) -> tuple[torch.Tensor, dict]:
     """Loss and gradients of one step, on the host; float16's scale taken off again."""
     trainer.model.zero_grad()
-    scale = _scale(trainer)
-    loss = trainer.training_step(trainer.model, {"pairs": pairs}).detach().cpu()
-    return loss, {
-        n: p.grad.float().cpu() / scale for n, p in trainer.model.named_parameters() if p.grad is not None
-    }
+    scale, settings = _scale(trainer), trainer.settings
+    sums, nll_tokens, count = trainer._gradient(pairs)
+    terms, figures = dict(zip(TERMS, sums.cpu(), strict=False)), dict(nll_tokens=nll_tokens, pairs=count)
+    loss = objective(terms, **figures, or_weight=settings.or_weight, name=settings.objective)
+    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss, {name: gradient.float().cpu() / scale for name, gradient in gradients.items()}
 
 
 def _worst(some: dict, truth: dict) -> float:
@@ -279,11 +310,12 @@ def equal(small: bool):
 
 
 def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
-    """(what, relative difference) of every dtype, number of micro-batches and number of checkpointed layers."""
+    """(what, relative difference) of every dtype, number of micro-batches and of checkpointed layers."""
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(method=method, nll_over=nll_over, pairs_per_step=8)
         truth = _cpu_step(base, method, pairs, folder, settings)
-        # Two of four experts are other ones after rounding, which no bound on the rounding tells from an error.
+        # Two of four experts are other ones after rounding, which no bound on the rounding tells from an
+        # error.
         halves = {} if kind == "mixtral" else HALVES
         for name, dtype in ({"float32": torch.float32} | halves).items():
             trainer = trainer_of(_copied(base, method, dtype), pairs, folder, dtype=dtype, **settings)
@@ -315,10 +347,16 @@ def _against_cpu(base, kind, method, nll_over, pairs, most, rungs):
 def _cpu_step(base, method, pairs, folder, settings):
     """The truth, without the kit's row: two padded rows a pair, on the CPU."""
     given = Settings(save_every_steps=0, eval_pairs=0, **settings)
-    arguments = training_arguments(given, dtype=torch.float32, device="cpu", output_dir=Path(folder))
+    accelerator = make_accelerator(given, dtype=torch.float32, device="cpu", folder=Path(folder))
     with patch.object(layouts, "LADDER", layouts.LADDER[-1:]):
         trainer = OrpoTrainer(
-            _copied(base, method, torch.float32), arguments, given, pairs, tokens_per_batch=10**6
+            _copied(base, method, torch.float32),
+            given,
+            pairs,
+            accelerator=accelerator,
+            folder=Path(folder),
+            tokens_per_batch=10**6,
+            make_scorer=lambda whole: layouts.PairScorer(models.causal_lm(whole)),
         )
     return _step(trainer, pairs)
 
@@ -327,30 +365,27 @@ def _cpu_step(base, method, pairs, folder, settings):
 
 
 class _Struck:
-    """Stands before `accelerator.backward`: of the micro-batch of step `step` the loss is 1e8 times as large."""
+    """Stands before `accelerator.backward`: of step `step` each loss is 1e8 times as large."""
 
     def __init__(self, trainer, step: int):
         self.trainer, self.step, self.backward = trainer, step, trainer.accelerator.backward
 
     def __call__(self, loss, **kwargs):
-        self.backward(loss * (1e8 if self.trainer.state.global_step + 1 == self.step else 1.0), **kwargs)
+        self.backward(loss * (1e8 if self.trainer.step + 1 == self.step else 1.0), **kwargs)
 
 
 def _watched(trainer):
     """Trains; for every step, whether the weights changed, and the scaler's scale after it."""
-    from transformers import TrainerCallback
-
     changed, scales, before = [], [], [trained(trainer.model)]
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            now = trained(model)
-            changed.append(any(not torch.equal(now[n], before[0][n]) for n in now))
-            before[0] = now
-            scaler = trainer.accelerator.scaler
-            scales.append(scaler.get_scale() if scaler else 1.0)
+    def watch(step: int) -> None:
+        now = trained(trainer.model)
+        changed.append(any(not torch.equal(now[n], before[0][n]) for n in now))
+        before[0] = now
+        scaler = trainer.accelerator.scaler
+        scales.append(scaler.get_scale() if scaler else 1.0)
 
-    trainer.add_callback(Watch())
+    trainer.on_step = watch
     trainer.train()
     return changed, scales
 
@@ -358,8 +393,16 @@ def _watched(trainer):
 def fp16(small: bool):
     """Thirty steps in 16 bit as a T4 takes them; overflow, a pair that is NaN and a model that is."""
     half, steps = (torch.float16 if CUDA else torch.bfloat16), 6 if small else 30
-    base = build(config("smollm2-135m", small, num_hidden_layers=2 if small else 8, vocab_size=TINY["vocab_size"],
-                        tie_word_embeddings=False), torch.float32)  # fmt: skip
+    base = build(
+        config(
+            "smollm2-135m",
+            small,
+            num_hidden_layers=2 if small else 8,
+            vocab_size=TINY["vocab_size"],
+            tie_word_embeddings=False,
+        ),
+        torch.float32,
+    )
     pairs = pairs_of(lengths(steps * 4, longest=600, shrink=8 if small else 1), TINY["vocab_size"] - 1)
     with tempfile.TemporaryDirectory() as folder, as_t4(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -397,7 +440,7 @@ def _strikes(base, pairs, folder, half):
     if CUDA:
         trainer.accelerator.backward = _Struck(trainer, 4)
     changed, scales = _watched(trainer)
-    order = [[pairs[i].index for i in step] for step in trainer.sampler]
+    order = [[pairs[i].index for i in step] for step in trainer.order.steps(0)]
     expected = sorted({next(k for k, rows in enumerate(order, 1) if bad in rows)} | ({4} if CUDA else set()))
     yield same("steps skipped", [k for k, moved in enumerate(changed, 1) if not moved], expected)
     yield same("dataset rows named", [bad in step["rows"] for step in trainer.bad_steps], [True])
@@ -421,7 +464,7 @@ def _said(what: str, act) -> dict:
 
 
 def qlora(small: bool):
-    """From a file in 16 bit to 4 bit on the card: memory, the fused layers against PEFT's, training, merging."""
+    """From a file in 16 bit to 4 bit on the card: memory, fused layers against PEFT's, training, merging."""
     shape = config(
         "llama-3-8b", small, num_hidden_layers=2 if small else 8, **(dict(hidden_size=256) if small else {})
     )
@@ -522,11 +565,22 @@ def _merged(model, settings, folder) -> float:
 
 
 def _run(base, pairs, folder, dtype, resume=None, **settings):
-    """Twelve steps with dropout and checkpointed layers, saved at the fifth and tenth; the weights and the trainer."""
+    """Twelve steps with dropout and checkpointed layers, saved at the fifth and tenth; the weights and the
+    trainer."""
     model = _copied(base, "lora", dtype, lora_dropout=0.1)
-    trainer = trainer_of(model, pairs, folder, dtype=dtype, layers=1, max_steps=12, save_every_steps=5,
-                         keep_checkpoints=3, **settings)  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer = trainer_of(
+        model,
+        pairs,
+        folder,
+        dtype=dtype,
+        layers=1,
+        max_steps=12,
+        save_every_steps=5,
+        keep_checkpoints=3,
+        resume=resume,
+        **settings,
+    )
+    trainer.train()
     return trained(model), trainer
 
 
@@ -598,24 +652,23 @@ def oom(small: bool):
         yield check("left allocated by a failed try", max(left, default=0.0), high=1.0, unit="MiB")
         yield from _capped_looks(trainer, model)
         long = pairs_of([(20_000, 20_000, 20_000)], shape.vocab_size)[0]
-        yield _said("a pair that cannot fit", lambda: trainer.training_step(trainer.model, {"pairs": [long]}))
+        yield _said("a pair that cannot fit", lambda: trainer._gradient([long]))
 
 
 def _left_by_failures(trainer) -> list[float]:
-    """Trains; MiB that each failed try left allocated above what its step began with. The trainer warns after each."""
-    from transformers import TrainerCallback
+    """Trains; MiB that each failed try left allocated above what its step began with. The trainer warns after
+    each."""
+    begun, left, gradient = [0], [], trainer._gradient
 
-    begun, left = [0], []
-
-    class Begin(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            begun[0] = torch.cuda.memory_allocated()
+    def begin(pairs):
+        begun[0] = torch.cuda.memory_allocated()
+        return gradient(pairs)
 
     def warned(message, *args, **kwargs):
         if "out of memory" in str(message):
             left.append(abs(torch.cuda.memory_allocated() - begun[0]) / 2**20)
 
-    trainer.add_callback(Begin())
+    trainer._gradient = begin
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = warned
@@ -640,9 +693,17 @@ def _capped_looks(trainer, model):
 
 
 def twice(small: bool):
-    """Whole runs in one process, a cell that failed between them: what is alive when the next model is loaded."""
-    ways = [dict(method="lora")] if small else [
-        dict(method="lora"), dict(method="full", optimizer="adamw"), dict(method="full", optimizer="adamw_8bit")]  # fmt: skip
+    """Whole runs in one process, a cell that failed between them: what is alive when the next model is
+    loaded."""
+    ways = (
+        [dict(method="lora")]
+        if small
+        else [
+            dict(method="lora"),
+            dict(method="full", optimizer="adamw"),
+            dict(method="full", optimizer="adamw_8bit"),
+        ]
+    )
     alive, seen, load = [], [], models.load_for_training
 
     def loading(*args, **kwargs):
@@ -675,8 +736,12 @@ def twice(small: bool):
             seen.append(weakref.ref(run.model))
             _failed_cell(run)
             del run
-        peaks = [json.loads(Path(folder, str(k), "summary.json").read_text())["planned_against_measured"]["peak_gib"][1]
-                 for k in range(2 * len(ways))]  # fmt: skip
+        peaks = [
+            json.loads(Path(folder, str(k), "summary.json").read_text())["planned_against_measured"][
+                "peak_gib"
+            ][1]
+            for k in range(2 * len(ways))
+        ]
     yield same("models of earlier runs that are alive at the next load", max(n for n, _ in alive), 0)
     if CUDA:
         yield check("memory at the next load", max(mib for _, mib in alive), high=10.0, unit="MiB")
@@ -716,10 +781,22 @@ if __name__ == "__main__":
 def probe(small: bool):
     """`--probe` and the comparison of recipes: runs that are started from a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"probe": ["-c", PROBE, f"{folder}/a", "probe"]} if small else {
-            "--probe": ["-m", "lazyorpo_lib", "--preset", "tiny", "--probe", "--output-dir", f"{folder}/a"],
-            "compare_recipes": ["-c", PROBE, f"{folder}/b", "compare"],
-        }  # fmt: skip
+        ways = (
+            {"probe": ["-c", PROBE, f"{folder}/a", "probe"]}
+            if small
+            else {
+                "--probe": [
+                    "-m",
+                    "lazyorpo_lib",
+                    "--preset",
+                    "tiny",
+                    "--probe",
+                    "--output-dir",
+                    f"{folder}/a",
+                ],
+                "compare_recipes": ["-c", PROBE, f"{folder}/b", "compare"],
+            }
+        )
         for name, command in ways.items():
             done = subprocess.run([sys.executable, *command], stderr=subprocess.PIPE, text=True)
             said = f": {(done.stderr.strip().splitlines() or [''])[-1]}" if done.returncode else ""

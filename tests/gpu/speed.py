@@ -15,18 +15,38 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
+from lazyorpo_lib.machine import pick_precision, this_machine
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.settings import Settings, resolve
 
-from .bench import (  # isort: skip
-    CUDA, DEVICE, GIB, HALF, Clock, Skip, as_t4, build, build_four_bit, cap, check, clean, config, difference, largest, lengths,
-    lora, milliseconds, pairs_of, same, synchronize, this_card, trainer_of,
-)  # fmt: skip
-from lazyorpo_lib.machine import pick_precision, this_machine
+from .bench import (
+    CUDA,
+    DEVICE,
+    GIB,
+    HALF,
+    Clock,
+    Skip,
+    as_t4,
+    build,
+    build_four_bit,
+    cap,
+    check,
+    clean,
+    config,
+    difference,
+    largest,
+    lengths,
+    lora,
+    milliseconds,
+    pairs_of,
+    same,
+    synchronize,
+    this_card,
+    trainer_of,
+)
 
 PRODUCT = {"T4": 0.33, "L4": 0.45}  # of the data sheet's peak, where power caps a card below 0.7
 ARTICLE = 1688  # steps of the article's run: one epoch of argilla/dpo-mix-7k, 4 pairs a step
@@ -101,9 +121,17 @@ def peaks(small: bool, name: str, method: str, limit: str = "", expandable: bool
         dtype = pick_precision("auto", card.machine if card else machine)[0] if CUDA else torch.float32
         model = _built(shape, method, dtype)
         trainer = trainer_of(
-            model, pairs, folder, dtype=dtype, tokens=plan.tokens_per_batch, layers=plan.checkpointed_layers, method=method,
-            pairs_per_step=settings.pairs_per_step, max_steps=2, learning_rate=1e-5,
-        )  # fmt: skip
+            model,
+            pairs,
+            folder,
+            dtype=dtype,
+            tokens=plan.tokens_per_batch,
+            layers=plan.checkpointed_layers,
+            method=method,
+            pairs_per_step=settings.pairs_per_step,
+            max_steps=2,
+            learning_rate=1e-5,
+        )
         clean()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,26 +165,28 @@ def _memory(plan, expandable: bool, most: float | None):
 # 11: the article's run
 
 
-class _Profiled(TrainerCallback):
-    """Profiles the steps from `first` to `last`: seconds, the card's busy share, launches, the largest kernels."""
+class _Profiled:
+    """Profiles the steps after `first` up to `last`: seconds, the card's busy share, launches, the largest
+    kernels."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.first:
+    def __call__(self, step: int) -> None:
+        if step == self.first:
             synchronize()
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
             self.profiler, self.began = profile(activities=activities).__enter__(), time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.last:
+        if step == self.last:
             synchronize()
             seconds = time.perf_counter() - self.began
             self.profiler.__exit__(None, None, None)
             events = self.profiler.key_averages()
-            kernels = {e.key: e.self_device_time_total / 1e6 for e in events
-                       if e.device_type == DeviceType.CUDA and not e.is_user_annotation}  # fmt: skip
+            kernels = {
+                e.key: e.self_device_time_total / 1e6
+                for e in events
+                if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+            }
             self.busy, self.seconds = sum(kernels.values()) / seconds, seconds
             self.launches = sum(e.count for e in events if "LaunchKernel" in e.key)
             self.kernels = sorted(kernels.items(), key=lambda item: -item[1])[:12]
@@ -168,7 +198,8 @@ class _Profiled(TrainerCallback):
 
 
 def article(small: bool, name: str, method: str, steps: int, first: int):
-    """Steps of real lengths, prompts cut at 128 tokens, 4 pairs: seconds a step, against the plan; then where they go."""
+    """Steps of real lengths, prompts cut at 128 tokens, 4 pairs: seconds a step, against the plan; then where
+    they go."""
     steps, first = (6, 2) if small else (steps, first)
     shape = config(name, small)
     dtype = HALF if CUDA else torch.float32
@@ -181,9 +212,18 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
     clock, profiled, rows = Clock(first, steps), _Profiled(steps, steps + 4), []
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(
-            _built(shape, method, dtype), pairs, folder, dtype=dtype, tokens=plan.tokens_per_batch, rows=rows,
-            layers=plan.checkpointed_layers, callbacks=[clock, profiled], method=method, max_steps=steps + 4, learning_rate=5e-6,
-        )  # fmt: skip
+            _built(shape, method, dtype),
+            pairs,
+            folder,
+            dtype=dtype,
+            tokens=plan.tokens_per_batch,
+            rows=rows,
+            layers=plan.checkpointed_layers,
+            watchers=[clock, profiled],
+            method=method,
+            max_steps=steps + 4,
+            learning_rate=5e-6,
+        )
         trainer.train()
     yield check("loss of the last step", rows[-1]["loss"], 0.0, 1e3)
     minutes = clock.seconds * ARTICLE / 60
@@ -198,7 +238,8 @@ def article(small: bool, name: str, method: str, steps: int, first: int):
 
 
 def trl(small: bool, name: str, checkpointed: bool):
-    """tests.benchmarks with random weights and letters in real lengths: TRL and the kit, both on the same tokens."""
+    """tests.benchmarks with random weights and letters in real lengths: TRL and the kit, both on the same
+    tokens."""
     with tempfile.TemporaryDirectory() as home:
         # Where no hub is in reach the kit looks here for the demo's model; bytes stand for its tokens.
         shutil.copytree(models.locate(models.TINY_MODEL), f"{home}/lazyorpo/SmolLM2-135M-Instruct")
@@ -219,8 +260,21 @@ def trl(small: bool, name: str, checkpointed: bool):
             "--precision",
             str(HALF).removeprefix("torch.") if CUDA else "float32",
         ]
-        command = [sys.executable, "-m", "tests.benchmarks", "--model", model, "--dataset", f"{home}/pairs.json", "--out", f"{home}/out",
-                   "--tokens-per-batch", "8192", *["--checkpointing"] * checkpointed, *steps]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks",
+            "--model",
+            model,
+            "--dataset",
+            f"{home}/pairs.json",
+            "--out",
+            f"{home}/out",
+            "--tokens-per-batch",
+            "8192",
+            *["--checkpointing"] * checkpointed,
+            *steps,
+        ]
         done = subprocess.run(command, env=os.environ | {"HF_HOME": home}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
@@ -253,20 +307,18 @@ def _against_trl(results: dict, held: bool):
 # 13: waiting for the card
 
 
-class _Waits(TrainerCallback):
-    """Counts the times that the host waits for the card in the steps from `first` to `last`."""
+class _Waits:
+    """Counts the times that the host waits for the card in the steps after `first` up to `last`."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last, self.caught = first, last, warnings.catch_warnings(record=True)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.first:
+    def __call__(self, step: int) -> None:
+        if step == self.first:
             self.seen = self.caught.__enter__()
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.last:
+        if step == self.last:
             torch.cuda.set_sync_debug_mode("default")
             self.caught.__exit__(None, None, None)
             self.places = [
@@ -275,14 +327,21 @@ class _Waits(TrainerCallback):
 
 
 def syncs(small: bool):
-    """Steps of four micro-batches without a logged row: what waits for the card, and how often it is given work."""
+    """Steps of four micro-batches without a logged row: what waits for the card, and how often it is given
+    work."""
     shape = config("qwen2.5-1.5b", small)
     with tempfile.TemporaryDirectory() as folder:
         waits, profiled = _Waits(2, 6), _Profiled(6, 10)
         trainer = trainer_of(
-            lora(build(shape, HALF)), pairs_of([(300, 300, 300)] * 40, shape.vocab_size), folder, dtype=HALF, tokens=900,
-            callbacks=[waits, profiled], max_steps=10, log_every_steps=1000,
-        )  # fmt: skip
+            lora(build(shape, HALF)),
+            pairs_of([(300, 300, 300)] * 40, shape.vocab_size),
+            folder,
+            dtype=HALF,
+            tokens=900,
+            watchers=[waits, profiled],
+            max_steps=10,
+            log_every_steps=1000,
+        )
         trainer.train()
     yield check(
         f"waits a step ({', '.join(sorted(set(waits.places))) or 'none'})", len(waits.places) / 4, high=1.0
@@ -304,9 +363,18 @@ def liger(small: bool):
             clock, rows = Clock(3, 10), []
             with tempfile.TemporaryDirectory() as folder:
                 trainer = trainer_of(
-                    lora(build(shape, HALF)), pairs, folder, dtype=HALF, tokens=8192, rows=rows, callbacks=[clock], max_steps=10,
-                    pairs_per_step=8, liger_kernel=on, learning_rate=1e-4,
-                )  # fmt: skip
+                    lora(build(shape, HALF)),
+                    pairs,
+                    folder,
+                    dtype=HALF,
+                    tokens=8192,
+                    rows=rows,
+                    watchers=[clock],
+                    max_steps=10,
+                    pairs_per_step=8,
+                    liger_kernel=on,
+                    learning_rate=1e-4,
+                )
                 trainer.train()
             seconds.append(clock.seconds)
             losses.append(torch.tensor([row["loss"] for row in rows]))

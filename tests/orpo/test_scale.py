@@ -29,8 +29,8 @@ from torch.multiprocessing import start_processes
 from lazyorpo_lib.__main__ import main
 
 if __name__ == "__main__":
-    ranks, address = dict(nproc=2, node_rank=0, world_size=2), dict(master_addr="127.0.0.1", master_port=sys.argv[1])
-    with patch_environment(**ranks, **address):
+    address = dict(master_addr="127.0.0.1", master_port=sys.argv[1])
+    with patch_environment(nproc=2, node_rank=0, world_size=2, **address):
         prepared = PrepareForLaunch(main, distributed_type="MULTI_CPU")
         start_processes(prepared, args=(sys.argv[2:],), nprocs=2, start_method="fork")
 """
