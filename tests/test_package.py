@@ -26,19 +26,8 @@ def wheel(tmp_path_factory):
         shutil.copytree(HOME / name, home / name, ignore=leave)
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(HOME / name, home)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(home),
-        str(home),
-    ]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*command, "-w", home, home], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(home.glob("*.whl"))) as archive:
         yield archive
