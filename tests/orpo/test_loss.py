@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lazyorpo_lib.orpo.loss import dpo_loss, log_odds, odds_ratio_loss, orpo_loss
+from lazyorpo_lib.orpo.loss import by_name, dpo_loss, log_odds, metrics, objective, odds_ratio_loss, pair_table
 
 EDGES = [
     0.0,
@@ -34,9 +34,9 @@ def test_or_loss_matches_a_pair_worked_by_hand():
     assert out.log_odds_chosen.item() == pytest.approx(math.log(4), rel=1e-5)
     assert out.log_odds_rejected.item() == pytest.approx(0, abs=1e-6)
     assert out.or_loss.item() == pytest.approx(math.log(1.25), rel=1e-5)
-    assert orpo_loss(torch.tensor(0.3), out.or_loss, 0.5).item() == pytest.approx(
-        0.3 + 0.5 * math.log(1.25), rel=1e-5
-    )
+    sums = {"nll": torch.tensor(0.3), "or_loss": out.or_loss.sum()}
+    loss = objective(sums, nll_tokens=1, pairs=1, or_weight=0.5)
+    assert loss.item() == pytest.approx(0.3 + 0.5 * math.log(1.25), rel=1e-5)
 
 
 def test_or_loss_is_ln_2_and_its_gradient_cancels_for_equal_answers():
@@ -82,8 +82,23 @@ def test_sixteen_bit_inputs_are_computed_in_float32():
     assert out.or_loss.dtype == torch.float32 and torch.isfinite(out.or_loss).all()
 
 
-def test_zero_or_weight_is_plain_nll():
-    assert orpo_loss(torch.tensor(1.5), torch.tensor([9.0]), 0.0).item() == 1.5
+def test_zero_or_weight_and_sft_are_plain_nll():
+    sums = {"nll": 3.0, "or_loss": 9.0, "dpo": 7.0}
+    assert objective(sums, nll_tokens=2, pairs=1, or_weight=0.0) == 1.5
+    assert objective(sums, nll_tokens=2, pairs=1, or_weight=0.5, name="sft") == 1.5
+    assert objective(sums, nll_tokens=2, pairs=2, or_weight=0.5, name="dpo") == 3.5
+
+
+@pytest.mark.parametrize("name", ["orpo", "sft", "dpo"])
+def test_the_shares_of_micro_batches_add_up_to_the_loss_of_the_step_and_to_the_logged_one(name):
+    logps, lengths = -torch.rand(9), torch.tensor([2.0, 1.0, 3.0, 1.0, 2.0, 0.0])
+    segment = torch.repeat_interleave(torch.arange(6), lengths.long())
+    table = pair_table(logps, segment, lengths, torch.tensor([[-1.0, -2.0], [-0.5, -0.7]]))
+    step = dict(nll_tokens=table[:, 1].sum(), pairs=2, or_weight=0.3, name=name)
+    whole = objective(by_name(table), **step)
+    shares = [objective(by_name(table[i : i + 1]), **step) for i in range(2)]
+    torch.testing.assert_close(sum(shares), whole)
+    assert metrics(table.sum(0).tolist(), 0.3, name)["loss"] == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_shapes_that_differ_are_refused():

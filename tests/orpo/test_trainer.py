@@ -242,6 +242,22 @@ def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
         assert row["pairs_per_second"] > 0 and row["memory_gib"] > 0 and row["grad_norm"] > 0
 
 
+def test_another_objective_changes_what_is_trained_evaluated_and_logged(tmp_path, monkeypatch):
+    pairs, found = random_pairs(16), []
+    for changed in (False, True):
+        if changed:  # the rejected answers alone
+            monkeypatch.setattr(
+                formulas, "objective", lambda sums, *, nll_tokens, pairs, **_: sums["logp_rejected"] / pairs
+            )
+        trainer = make(tmp_path / str(changed), pairs[:8], rows=(rows := []), eval_pairs=pairs[8:])
+        trained(trainer)
+        found.append((weights(trainer), rows[0]["loss"], trainer.evaluate()["eval_loss"], rows))
+    before, after = found
+    assert relative(before[0], after[0]) > 0.1, "other weights are learned"
+    assert after[1] == pytest.approx(after[3][0]["logp_rejected"]) != pytest.approx(before[1])
+    assert after[2] == pytest.approx(after[3][-1]["eval_logp_rejected"]) != pytest.approx(before[2])
+
+
 def test_training_on_few_pairs_parts_their_log_odds(tmp_path):
     rows = []
     trained(make(tmp_path, random_pairs(8), rows=rows, max_steps=30, or_weight=1.0, lr_schedule="constant"))
