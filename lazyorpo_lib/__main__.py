@@ -33,21 +33,20 @@ def train(arguments: list[str]) -> int:
     if given["probe"] and not (Path(__file__).parent / "trials").is_dir():
         raise UserError("--probe is not in the standalone notebook: use a clone, or what pip installed.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from . import run
     from .machine import this_machine
     from .plan import planner
 
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
     settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
     if given["device"] == "all":
-        plans = run.estimates(settings)
+        plans = planner.estimates(settings)
         print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
     elif given["plan"] or given["device"] or given["json"]:
-        plan = run.estimate(settings, given["device"])
+        plan = planner.estimate(settings, given["device"])
         lines = [plan.line(), plan.table(), *plan.method.arithmetic]
         print(json.dumps(plan.as_dict()) if given["json"] else "\n".join(lines))
     elif given["probe"]:
-        from .trials.trials import probe
+        from .trials.probe import probe
 
         home = probe(settings)
         print((home / "probe.md").read_text(encoding="utf-8"))
@@ -55,7 +54,9 @@ def train(arguments: list[str]) -> int:
     else:
         if int(os.environ.get("RANK", 0)) == 0:
             print(why[0].upper() + why[1:] + ".")
-        done = run.execute(settings, sources)
+        from .run import execute
+
+        done = execute(settings, sources)
         done.show(f"Everything is in {done.folder}")
         return 130 if done.interrupted else 0
     return 0

@@ -15,7 +15,7 @@ from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.machine import this_machine
 from tests.conftest import bitsandbytes_on_the_cpu, random_pairs
-from tests.orpo.test_trainer import make
+from tests.orpo.test_trainer import make, trained
 
 GIB = 2**30
 
@@ -220,7 +220,7 @@ def test_nothing_of_an_earlier_run_is_alive_when_the_next_one_begins(
 
     def cell():
         trainer = make(tmp_path, random_pairs(8), max_steps=2, method="full", optimizer=optimizer)
-        trainer.train()
+        trained(trainer)
         kept.extend(weakref.ref(p) for p in trainer.model.parameters())
         kept.append(weakref.ref(trainer))
         if failed:
