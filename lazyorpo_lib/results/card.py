@@ -84,9 +84,8 @@ def fenced(text: str, language: str = "text", longest: int = 2000) -> Markup:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Write a Markdown table; every cell is taken as plain text."""
-    lines = [[inline(cell) for cell in cells] for cells in (head, *rows)]
-    lines.insert(1, ["---"] * len(head))
+    """Write a Markdown table; every cell of the rows is taken as plain text, the head as it is."""
+    lines = [head, ["---"] * len(head), *([inline(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

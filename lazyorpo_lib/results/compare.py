@@ -41,7 +41,7 @@ def compare(folders, picture=None) -> dict:
     heads = list(dict.fromkeys(name for row in results for name in row))
     markdown = "\n\n".join([
         "Settings that differ",
-        card.table(["setting", *names], [[name, *of_runs] for name, of_runs in differ.items()]),
+        card.table(["setting", *map(card.inline, names)], [[name, *each] for name, each in differ.items()]),
         "Results on held-out pairs after training, with 95 % intervals",
         card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
     ])  # fmt: skip

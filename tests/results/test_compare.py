@@ -38,6 +38,12 @@ def test_runs_on_the_same_held_out_pairs_are_compared_pair_by_pair(copy):
     rows = compare([a, b, c])["results"]
     name = "accuracy minus the first run's"
     assert rows[1][name].startswith("0.500 (0.") and rows[2][name] == "other held-out pairs"
+    assert f"| {name} |" in compare([a, b])["markdown"]
+
+
+def test_names_of_runs_and_values_are_plain_text_in_the_tables(copy):
+    text = compare([copy("a|*b*"), copy("c", settings={"columns": "<b>|x"})])["markdown"]
+    assert "| a&#124;&#42;b&#42; |" in text and "&#60;b&#62;&#124;x" in text and "<b>" not in text
 
 
 def test_an_unfinished_run_can_be_compared(copy):
