@@ -770,11 +770,12 @@ def _failed_cell(run) -> None:
 
 PROBE = """
 import sys
-from lazyorpo_lib import trials
+from lazyorpo_lib.trials.probe import probe
+from lazyorpo_lib.trials.recipes import compare_recipes
 from lazyorpo_lib.settings import resolve
 if __name__ == "__main__":
     settings = resolve([("flag", dict(preset="tiny", output_dir=sys.argv[1], max_steps=2, eval_pairs=8))])[0]
-    trials.probe(settings, steps=2) if sys.argv[2] == "probe" else trials.compare_recipes(settings, seeds=1)
+    probe(settings, steps=2) if sys.argv[2] == "probe" else compare_recipes(settings, seeds=1)
 """
 
 
