@@ -54,7 +54,8 @@ class Batch:
     segment: Tensor  # (M,) int64: i chosen of pair i; B + i rejected; 2 B + i prompt (for the nll alone)
     lengths: Tensor  # (3 B,) float32, scored tokens in each segment
     pairs: list[EncodedPair]
-    # Of a `shared` row alone: its pairs, and what every rejected answer sees: [prompt, rejected] of each pair.
+    # Of a `shared` row alone: its pairs, and what every rejected answer sees: [prompt, rejected] of each
+    # pair.
     spans: list[Span]
     keys: Tensor | None  # (K,) int64, into N
     # (3, B + 1) int32: where each [prompt, chosen] begins, each rejected, its piece of `keys`; and the ends.
@@ -64,12 +65,9 @@ class Batch:
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
         moving = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         flat = torch.cat([t.flatten().long() for t in moving.values()])
-        flat = (flat.pin_memory() if torch.device(device).type == "cuda" else flat).to(
-            device, non_blocking=True
-        )
-        for (name, t), moved in zip(
-            moving.items(), flat.split([t.numel() for t in moving.values()]), strict=True
-        ):
+        flat = flat.pin_memory() if torch.device(device).type == "cuda" else flat
+        pieces = flat.to(device, non_blocking=True).split([t.numel() for t in moving.values()])
+        for (name, t), moved in zip(moving.items(), pieces, strict=True):
             setattr(self, name, moved.view(t.shape).to(t.dtype))
         return self
 
@@ -84,16 +82,15 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
 
     Args:
         nll_over: "prompt+answer" also scores the prompt's tokens (all but its first, which nothing predicts).
-        layout: one of LAYOUTS.
+        layout: shared, packed or padded.
     """
     b, shared = len(pairs), layout == "shared"
     p, c, r = np.array([[len(tokens) for tokens in pair[1:]] for pair in pairs]).T
     first, rejected, rows, width = _places(p, c, r, layout)
     before = first if shared else rejected - p  # the prompt that a rejected answer follows
     # Pieces of text: where they lie, how long they are, their first position.
-    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)] + [(1, before, p, 0 * p)] * (
-        not shared
-    )
+    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)]
+    pieces += [] if shared else [(1, before, p, 0 * p)]
     kinds, at, lengths, position = zip(*pieces, strict=True)
     place = _ranges(np.stack(at), np.stack(lengths))
     input_ids, position_ids = np.zeros((2, rows * width), dtype=np.int64)
@@ -103,11 +100,14 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     counts = np.stack([(p - 1) * (nll_over == "prompt+answer"), c, r], axis=1)
     scored = _ranges(np.stack([first + 1, first + p, rejected], axis=1), counts)
     hidden_index = scored - 1
-    hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = (
-        before + p - 1
-    )  # what predicts the first token of rejected
+    hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = before + p - 1  # predicts rejected's first token
     segment = np.stack([np.arange(b) + k * b for k in (2, 0, 1)], axis=1)
     mask = np.arange(width) < np.stack([p + c, p + r], axis=1).reshape(-1, 1)
+    spans, keys, starts = [], None, None
+    if shared:
+        spans = [Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()]
+        keys = torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1)))
+        starts = torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int()
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
         position_ids=torch.from_numpy(position_ids.reshape(rows, width)),
@@ -117,13 +117,9 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
         segment=torch.from_numpy(segment.ravel().repeat(counts.ravel())),
         lengths=torch.from_numpy(counts[:, [1, 2, 0]].T.flatten()).float(),
         pairs=pairs,
-        spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()]
-        if shared
-        else [],
-        keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1)))
-        if shared
-        else None,
-        starts=torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int() if shared else None,
+        spans=spans,
+        keys=keys,
+        starts=starts,
     )
 
 
@@ -207,9 +203,8 @@ class StepOrder:
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         for step in range(first, len(self)):
             last = step == len(self) - 1
-            yield self._share(
-                order[step * self.pairs_per_step : None if last else (step + 1) * self.pairs_per_step]
-            )
+            begin, end = step * self.pairs_per_step, (step + 1) * self.pairs_per_step
+            yield self._share(order[begin : None if last else end])
 
     def _share(self, chunk: list[int]) -> list[int]:
         shares, loads = [[] for _ in range(self.world)], [0] * self.world

@@ -72,3 +72,10 @@ def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
         own = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.mixed_precision_policy = own
     return True
+
+
+def over_ranks(accelerator: Accelerator, count: int, how=sum) -> int:
+    """Give the sum, or `how=max`, of a number over all processes."""
+    if accelerator.num_processes == 1:
+        return count
+    return how(accelerator.gather(torch.tensor([count], device=accelerator.device)).tolist())

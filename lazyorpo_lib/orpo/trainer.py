@@ -28,7 +28,7 @@ from ..settings import Settings
 from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
 from .optimizers import make_optimizer
-from .processes import check_sharding
+from .processes import check_sharding, over_ranks
 from .reference import Reference
 from .scoring import LESS, PlainScorer, score
 
@@ -177,8 +177,10 @@ class OrpoTrainer:
         s, micro_batches = self.settings, self._micro_batches(pairs)
         of_prompt = s.nll_over != "answer"
         step = dict(
-            nll_tokens=self._over_ranks(sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)),
-            pairs=self._over_ranks(len(pairs)),
+            nll_tokens=over_ranks(
+                self.accelerator, sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)
+            ),
+            pairs=over_ranks(self.accelerator, len(pairs)),
         )
         sums, work = torch.zeros(len(loss.TERMS) + 2, device=self.device), Counter()
         for k, (micro, weight) in enumerate(micro_batches):
@@ -197,7 +199,9 @@ class OrpoTrainer:
                     share = share + router_loss * len(micro) / step["pairs"]
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(share * weight * self.world)
-            sums += torch.cat([table.detach().sum(0), self._term_norms(table.detach(), batch, step)]) * weight
+            table = table.detach()
+            norms = loss.gradient_norms(table, batch.lengths, **step, or_weight=s.or_weight)
+            sums += torch.cat([table.sum(0), norms]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._window.work.update(work)  # only here: a step that ran out of memory does not count
         return sums
@@ -206,25 +210,13 @@ class OrpoTrainer:
         reference = self.reference(batch.pairs) if self.reference else None
         return loss.pair_table(logps, batch.segment, batch.lengths, reference, self.settings.dpo_beta)
 
-    def _term_norms(self, table: Tensor, batch: Batch, step: dict) -> Tensor:
-        if self.settings.objective != "orpo":
-            return torch.zeros(2, device=table.device)
-        return loss.gradient_norms(table, batch.lengths, **step, or_weight=self.settings.or_weight)
-
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]
         if self.world > 1:
-            # FSDP gathers weights in every forward, so every rank must run as many; the extra ones weigh
-            # nothing.
-            most = self._over_ranks(len(batches), "max")
+            # FSDP gathers weights in every forward, so every rank runs as many; the extra ones weigh nothing.
+            most = over_ranks(self.accelerator, len(batches), max)
             batches = [([min(pairs, key=lambda p: p.tokens())], 0.0)] * (most - len(batches)) + batches
         return batches
-
-    def _over_ranks(self, count: int, how: str = "sum") -> int:
-        if self.world == 1:
-            return count
-        counts = self.accelerator.gather(torch.tensor([count], device=self.device)).tolist()
-        return max(counts) if how == "max" else sum(counts)
 
     def _clip(self, pairs: list[EncodedPair], sums: Tensor) -> float:
         """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before
@@ -258,8 +250,7 @@ class OrpoTrainer:
             )
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
-        """Halve the tokens computed at once, of which `micro` were too many; of a single pair checkpoint more
-        layers."""
+        """Halve the tokens computed at once, of which `micro` were too many; else checkpoint more layers."""
         layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
         if len(micro) > 1:
             tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
@@ -306,7 +297,7 @@ class OrpoTrainer:
         if not s.save_every_minutes or self.step >= self.steps:  # at the end the model itself is saved
             return False
         due = time.monotonic() - self._saved_at >= 60 * s.save_every_minutes
-        return bool(self._over_ranks(int(due and self.accelerator.is_main_process)))
+        return bool(over_ranks(self.accelerator, int(due and self.accelerator.is_main_process)))
 
     # Evaluation.
 
@@ -336,7 +327,8 @@ class OrpoTrainer:
         return torch.stack([rows[p.index] for p in pairs])
 
     def evaluate(self, table: Tensor | None = None) -> dict[str, float]:
-        """Log the figures of the held-out pairs, their names after `eval_`; `table` has them where it is known."""
+        """Log the figures of the held-out pairs, their names after `eval_`; `table` has them where it is
+        known."""
         if table is None:
             table = self.pair_tables([self.eval_pairs[i] for i in range(len(self.eval_pairs))])
         row = {f"eval_{name}": value for name, value in self.metrics(table.sum(0).tolist()).items()}
@@ -351,7 +343,7 @@ class OrpoTrainer:
 
     def _log_step(self, learning_rate: float, norm: float) -> None:
         sums, work, seconds = self._window.take()
-        work = {name: self._over_ranks(count) for name, count in work.items()}
+        work = {name: over_ranks(self.accelerator, count) for name, count in work.items()}
         *sums, nll_norm, odds_norm = sums
         row = self.metrics(sums)
         if self.settings.objective == "orpo" and nll_norm > 0:
