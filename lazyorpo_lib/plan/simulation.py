@@ -7,6 +7,7 @@ it launches; weights and optimizer state are planner.py's.
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import sys
@@ -19,10 +20,10 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -217,25 +218,10 @@ def _no_mask(n, total, window, like):
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(n, total)
 
 
-class _OfTheDevice(TorchFunctionMode):
-    """What the planned device computes in another way than fakes on the CPU would.
-
-    Args:
-        wide_norms: layer_norm in float32, as autocast runs it on CUDA; on the CPU it leaves it alone.
-    """
-
-    def __init__(self, wide_norms: bool):
-        super().__init__()
-        self.wide_norms = wide_norms
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in ("grouped_mm", "_grouped_mm"):  # whose fake takes bfloat16 alone
-            return torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
-        if name == "layer_norm" and func is nn.functional.layer_norm and self.wide_norms:
-            args = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
-            kwargs = {k: x.float() if isinstance(x, torch.Tensor) else x for k, x in kwargs.items()}
-        return func(*args, **kwargs)
+def _in_float32(norm: nn.LayerNorm, x):
+    """Normalise as autocast does on CUDA; on the CPU it leaves layer_norm alone."""
+    weight, bias = (None if t is None else t.float() for t in (norm.weight, norm.bias))
+    return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def simulate(
@@ -271,15 +257,25 @@ def _written_by_transformers(config):
     """Take back what Liger put into the model's module for the process: its kernels compute no fakes."""
     module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
     names = vars(module).items()
-    liger = {k: x for k, x in names if str(getattr(x, "__module__", "")).startswith("liger_kernel")}
+    liger = [k for k, x in names if str(getattr(x, "__module__", "")).startswith("liger_kernel")]
+    fresh = importlib.util.module_from_spec(module.__spec__)
     if liger:
-        fresh = importlib.util.module_from_spec(module.__spec__)
         module.__spec__.loader.exec_module(fresh)
-        vars(module).update({name: getattr(fresh, name) for name in liger})
+    # The fake of a grouped product takes bfloat16 alone.
+    with _replaced(module, {name: getattr(fresh, name) for name in liger}):
+        with _replaced(moe, {"_can_use_grouped_mm": lambda *args: False}):
+            yield
+
+
+@contextlib.contextmanager
+def _replaced(module, names: dict):
+    """Have a module's names mean something else, those that it has, until the block ends."""
+    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    vars(module).update({name: names[name] for name in before})
     try:
         yield
     finally:
-        vars(module).update(liger)
+        vars(module).update(before)
 
 
 @contextlib.contextmanager
@@ -323,8 +319,11 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     lm, attention = causal_lm(model), _attention_of(machine, autocast)
     dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
     kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
-    with mode, _OfTheDevice(autocast and machine.device == "cuda"), kernel:
+    with mode, kernel:
         _fake(model)
+        for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):
+            if autocast and machine.device == "cuda":
+                norm.forward = functools.partial(_in_float32, norm)
         lm.set_attn_implementation("eager" if dense else attention.name)
         ScoringForward(lm)
         model.train()
