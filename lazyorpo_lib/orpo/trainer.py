@@ -115,7 +115,7 @@ class OrpoTrainer:
 
     def train(self) -> None:
         """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
-        self._window, self._saved_at = _Window(), time.monotonic()
+        self._window, self._saved_at, every = _Window(), time.monotonic(), self.settings.eval_every_steps
         for pairs in self._steps_left():
             norm = self._clip(pairs, self._gradient(pairs))
             rate = self.schedule.get_last_lr()[0]
@@ -126,7 +126,7 @@ class OrpoTrainer:
             self.step += 1
             if self.step % self.settings.log_every_steps == 0:
                 self._log_step(rate, norm)
-            if self._evaluation_is_due():
+            if every and len(self.eval_pairs) and self.step % every == 0:
                 self.evaluate()
             self.on_step(self.step)
             stopping = self._asked_to_stop()
@@ -284,10 +284,6 @@ class OrpoTrainer:
             stop.agree(*asked)
         return bool(self.stop_reason) or (asked[0] and self.step < self.steps)
 
-    def _evaluation_is_due(self) -> bool:
-        every = self.settings.eval_every_steps
-        return bool(every and len(self.eval_pairs)) and self.step % every == 0
-
     def _checkpoint_is_due(self) -> bool:
         """By steps; and by the first process's clock since the last one, or the beginning: a shorter run
         writes none."""
@@ -327,8 +323,7 @@ class OrpoTrainer:
         return torch.stack([rows[p.index] for p in pairs])
 
     def evaluate(self, table: Tensor | None = None) -> dict[str, float]:
-        """Log the figures of the held-out pairs, their names after `eval_`; `table` has them where it is
-        known."""
+        """Log the figures of the held-out pairs, or of their `table`, each name after `eval_`."""
         if table is None:
             table = self.pair_tables([self.eval_pairs[i] for i in range(len(self.eval_pairs))])
         row = {f"eval_{name}": value for name, value in self.metrics(table.sum(0).tolist()).items()}

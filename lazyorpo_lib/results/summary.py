@@ -16,7 +16,7 @@ from .reading import values
 
 
 def data_report(run, pairs, digest: str) -> dict:
-    """Give the content of data_report.json: rows by fate, and how long each side of the pairs is, in tokens."""
+    """Give the content of data_report.json: rows by fate, and the lengths of the pairs' sides, in tokens."""
     figures = {"mean": np.mean, "p50": np.median, "p95": partial(np.quantile, q=0.95), "max": np.max}
     sides = pairs.lengths_of_sides().items()
     tokens = {side: {name: f(lengths).item() for name, f in figures.items()} for side, lengths in sides}
