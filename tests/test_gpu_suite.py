@@ -1,6 +1,6 @@
-"""The acceptance suite for a card, on a machine without one: its small forms pass, and what is wrong or does not fit is told.
+"""The acceptance suite for a card, where there is none: its small forms pass, what is wrong is told.
 
-Also that README names no figure of a card which no committed result holds.
+So is what does not fit. And README names no figure of a card which no committed result holds.
 """
 
 import importlib
@@ -111,11 +111,8 @@ def test_what_does_not_fit_into_the_minutes_or_needs_a_card_is_skipped_by_name(
     told = {row["part"]: row["verdict"] for row in record["parts"]}
     assert told == {"env": "PASS", "equal": "SKIP", "oom": "SKIP"}
     out = capsys.readouterr().out
-    assert re.search(
-        rf"^SKIP equal: some {part('equal').small} s do not fit into the ({seconds}|{seconds + 1}) s that are left",
-        out,
-        re.M,
-    )
+    some, left = part("equal").small, f"({seconds}|{seconds + 1})"
+    assert re.search(rf"^SKIP equal: some {some} s do not fit into the {left} s that are left", out, re.M)
     assert re.search(r"^SKIP oom: needs a card in", out, re.M)
 
 
@@ -233,11 +230,13 @@ def test_the_small_form_of_a_part_passes_on_a_cpu(some, monkeypatch):
 
 
 def unknown_figures(text: str, records: list[dict]) -> list[str]:
-    """Figures in the tables below a paragraph that names `tests.gpu`, first column and head apart, that are in no check of a
-    card's record, rounded as they are shown."""
-    known = [number for record in records if record["device"] == "cuda" for row in record["parts"]
-             for check in row["checks"] for number in (check["measured"], check.get("low"), check.get("high"))
-             if isinstance(number, int | float)]  # fmt: skip
+    """Figures in the tables below a paragraph that names `tests.gpu`, first column and head apart, that are in
+    no check of a card's record, rounded as they are shown."""
+    rows = [row for record in records if record["device"] == "cuda" for row in record["parts"]]
+    checks = [
+        check.get(name) for row in rows for check in row["checks"] for name in ("measured", "low", "high")
+    ]
+    known = [number for number in checks if isinstance(number, int | float)]
     unknown, follows = [], False
     for block in re.split(r"\n\s*\n", text):
         if not block.lstrip().startswith("|"):
@@ -269,7 +268,8 @@ def test_an_invented_figure_is_found():
         {"measured": "phi 77"},
     ]
     card = {"device": "cuda", "card": "NVIDIA H100", "parts": [{"checks": checks}]}
-    table = "\n\n| model | a run, min | busy | steps |\n|---|---|---|---|\n| phi-2, 99 | {} | {} | {} |\n\nMore 55 text."
+    table = "\n\n| model | a run, min | busy | steps |\n|---|---|---|---|\n| phi-2, 99 | {} | {} | {} |\n\n"
+    table += "More 55 text."
     text = "Measured by `python -m tests.gpu`:" + table
     assert unknown_figures(text.format("3.48 (<= 6)", "87 %", "1,688 on an A100-80"), [card]) == []
     assert unknown_figures(text.format("3.49", "88 %", "77"), [card]) == ["3.49", "88", "77"]

@@ -298,15 +298,8 @@ class OrpoTrainer:
     # Evaluation.
 
     def _score(self, pairs: Sequence[EncodedPair]):
-        return score(
-            self.wrapped,
-            pairs,
-            scorer=self.scorer,
-            accelerator=self.accelerator,
-            nll_over=self.settings.nll_over,
-            tokens_per_batch=self.tokens_per_batch,
-            note=self._note,
-        )
+        how = dict(nll_over=self.settings.nll_over, tokens_per_batch=self.tokens_per_batch, note=self._note)
+        return score(self.wrapped, pairs, scorer=self.scorer, accelerator=self.accelerator, **how)
 
     def pair_tables(
         self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None

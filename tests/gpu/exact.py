@@ -27,7 +27,7 @@ from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.lora import fuse
 from lazyorpo_lib.machine import checkpoint_layers, this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
-from lazyorpo_lib.orpo.loss import TERMS, objective
+from lazyorpo_lib.orpo.loss import metrics
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.plan import planner
@@ -266,9 +266,8 @@ def _step(trainer, pairs) -> tuple[torch.Tensor, dict]:
     """Loss and gradients of one step, on the host; float16's scale taken off again."""
     trainer.model.zero_grad()
     scale, settings = _scale(trainer), trainer.settings
-    sums, nll_tokens, count = trainer._gradient(pairs)
-    terms, figures = dict(zip(TERMS, sums.cpu(), strict=False)), dict(nll_tokens=nll_tokens, pairs=count)
-    loss = objective(terms, **figures, or_weight=settings.or_weight, name=settings.objective)
+    sums = trainer._gradient(pairs).tolist()
+    loss = torch.tensor(metrics(sums[:-2], settings.or_weight, settings.objective)["loss"])
     gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     return loss, {name: gradient.float().cpu() / scale for name, gradient in gradients.items()}
 
@@ -770,9 +769,9 @@ def _failed_cell(run) -> None:
 
 PROBE = """
 import sys
+from lazyorpo_lib.settings import resolve
 from lazyorpo_lib.trials.probe import probe
 from lazyorpo_lib.trials.recipes import compare_recipes
-from lazyorpo_lib.settings import resolve
 if __name__ == "__main__":
     settings = resolve([("flag", dict(preset="tiny", output_dir=sys.argv[1], max_steps=2, eval_pairs=8))])[0]
     probe(settings, steps=2) if sys.argv[2] == "probe" else compare_recipes(settings, seeds=1)

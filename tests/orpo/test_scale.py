@@ -133,6 +133,12 @@ def test_a_config_for_deepspeed_is_one_sentence_that_names_the_one_to_take(monke
     assert str(said.value).endswith(".") and "\n" not in str(said.value)
 
 
+def under_fsdp(**changes):
+    """An Accelerator, as far as it is asked."""
+    given = dict(fsdp_version=2, cpu_ram_efficient_loading=False) | changes
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**given)))
+
+
 FOUR_BIT = SimpleNamespace(is_loaded_in_4bit=True)
 
 
@@ -147,20 +153,17 @@ FOUR_BIT = SimpleNamespace(is_loaded_in_4bit=True)
     ids=["first version", "weights on one process", "four bit", "dpo"],
 )
 def test_what_fsdp_would_train_wrongly_is_refused(plugin, model, settings, said):
-    plugin = FullyShardedDataParallelPlugin(**dict(fsdp_version=2, cpu_ram_efficient_loading=False) | plugin)
     with pytest.raises(UserError, match=said):
-        check_sharding(plugin, model, Settings(**settings))
+        check_sharding(under_fsdp(**plugin), model, Settings(**settings))
 
 
 def test_fsdp_sums_gradients_and_gives_log_probabilities_in_32_bit():
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
-    check_sharding(plugin, None, Settings())
+    accelerator = under_fsdp()
+    assert check_sharding(accelerator, None, Settings())
+    plugin = accelerator.state.fsdp_plugin
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16
-    check_sharding(plugin, None, Settings())
+    check_sharding(accelerator, None, Settings())
     policy = plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (
-        torch.bfloat16,
-        torch.float32,
-        None,
-    )
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.reduce_dtype == torch.float32 and policy.output_dtype is None
