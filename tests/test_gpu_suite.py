@@ -230,8 +230,8 @@ def test_the_small_form_of_a_part_passes_on_a_cpu(some, monkeypatch):
 
 
 def unknown_figures(text: str, records: list[dict]) -> list[str]:
-    """Figures in the tables below a paragraph that names `tests.gpu`, first column and head apart, that are in
-    no check of a card's record, rounded as they are shown."""
+    """Figures in the tables below a paragraph that names `tests.gpu`, first column and head apart, that are
+    in no check of a card's record, rounded as they are shown."""
     rows = [row for record in records if record["device"] == "cuda" for row in record["parts"]]
     checks = [
         check.get(name) for row in rows for check in row["checks"] for name in ("measured", "low", "high")
