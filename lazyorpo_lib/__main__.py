@@ -1,4 +1,4 @@
-"""The command line: one table, name -> function; every setting is a flag of `run`, the default.
+"""The command line: every setting is a flag of `run`, the default; a table of the other commands.
 
 Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or
 stopped by gradients that were not finite: with a checkpoint, once a step is done.

@@ -1,4 +1,4 @@
-"""UserError; what the hub, a model or the disk says, in one sentence with the way out.
+"""UserError; what the hub, a model or the disk says, in one sentence.
 
 Nothing is fetched here, nothing heavy imported, and no token told: errors of datasets, transformers,
 huggingface_hub and whichever HTTP library it is built on are known by the names of their kinds and by their

@@ -1,4 +1,4 @@
-"""Device, number format and why, one timing of products, memory.
+"""Device, number format and why, memory.
 
 It trains nothing and knows no model.
 """

@@ -1,5 +1,4 @@
-"""The stages of one run, from settings to a finished folder; the notebook and the command line both call
-this.
+"""The stages of one run, from settings to a finished folder.
 
 `Run` holds them in the order in which the notebook shows them; `execute` goes through all. It decides what is
 computed and where it is written; the parts do the computing.

@@ -1,4 +1,4 @@
-"""A pair of texts -> token ids: what the model reads, what is scored, what is cut.
+"""A pair -> token ids: what the model reads, what is scored, what is cut.
 
 Scored are the tokens of each answer and the token that ends it, nothing else. The chat template is the
 tokenizer's own; a base model without one gets `DEFAULT_TEMPLATE`. It drops no pair itself (it says why one

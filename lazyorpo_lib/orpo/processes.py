@@ -1,4 +1,4 @@
-"""Devices, precision and processes of a run, as accelerate has them; what is refused of its config.
+"""Devices, precision and processes, as accelerate has them; what is refused of its config.
 
 It starts no process: `accelerate launch` does, with one of the files in configs/.
 """

@@ -1,4 +1,4 @@
-"""DPO's frozen reference: what the model gave before training, computed once for each pair.
+"""DPO's frozen reference: what the model gave before training, once for each pair.
 
 ORPO has none. With adapters the untrained model is always at hand; with full tuning it is gone after the
 first step.

@@ -1,4 +1,4 @@
-"""A hub dataset or a local file -> its rows, one at a time; no row is judged here, that is `data.py`.
+"""A file or a hub dataset -> its rows, one at a time; `data.py` judges them.
 
 Files are read with the standard library (parquet with pyarrow), never whole, but for a .json that is one
 list. A hub dataset comes through `datasets`, with its cache; no code of a dataset is ever run.
