@@ -5,6 +5,7 @@ It starts no process: `accelerate launch` does, with one of the files in configs
 
 import dataclasses
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,12 +23,17 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
         dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
 
     Raises:
-        UserError: the accelerate config asks for DeepSpeed.
+        UserError: the accelerate config asks for DeepSpeed; the tracker of `report_to` is not installed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise UserError(
             "The accelerate config asks for DeepSpeed, with which the kit does not train: take "
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
+        )
+    tracker = settings.report_to
+    if tracker != "none" and not find_spec(tracker):  # accelerate would go on without it
+        raise UserError(
+            f"report_to is {tracker}, which is not installed: pip install {tracker}, or set report_to=none."
         )
     AcceleratorState._reset_state(True)
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;
@@ -36,7 +42,7 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
     return Accelerator(
         mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
         cpu=device == "cpu",
-        log_with=None if settings.report_to == "none" else settings.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_dir=str(Path(folder) / "tensorboard"),
         kwargs_handlers=[replicas],
     )

@@ -7,6 +7,7 @@ tokens, the odds term in pairs, over all processes. It draws, prints and downloa
 
 import contextlib
 import math
+import os
 import time
 import warnings
 from collections import Counter
@@ -100,6 +101,8 @@ class OrpoTrainer:
             UserError: the checkpoint is damaged, or was written by an earlier version.
         """
         s = self.settings
+        self.optimizer = self.schedule = None
+        self.accelerator.free_memory()  # of an earlier call, whose optimizer it would hold
         optimizer = make_optimizer(s, self.model, retry=self.world == 1)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.sharded:  # accelerate puts the pieces in the place of the weights
@@ -109,7 +112,7 @@ class OrpoTrainer:
         self.schedule = get_scheduler(
             s.lr_schedule, self.optimizer, num_warmup_steps=s.warmup_steps, num_training_steps=self.steps
         )
-        self.accelerator.init_trackers("lazyorpo", config=vars(s))
+        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "lazyorpo"), config=vars(s))
         if resume_from:
             self.load(Path(resume_from))
 

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from lazyorpo_lib.orpo.loss import by_name, dpo_loss, log_odds, metrics, objective, odds_ratio_loss, pair_table
+from lazyorpo_lib.orpo.loss import (
+    by_name,
+    dpo_loss,
+    log_odds,
+    metrics,
+    objective,
+    odds_ratio_loss,
+    pair_table,
+)
 
 EDGES = [
     0.0,

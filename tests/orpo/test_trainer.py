@@ -1,11 +1,13 @@
 """The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as TRL's."""
 
+import gc
 import math
 import os
 import shutil
 import sys
 import types
 import warnings
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +26,7 @@ from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.machine import Machine, checkpoint_layers
 from lazyorpo_lib.model import adapters_off, add_adapters, apply_liger, causal_lm, check_liger, load_base
-from lazyorpo_lib.orpo import checkpoints, optimizers
+from lazyorpo_lib.orpo import checkpoints, optimizers, processes
 from lazyorpo_lib.orpo import loss as formulas
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.loss import TERMS, metrics
@@ -240,6 +242,21 @@ def test_the_logged_loss_is_made_of_the_logged_terms(tmp_path, objective):
             row["log_odds_chosen"] - row["log_odds_rejected"], rel=1e-5
         )
         assert row["pairs_per_second"] > 0 and row["memory_gib"] > 0 and row["grad_norm"] > 0
+
+
+def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="report_to is wandb, .* pip install wandb, or set report_to=none"):
+        make(tmp_path, random_pairs(8), report_to="wandb")
+
+
+def test_preparing_again_keeps_nothing_of_the_optimizer_before(tmp_path):
+    trainer = make(tmp_path, random_pairs(16), max_steps=2, save_every_steps=1)
+    trained(trainer)
+    older = weakref.ref(trainer.optimizer.optimizer)
+    trained(trainer, tmp_path / "checkpoint-1")
+    gc.collect()
+    assert trainer.step == 2 and older() is None
 
 
 def test_another_objective_changes_what_is_trained_evaluated_and_logged(tmp_path, monkeypatch):
