@@ -1,4 +1,4 @@
-"""docs/versions.md: it has every private name of other packages that the library touches, and what it says of them is so."""
+"""docs/versions.md: it has every private name of others that the library touches, and what it says is so."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ ROWS = re.findall(
     r"^\| `([\w.]+)` \| (.+) \| (.+) \| .+ \|$", (HOME / "docs/versions.md").read_text(encoding="utf-8"), re.M
 )
 FILES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in HOME.glob("lazyorpo_lib/**/*.py")}
-PUBLIC = {"_replace"}  # of a named tuple
+PUBLIC = {"_replace", "_asdict"}  # of a named tuple
 
 
 def private(name: str) -> bool:
@@ -38,7 +38,7 @@ def own_names() -> set[str]:
 
 
 def touched(node, own: set[str]) -> list[str]:
-    """The names of other packages in one place of the code: imported, an attribute, or as a string for patch and getattr."""
+    """The names of other packages in one place of the code: imported, an attribute, a string for getattr."""
     if isinstance(node, ast.ImportFrom) and not node.level:
         return [part for alias in node.names for part in f"{node.module}.{alias.name}".split(".")]
     if isinstance(node, ast.Import):
