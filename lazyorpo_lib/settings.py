@@ -34,8 +34,7 @@ class Settings:
     )
     dataset: str = _setting(
         "demo",
-        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/"
-        ".parquet file",
+        "preference pairs: demo, a hub id (id:split, id:config:split) or a .jsonl/.json/.csv/.parquet file",
     )
     epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
     learning_rate: float = _setting(
@@ -49,16 +48,11 @@ class Settings:
         "orpo sft dpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)"
     )
     or_weight: float = _setting(
-        0.1,
-        "weight of the odds-ratio term: the paper's lambda, TRL's beta; "
-        "0.1 for 7B, 0.25 to 1 for small models",
-        0,
-        100,
+        0.1, "weight of the odds-ratio term (lambda, TRL: beta); 0.1 for 7B, 0.25 to 1 for small ones", 0, 100
     )
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
     nll_over: str = _choice(
-        "answer prompt+answer",
-        "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)",
+        "answer prompt+answer", "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)"
     )
     method: str = _choice(
         "auto full lora qlora",
@@ -74,23 +68,14 @@ class Settings:
         "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
     )
     columns: str = _setting(
-        "",
-        "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; "
-        "empty: recognise the shape",
+        "", "column mapping, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
     )
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", 1, 65536)
     tokens_per_batch: int = _setting(
-        "auto",
-        "tokens computed at once (a step is split into such batches; "
-        "the result does not depend on it), or auto",
-        16,
-        10**8,
+        "auto", "tokens computed at once (a step is split so, with the same result), or auto", 16, 10**8
     )
     checkpointed_layers: int = _setting(
-        "auto",
-        "layers whose activations are recomputed in the backward: less memory, more time; or auto",
-        0,
-        10**5,
+        "auto", "layers whose activations are computed again: less memory, more time; or auto", 0, 10**5
     )
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", 0, 10**6)
     lr_schedule: str = _choice(
@@ -134,9 +119,7 @@ class Settings:
         "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset",
     )
     resume: str = _choice(
-        "auto never",
-        "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an "
-        "empty folder",
+        "auto never", "auto: go on from the newest complete checkpoint; never: start in an empty folder"
     )
     save_to: str = _choice(
         "local drive", "drive: also copy finished checkpoints and the model to Google Drive (Colab)"
@@ -210,15 +193,14 @@ def coerce(name: str, value):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
-    if (
-        kind is str and not str(value).strip() and FIELDS[name].default
-    ):  # a shell's variable that was never set
+    text = str(value).strip()
+    if kind is str and not text and FIELDS[name].default:  # a shell's variable that was never set
         raise UserError(f"{name} is empty, but must be text: {meta['help']}.")
-    if meta["auto"] and str(value).strip().lower() == "auto":
+    if meta["auto"] and text.lower() == "auto":
         return "auto"
     try:
         out = _to_type(kind, value)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, KeyError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         extra = " or 'auto'" if meta["auto"] else ""
         raise UserError(f"{name} is {value!r}, but must be {wanted}{extra}: {meta['help']}.") from None
@@ -230,33 +212,28 @@ def coerce(name: str, value):
     return out
 
 
+_TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
 def _to_type(kind, value):
     if kind is str:
         if not isinstance(value, str | os.PathLike):
             raise TypeError
         return os.fspath(value).strip()
     if kind is bool:
-        text = str(value).strip().lower()
-        if text in ("true", "1", "yes", "on"):
-            return True
-        if text in ("false", "0", "no", "off"):
-            return False
-        raise ValueError
+        return _TRUTH[str(value).strip().lower()]
     if isinstance(value, bool):
         raise TypeError
     number = float(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or kind is int and number != int(number):
         raise ValueError
-    if kind is int:
-        if number != int(number):
-            raise ValueError
-        return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
-    return number
+    if kind is float:
+        return number
+    return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
 
 
-def from_environment(environ=None) -> dict:
+def from_environment(environ=os.environ) -> dict:
     """Read the `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error: a typo."""
-    environ = os.environ if environ is None else environ
     found = {key.removeprefix("LAZYORPO_").lower(): key for key in environ if key.startswith("LAZYORPO_")}
     return {name: coerce(name, environ[key]) for name, key in found.items()}
 

@@ -31,7 +31,8 @@ from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run
 from lazyorpo_lib.settings import coerce, resolve
-from lazyorpo_lib.trials import probe, recipes
+from lazyorpo_lib.trials import recipes
+from lazyorpo_lib.trials.probe import probe
 from tests.results.test_card import write_run
 
 
@@ -93,7 +94,7 @@ DOORS = {
     "run through a link": lambda folder, run: Run(settings(link(folder)), {}, show=str),
     "merge": lambda folder, run: share.merge(run, folder),
     "merge through a link": lambda folder, run: share.merge(run, link(folder)),
-    "probe": lambda folder, run: probe.probe(settings(folder), show=str),
+    "probe": lambda folder, run: probe(settings(folder), show=str),
     "comparison": lambda folder, run: recipes.compare_recipes(settings(folder), seeds=1, show=str),
     "save": lambda folder, run: model.save_model(None, None, folder, base_model="x"),
 }

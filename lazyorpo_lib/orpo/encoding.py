@@ -70,9 +70,8 @@ class Encoder:
 
     def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
         self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
-        self.max_prompt_tokens = min(
-            max_prompt_tokens, max_tokens - 2
-        )  # room for one answer token and its end
+        # Room for one answer token and its end.
+        self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -84,7 +83,7 @@ class Encoder:
             yield from zip(some, self._encode_chunk(some), strict=True)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """The tokens from which the model answers `messages`, cut from the left to the longest prompt."""
+        """Give the tokens from which the model answers `messages`, cut from the left."""
         before, _ = self._around_answer(messages)
         ids = self._join(messages, before) if self._mentions_special(messages) else self._ids([before])[0]
         return self._cut_prompt(ids)
@@ -180,9 +179,8 @@ class Encoder:
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         if len(prompt) <= self.max_prompt_tokens:
             return prompt
-        if prompt[0] == self.tokenizer.bos_token_id:
-            return [prompt[0], *prompt[len(prompt) - self.max_prompt_tokens + 1 :]]
-        return prompt[-self.max_prompt_tokens :]
+        start = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
+        return start + prompt[len(prompt) - self.max_prompt_tokens + len(start) :]
 
     def _finish(self, index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
         if not prompt:
@@ -258,10 +256,10 @@ class Subset:
 
 
 def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
-    """Clean rows and encode them: (Pair, EncodedPair) of what is kept, one at a time, and the report that counts the rest.
+    """Clean rows, as `data.clean` does, and encode them.
 
-    Args:
-        rows, columns, on_drop: as `data.clean` has them.
+    Returns:
+        an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest.
     """
     cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
 
