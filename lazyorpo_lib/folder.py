@@ -62,10 +62,8 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
     """Refuse a base model in the folder that is going to be written over."""
     base = Path(base_model).expanduser()
     if base.exists() and base.resolve().is_relative_to(folder):
-        raise UserError(
-            f"base_model is {base_model!r}, which lies in the run's own folder {folder}: "
-            "choose another output_dir."
-        )
+        where = f"which lies in the run's own folder {folder}"
+        raise UserError(f"base_model is {base_model!r}, {where}: choose another output_dir.")
 
 
 def claim(folder: Path) -> None:
@@ -172,10 +170,7 @@ def write_atomically(path, data: bytes) -> None:
 
 # ---- whose a file is
 def marked(folder: Path) -> dict | None:
-    """Read a folder's marker, {"what": its kind, "files": {path in it: bytes or null}}; None without one.
-
-    The name of a folder in it ends with a slash.
-    """
+    """Read a folder's marker or None: {"what": kind, "files": {path, a folder's with "/" last: bytes or null}}."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):

@@ -65,7 +65,9 @@ class Panel:
         Raises:
             UserError: a value is not allowed, or a name is unknown.
         """
-        return resolve(self._layers(), gpu_gib=self.gpu_gib)
+        env, cell = from_environment(), self._changed_in_cell()  # which may end edits
+        layers = [("env", env), ("cell", cell), ("panel", self.memory["edits"])]
+        return resolve(layers, gpu_gib=self.gpu_gib)
 
     def show(self) -> None:
         """Display the form, or print the table where there are no widgets."""
@@ -95,13 +97,6 @@ class Panel:
         """Forget every edit made in the panel."""
         self.memory["edits"].clear()
         self._refresh()
-
-    def _layers(self) -> list[tuple[str, dict]]:
-        return [
-            ("env", from_environment()),
-            ("cell", self._changed_in_cell()),
-            ("panel", self.memory["edits"]),
-        ]
 
     def _changed_in_cell(self) -> dict:
         """Give the cell's values that are not defaults. An edit gives way to a later change of the cell."""

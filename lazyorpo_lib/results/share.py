@@ -56,8 +56,8 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     out = Path(out or folder / "merged").expanduser().resolve()
     base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
     if base.is_dir() and base.resolve().is_relative_to(out):
-        problem = f"The merged model would be written over {str(base)!r}, from which it is made"
-        raise UserError(f"{problem}: give another folder.")
+        over = f"over {str(base)!r}, from which it is made"
+        raise UserError(f"The merged model would be written {over}: give another folder.")
     folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
@@ -117,8 +117,9 @@ def reply(
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
-        sentence = f"The model's chat template does not take this ({why}): say it in other words."
-        raise UserError(sentence) from None
+        raise UserError(
+            f"The model's chat template does not take this ({why}): say it in other words."
+        ) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
@@ -132,13 +133,13 @@ _say = partial(print, end="", flush=True)
 def ask(run, question: str) -> None:
     """Print the tuned model's answer as it is written: a notebook's way to talk to its `run.Run`."""
     if not hasattr(run, "model"):  # it was finished before this kernel began
-        loaded = load_finished(run.folder / "model", dtype=run.dtype, device=run.machine.device)
-        run.model, run.tokenizer = loaded
+        kind = dict(dtype=run.dtype, device=run.machine.device)
+        run.model, run.tokenizer = load_finished(run.folder / "model", **kind)
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
     print()
 
 
-def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
+def chat(run_folder) -> list[dict]:
     """Talk to a finished run in a terminal, until /exit or the end of input; returns the talk."""
     folder, machine = folder_of_run(run_folder, "model"), this_machine()
     dtype, _ = pick_precision("auto", machine)
@@ -158,7 +159,7 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
             talk = [*messages, {"role": "user", "content": text}]
             _say("Model: ")
             try:
-                answer = reply(model, tokenizer, talk, _say, max_tokens=max_tokens)
+                answer = reply(model, tokenizer, talk, _say)
                 messages = [*talk, {"role": "assistant", "content": answer}]
             except UserError as error:
                 _say(error)
