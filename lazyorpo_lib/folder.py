@@ -170,7 +170,7 @@ def write_atomically(path, data: bytes) -> None:
 
 # ---- whose a file is
 def marked(folder: Path) -> dict | None:
-    """Read a folder's marker or None: {"what": kind, "files": {path, a folder's with "/" last: bytes or null}}."""
+    """Read a marker, {"what": kind, "files": {path (a folder's ends in /): bytes or null}}; or None."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):

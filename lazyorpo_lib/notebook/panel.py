@@ -44,8 +44,7 @@ class Panel:
     cell that is not the default (form, hand, papermill); the environment; preset and default.
 
     Args:
-        namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps
-            them.
+        namespace: `globals()` of the notebook, in which edits outlive a cell that is run again.
         gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
         estimate: what a run with these settings will take, as text; asked again when a value has changed.
     """

@@ -1,9 +1,8 @@
 """Preference rows of any common shape -> clean pairs; every dropped row counted and kept.
 
 `open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs, `split_held_out` parts them. No
-tokenizer: what is too long in tokens is for the caller to find and to `report.drop`. Nothing is repaired: a
-row is kept as it is, apart from white space around its answers, or dropped with a reason. Text is never
-parsed as JSON.
+tokenizer: what is too long in tokens is for the caller to `report.drop`. Nothing is repaired: a row is kept,
+but for white space around its answers, or dropped with a reason. Text is never parsed as JSON.
 
 Where the prompt may be; none of this has to be said (`Pair.shape` names what was found):
 - messages: inside `chosen` and `rejected`, which are message lists; it wins over any prompt column
@@ -16,8 +15,7 @@ system turn. Answers are text, one message or a list of them, called as in ANSWE
 Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), prompts_differ,
 empty_prompt, no_user_turn (the prompt does not end with the user), no_answer (a side does not end with the
 assistant), empty_answer, identical_answers (white space apart), duplicate (the same pair was kept before),
-contradiction (the same answers are also ranked the other way round: every row of them goes). The caller adds
-its own.
+contradiction (the same answers are also ranked the other way round: all go). The caller adds its own.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -199,14 +199,8 @@ class Encoder:
 
 def _merged(messages) -> list[dict]:
     """Join turns for templates that know no system turn, or no two turns of one role."""
-    merged: list[dict] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    return merged
+    runs = groupby(messages, lambda message: "user" if message["role"] == "system" else message["role"])
+    return [{"role": role, "content": "\n\n".join(m["content"] for m in turns)} for role, turns in runs]
 
 
 class PairFile:

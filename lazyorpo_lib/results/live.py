@@ -103,8 +103,7 @@ class _Curve:
 
 
 class _Picture:
-    """The figure of one run and its artists, made once, which is most of the cost; `png` gives them new
-    data."""
+    """The figure of one run and its artists, made once, which costs most; `png` gives them new data."""
 
     def __init__(self):
         self.figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
@@ -184,8 +183,7 @@ def _place_labels(axes, curves):
 
 
 def _png(figure, path=None) -> bytes:
-    """Draw a figure in 256 colors, a quarter of the bytes of all; returns PNG bytes, also written to
-    `path`."""
+    """Draw a figure in 256 colors, a quarter of the bytes of all; returns a PNG, also written to `path`."""
     buffer = io.BytesIO()
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
@@ -206,8 +204,7 @@ def _last_step(rows) -> int:
 
 
 def show_progress(folder) -> None:
-    """Show how far the run in this folder is, after a lost tab or from a second kernel: from
-    history.jsonl."""
+    """Show from its history how far the run in this folder is, after a lost tab or in a second kernel."""
     path = Path(folder) / "history.jsonl"
     rows = read_rows(path)
     if not rows:
@@ -316,8 +313,7 @@ class LivePlot:
 
 @rc_context(STYLE)
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
-    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes as
-    `draw`."""
+    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns what `draw` does."""
     figure = FigureCanvasAgg(Figure(INCHES)).figure
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):

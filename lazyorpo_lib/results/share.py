@@ -4,7 +4,6 @@ Each function works from the folder of a run alone, also of one from another mac
 and nothing leaves the machine but by `push`.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TextStreamer
 
 from .. import folder as folders
-from ..errors import UserError, dissect
+from ..errors import UserError, around, dissect
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
 from ..model import causal_lm, load_finished, save_model
@@ -46,8 +45,7 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
 
     Args:
         out: where to; None: `merged/` in the run's folder.
-        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also where the base was in 4
-            bit.
+        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also over a base in 4 bit.
 
     Returns:
         the folder: safetensors, tokenizer, chat template, generation settings.
@@ -190,21 +188,15 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     return str(made)
 
 
-@contextlib.contextmanager
-def _explain_push(repo: str):
-    """Turn what the hub's client raises into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        kinds, status, reason = dissect(error)
-        way_out = "check the connection and push again"
-        if "HFValidationError" in kinds:
-            way_out = "give a name that the hub allows, as owner/name"
-        elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
-            way_out = "set HF_TOKEN to a token that may write there"
-        raise UserError(
-            f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}."
-        ) from None  # their texts may hold a token
+@around
+def _explain_push(error: Exception, repo: str) -> str:
+    kinds, status, reason = dissect(error)
+    way_out = "check the connection and push again"
+    if "HFValidationError" in kinds:
+        way_out = "give a name that the hub allows, as owner/name"
+    elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
+        way_out = "set HF_TOKEN to a token that may write there"
+    return f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}."
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
