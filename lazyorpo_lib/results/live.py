@@ -313,7 +313,7 @@ class LivePlot:
 
 @rc_context(STYLE)
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
-    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns what `draw` does."""
+    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes."""
     figure = FigureCanvasAgg(Figure(INCHES)).figure
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
