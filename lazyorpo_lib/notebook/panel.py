@@ -50,7 +50,7 @@ class Panel:
     """
 
     def __init__(
-        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
+        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] = lambda s: ""
     ):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
@@ -110,8 +110,6 @@ class Panel:
         return changed
 
     def _estimate_of(self, settings: Settings) -> str:
-        if self.estimate is None:
-            return ""
         if self._estimated[0] != settings:
             try:
                 text = self.estimate(settings)

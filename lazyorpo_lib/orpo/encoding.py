@@ -10,9 +10,11 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import groupby, islice
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from . import data
@@ -235,18 +237,12 @@ class PairFile:
         return EncodedPair(index, ids[:p], ids[p : p + c], ids[p + c :])
 
 
-class Subset:
+class Subset(torch.utils.data.Subset):
     """Some pairs of a PairFile, by position."""
 
-    def __init__(self, pairs: PairFile, positions: list[int]):
-        self._pairs, self._positions = pairs, positions
-        self.lengths = array("q", (pairs.lengths[i] for i in positions))
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, i: int) -> EncodedPair:
-        return self._pairs[self._positions[i]]
+    @cached_property
+    def lengths(self) -> array:
+        return array("q", (self.dataset.lengths[i] for i in self.indices))
 
 
 def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
