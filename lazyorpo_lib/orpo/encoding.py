@@ -82,7 +82,13 @@ class Encoder:
         """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) where it cannot be used."""
         pairs = iter(pairs)
         while some := list(islice(pairs, chunk)):
-            yield from zip(some, self._encode_chunk(some), strict=True)
+            begun = [_tried(self._texts, pair) for pair in some]
+            texts = [text for found in begun if isinstance(found, list) for text in found]
+            ids = iter(self._ids(texts) if texts else [])  # of all of them in one call
+            for pair, found in zip(some, begun, strict=True):
+                if isinstance(found, list):
+                    found = _tried(self._part, pair.index, *islice(ids, len(found)))
+                yield pair, found
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Give the tokens from which the model answers `messages`, cut from the left."""
@@ -90,32 +96,20 @@ class Encoder:
         ids = self._join(messages, before) if self._mentions_special(messages) else self._ids([before])[0]
         return self._cut_prompt(ids)
 
-    def _encode_chunk(self, pairs) -> list[EncodedPair | str]:
-        results: list[EncodedPair | str] = [""] * len(pairs)
-        plain, texts = [], []
-        for i, pair in enumerate(pairs):
-            try:
-                before, end = self._around_answer(pair.prompt)
-                lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
-                before = before.removesuffix(lead)
-                answers = [lead + pair.chosen, lead + pair.rejected]
-                if self._mentions_special(pair.prompt) or any(map(self._special.search, answers)):
-                    ends = self._ids([end])[0]
-                    chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
-                    results[i] = self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
-                else:
-                    plain.append(i)
-                    texts += [before, before + answers[0] + end, before + answers[1] + end]
-            except Unusable as why:
-                results[i] = str(why)
-        ids = iter(self._ids(texts) if texts else [])
-        for i, prompt, *sides in zip(plain, ids, ids, ids, strict=True):
-            try:
-                answers = (self._after(prompt, side) for side in sides)
-                results[i] = self._finish(pairs[i].index, prompt, *answers)
-            except Unusable as why:
-                results[i] = str(why)
-        return results
+    def _texts(self, pair) -> list[str] | EncodedPair:
+        """Give the prompt, and it with either answer, as texts; or the pair, if it names special tokens."""
+        before, end = self._around_answer(pair.prompt)
+        lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
+        before = before.removesuffix(lead)
+        answers = [lead + pair.chosen, lead + pair.rejected]
+        if not self._mentions_special(pair.prompt) and not any(map(self._special.search, answers)):
+            return [before, *(before + answer + end for answer in answers)]
+        ends = self._ids([end])[0]
+        chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
+        return self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
+
+    def _part(self, index: int, prompt: list[int], *wholes: list[int]) -> EncodedPair:
+        return self._finish(index, prompt, *(self._after(prompt, whole) for whole in wholes))
 
     def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
         """Give token ids without anything added; `as_text` reads names of special tokens as plain text."""
@@ -197,6 +191,13 @@ class Encoder:
         if chosen == rejected:
             raise Unusable("identical_after_encoding")
         return EncodedPair(index, prompt, chosen, rejected)
+
+
+def _tried(encode, *given):
+    try:
+        return encode(*given)
+    except Unusable as why:
+        return str(why)
 
 
 def _merged(messages) -> list[dict]:
