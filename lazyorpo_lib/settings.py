@@ -33,8 +33,7 @@ class Settings:
         "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
     )
     dataset: str = _setting(
-        "demo",
-        "preference pairs: demo, a hub id (id:split, id:config:split) or a .jsonl/.json/.csv/.parquet file",
+        "demo", "pairs: demo, a hub id (id:split, id:config:split) or a .jsonl/.json/.csv/.parquet file"
     )
     epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
     learning_rate: float = _setting(
@@ -55,8 +54,7 @@ class Settings:
         "answer prompt+answer", "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)"
     )
     method: str = _choice(
-        "auto full lora qlora",
-        "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)",
+        "auto full lora qlora", "full: every weight; lora: adapters; qlora: adapters over 4-bit weights"
     )
     lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", 1, 1024)
     lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", 1, 4096)
@@ -64,8 +62,7 @@ class Settings:
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", 1, 10**6)
     max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", 2, 2 * 10**6)
     overlong: str = _choice(
-        "drop truncate",
-        "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
+        "drop truncate", "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)"
     )
     columns: str = _setting(
         "", "column mapping, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
@@ -82,14 +79,12 @@ class Settings:
         "cosine linear inverse_sqrt constant constant_with_warmup", "learning rate after warmup"
     )
     optimizer: str = _choice(
-        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor",
-        "optimizer; 8-bit states need bitsandbytes",
+        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor", "8-bit states need bitsandbytes"
     )
     weight_decay: float = _setting(0.0, "AdamW's weight decay", 0, 10)
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", 1e-6, 1e6)
     precision: str = _choice(
-        "auto bfloat16 float16 float32",
-        "number format of the computation; auto chooses by capability and says why",
+        "auto bfloat16 float16 float32", "number format of the computation; auto: by capability, and says why"
     )
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
     max_minutes: float = _setting(
@@ -115,8 +110,7 @@ class Settings:
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", 1, 1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", 0, 2**32 - 1)
     output_dir: str = _setting(
-        "auto",
-        "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset",
+        "auto", "folder of the run; auto: in /workspace, /content or here, named for model and dataset"
     )
     resume: str = _choice(
         "auto never", "auto: go on from the newest complete checkpoint; never: start in an empty folder"
@@ -134,11 +128,9 @@ class Settings:
 
     def __post_init__(self):
         if self.max_prompt_tokens >= self.max_tokens:
-            raise UserError(
-                f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}: prompt "
-                "plus answer must be longer than the prompt alone; raise max_tokens or lower "
-                "max_prompt_tokens."
-            )
+            given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
+            why = "prompt plus answer must be longer than the prompt alone"
+            raise UserError(f"{given}: {why}; raise max_tokens or lower max_prompt_tokens.")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
@@ -146,8 +138,7 @@ DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
 # Of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it.
 COLAB_MINUTES = 15
-# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; the authors' scripts at
-# xfactlab/orpo 208d2d6.
+# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; xfactlab/orpo at 208d2d6.
 PRESETS = {
     "demo": dict(
         method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256,
