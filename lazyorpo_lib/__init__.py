@@ -12,8 +12,7 @@ __version__ = "0.1.0"
 # Imported by transformers, it warns on some CPUs that it misses a package which nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 # Rows differ in length, and torch's CPU library keeps every length's kernels: 17 MiB a step of the demo, in
-# two caches of 1,024. A step uses some 50 of them again and again. Read when torch is imported, which happens
-# after this.
+# two caches of 1,024, of which a step uses some 50. Read when torch is imported, which happens after this.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
@@ -38,17 +37,17 @@ def has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
-def pip(*arguments: str) -> subprocess.CompletedProcess:
-    """Run pip for this Python, or uv's where the environment has none, as those that `uv venv` makes."""
+def pip(*arguments: str) -> str:
+    """Run pip for this Python, or uv's where there is none, as `uv venv` leaves it; why it failed, or ""."""
     if importlib.util.find_spec("pip"):
         command = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         command = [uv, "tool", "run", "-q", "--python", sys.executable, "pip", "--python", sys.executable]
     else:
-        why = f"there is neither pip nor uv: run {sys.executable} -m ensurepip, then again"
-        return subprocess.CompletedProcess(["pip", *arguments], 1, "", why)
+        return f"there is neither pip nor uv: run {sys.executable} -m ensurepip, then again"
     command += [arguments[0], "-q", "--disable-pip-version-check", *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stderr.strip() or "no reason given").splitlines()[-1] if done.returncode else ""
 
 
 # Where modules of the flat layout are now: for one release a clear error in place of "No module named …".

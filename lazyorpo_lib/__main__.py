@@ -145,7 +145,13 @@ def main(arguments: list[str]) -> int:
 def console() -> None:
     """Be the command `lazyorpo`: a mistake is one line, and its exit status 2."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        try:
+            sys.exit(main(sys.argv[1:]))
+        finally:
+            sys.stdout.flush()  # not after the end, where nobody could catch it
+    except BrokenPipeError:  # the reader has seen enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         print(f"lazyorpo: {error}", file=sys.stderr)
         sys.exit(2)

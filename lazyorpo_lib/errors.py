@@ -1,19 +1,21 @@
 """UserError; what the hub, a model or the disk says, in one sentence.
 
 Nothing is fetched here, nothing heavy imported, and no token told: errors of datasets, transformers,
-huggingface_hub and whichever HTTP library it is built on are known by the names of their kinds and by their
-HTTP status.
+huggingface_hub and its HTTP library are known by the names of their kinds and by their HTTP status.
 """
 
 import contextlib
 import errno
+import functools
 import re
 import shutil
 from importlib.metadata import version
 
-_AWAY = {"ConnectionError", "TimeoutError", "TransportError", "OfflineModeIsEnabled"}
-_AWAY |= {"LocalEntryNotFoundError"}
+_AWAY = set(
+    "ConnectionError TimeoutError TransportError OfflineModeIsEnabled LocalEntryNotFoundError".split()
+)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_TORN = "PytorchStreamWriter|inline_container.* unexpected pos"  # torch.save's words, which give no number
 _MODEL = {  # what a text of transformers holds: the end of "The model … "
     "does not recognize this architecture|Unrecognized model|Unrecognized configuration": (
         "is of a kind that transformers {} does not know: choose another base_model, or upgrade transformers"
@@ -33,8 +35,7 @@ class UserError(ValueError):
 
 
 def dissect(error: Exception) -> tuple[set[str], set[int], str]:
-    """Give kinds and HTTP statuses of an error and of those behind it; its text on one line, without what
-    looks like a token."""
+    """Give kinds and HTTP statuses of an error and of those behind it; its text on a line, without tokens."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -45,8 +46,7 @@ def dissect(error: Exception) -> tuple[set[str], set[int], str]:
 
 
 def explain_hub(error: Exception, page: str, instead: str) -> str:
-    """Write the end of a sentence that begins with what could not be fetched; empty if the hub is not to
-    blame.
+    """Write the end of a sentence on what could not be fetched; empty if the hub is not to blame.
 
     Args:
         page: where the hub shows it, without the host: "owner/name" or "datasets/owner/name".
@@ -72,41 +72,44 @@ def explain_hub(error: Exception, page: str, instead: str) -> str:
     return f"{why}, or give {instead}"
 
 
-@contextlib.contextmanager
-def explain_model(name: str):
-    """Turn what transformers and the hub raise about a model into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = dissect(error)[-1]
-        known = (why.format(version("transformers")) for said, why in _MODEL.items() if re.search(said, text))
-        why = next(known, "") or explain_hub(error, name, "a local folder as base_model")
-        if not why:
-            no_weights = "safetensors" in text or "Can't load the model" in text
-            why = _NO_WEIGHTS if no_weights else f"could not be loaded ({text[:200]}); check base_model"
-        raise UserError(f"The model {name!r} {why}.") from None  # their texts may hold a token
+def around(sentence):
+    """Make of `sentence(error, …)` a context manager of the other arguments: what is raised in it becomes a
+    UserError with that sentence, or passes where that is empty."""
 
-
-@contextlib.contextmanager
-def explain_disk(folder):
-    """Say it in one sentence where the disk of `folder` is full or fails, whichever library met it; other
-    errors pass."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = str(error).strip().split("\n")[0]
-        number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind; torch.save names none
-        number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-        if number not in _DISK and not re.search(
-            "PytorchStreamWriter|inline_container.* unexpected pos", text
-        ):
+    @contextlib.contextmanager
+    def explain(*given):
+        try:
+            yield
+        except UserError:
             raise
-        free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(
-            f"Nothing more can be written to {folder} ({text}; {free:,.0f} MiB are free): make room, then "
-            "run again: it goes on from the last complete checkpoint."
-        ) from None
+        except Exception as error:
+            if said := sentence(error, *given):
+                raise UserError(said) from None  # the texts of others may hold a token
+            raise
+
+    return functools.update_wrapper(explain, sentence)
+
+
+@around
+def explain_model(error: Exception, name: str) -> str:
+    """Say what transformers and the hub raise about a model."""
+    text = dissect(error)[-1]
+    known = (why.format(version("transformers")) for said, why in _MODEL.items() if re.search(said, text))
+    why = next(known, "") or explain_hub(error, name, "a local folder as base_model")
+    if not why:
+        no_weights = "safetensors" in text or "Can't load the model" in text
+        why = _NO_WEIGHTS if no_weights else f"could not be loaded ({text[:200]}); check base_model"
+    return f"The model {name!r} {why}."
+
+
+@around
+def explain_disk(error: Exception, folder) -> str:
+    """Say that the disk of `folder` is full or fails, whichever library met it."""
+    text = str(error).strip().split("\n")[0]
+    number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind
+    number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    if number not in _DISK and not re.search(_TORN, text):
+        return ""
+    free = shutil.disk_usage(folder).free / 2**20
+    why = f"({text}; {free:,.0f} MiB are free): make room, then run again"
+    return f"Nothing more can be written to {folder} {why}: it goes on from the last complete checkpoint."

@@ -62,10 +62,8 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
     """Refuse a base model in the folder that is going to be written over."""
     base = Path(base_model).expanduser()
     if base.exists() and base.resolve().is_relative_to(folder):
-        raise UserError(
-            f"base_model is {base_model!r}, which lies in the run's own folder {folder}: "
-            "choose another output_dir."
-        )
+        where = f"which lies in the run's own folder {folder}"
+        raise UserError(f"base_model is {base_model!r}, {where}: choose another output_dir.")
 
 
 def claim(folder: Path) -> None:
@@ -96,8 +94,8 @@ def is_begun(folder: Path, settings: Settings) -> bool:
         differ = [name for name in now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
         other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
         raise UserError(
-            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose another "
-            "output_dir, or delete that folder."
+            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose "
+            "another output_dir, or delete that folder."
         )
     if settings.resume == "never":
         raise UserError(
@@ -107,8 +105,6 @@ def is_begun(folder: Path, settings: Settings) -> bool:
 
 
 # ---- files that a kill leaves whole
-
-
 def append_row(path, row: dict) -> None:
     """Add one flat row as one line in one unbuffered write; what a kill left of one before is cut off."""
     line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
@@ -174,10 +170,7 @@ def write_atomically(path, data: bytes) -> None:
 
 # ---- whose a file is
 def marked(folder: Path) -> dict | None:
-    """Read a folder's marker, {"what": its kind, "files": {path in it: bytes or null}}; None without one.
-
-    The name of a folder in it ends with a slash.
-    """
+    """Read a marker, {"what": kind, "files": {path (a folder's ends in /): bytes or null}}; or None."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
@@ -215,7 +208,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def _foreign(path: Path, way_out: str) -> UserError:
-    return UserError(f"{str(path)!r} was not written by this kit, and it would be: move it away{way_out}.")
+    return UserError(f"{str(path)!r} was not written by this kit, and it would be: {way_out}.")
 
 
 def take(folder, what: str, *names: str) -> Path:
@@ -236,7 +229,7 @@ def take(folder, what: str, *names: str) -> Path:
         for path in (folder / name for name in names):
             own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
             if path.is_symlink() or path.exists() and not own:
-                raise _foreign(path, ", or choose another folder")
+                raise _foreign(path, "move it away, or choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         _mark(folder, found | {"files": dict.fromkeys(names) | found["files"]})
     except OSError as error:
@@ -261,10 +254,9 @@ def seal(folder: Path, what: str) -> None:
 def is_whole(folder: Path, what: str) -> bool:
     """Tell whether a folder that was sealed as `what` still has all that it had."""
     found = marked(folder)
-    if not found or found["what"] != what or not found["files"]:
-        return False
     with contextlib.suppress(OSError):
-        return all((folder / name).stat().st_size == size for name, size in found["files"].items())
+        if found and found["what"] == what and found["files"]:
+            return all((folder / name).stat().st_size == size for name, size in found["files"].items())
     return False
 
 
@@ -301,7 +293,7 @@ def put(draft: Path, target: Path, what: str) -> None:
     new = marked(draft)
     for name in new["files"]:
         if name not in before["files"] and os.path.lexists(target / name):
-            raise _foreign(target / name, " first")
+            raise _foreign(target / name, "move it away first")
     remove(target)
     if not target.exists():
         draft.rename(target)
@@ -337,10 +329,10 @@ def _remove_listed(folder: Path, found: dict) -> None:
     for file in files:
         if file.is_symlink() or not file.is_dir():
             file.unlink(missing_ok=True)
-    inside = {p for file in files for p in file.parents if p != folder and p.is_relative_to(folder)}
-    for within in sorted(inside, reverse=True):
+    within = {p for file in files for p in file.parents if p != folder and p.is_relative_to(folder)}
+    for place in sorted(within, reverse=True):
         with contextlib.suppress(OSError):  # it still holds something
-            within.rmdir()
+            place.rmdir()
     _mark(folder, found | {"files": {}})
     if [entry.name for entry in folder.iterdir()] == [MARKER]:
         (folder / MARKER).unlink()
@@ -379,8 +371,7 @@ def mirror(source: Path, target: Path) -> bool:
                 continue
             is_checkpoint = name.startswith("checkpoint-")  # which never changes
             if not is_checkpoint or is_whole(item, "checkpoint") and not (target / name).exists():
-                take(target, "run", name)
-                copy_complete(item, target / name)
+                copy_complete(item, take(target, "run", name) / name)
         for old in target.glob("checkpoint-*"):
             if not (source / old.name).exists():
                 remove(old)
@@ -398,7 +389,8 @@ def copy_complete(source: Path, target: Path) -> None:
             shutil.copyfileobj(old, new)
         return
     with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-        top = str(source)  # whose marker the copy gets anew
-        shutil.copytree(
-            source, draft, dirs_exist_ok=True, ignore=lambda at, names: {MARKER} if at == top else ()
-        )
+
+        def marker(at, names):  # which the copy gets anew
+            return {MARKER} if at == str(source) else ()
+
+        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=marker)

@@ -90,10 +90,8 @@ def check_apple(settings: Settings, machine: Machine) -> None:
     for name, instead in (("method", "lora"), ("optimizer", "adamw or adafactor")):
         value = getattr(settings, name)
         if machine.device == "mps" and (value == "qlora" or "8bit" in value or value.startswith("paged")):
-            raise UserError(
-                f"{name} is {value}, which needs bitsandbytes, and that does not run on Apple GPUs; choose "
-                f"{instead}."
-            )
+            why = "which needs bitsandbytes, and that does not run on Apple GPUs"
+            raise UserError(f"{name} is {value}, {why}; choose {instead}.")
 
 
 def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
@@ -105,10 +103,8 @@ def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
     capability = f"compute capability {_dotted(machine.capability)}"
     if setting != "auto":
         if setting == "bfloat16" and machine.device == "cuda" and not has_bfloat16:
-            raise UserError(
-                f"precision is bfloat16, but {machine.name} only emulates it ({capability}, 8.0 is needed); "
-                "choose float16 or auto."
-            )
+            why = f"{machine.name} only emulates it ({capability}, 8.0 is needed)"
+            raise UserError(f"precision is bfloat16, but {why}; choose float16 or auto.")
         return getattr(torch, setting), f"{setting}: chosen"
     if machine.device == "cuda":
         if has_bfloat16:
@@ -200,8 +196,7 @@ def _in_company() -> bool:
 
 
 def checkpoint_layers(model, count: int) -> int:
-    """Recompute the activations of `count` layers in the backward (all of them if there are fewer); give how
-    many."""
+    """Recompute the activations of `count` layers, or of all, in the backward; give of how many."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

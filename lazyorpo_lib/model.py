@@ -159,11 +159,9 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@contextlib.contextmanager
 def adapters_off(model):
-    """Give the base model again, without a second copy in memory. Full tuning has none to go back to."""
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-        yield
+    """Give the base model again, in a `with`, without a second copy; full tuning has none to go back to."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
 def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None) -> None:
@@ -212,17 +210,15 @@ def load_finished(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"There is no finished model at {str(folder)!r}; give the model/ folder of a finished run."
-        )
+        given = f"There is no finished model at {str(folder)!r}"
+        raise UserError(f"{given}; give the model/ folder of a finished run.")
     with explain_model(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "adapter_config.json").is_file():
         return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"The adapter in {str(folder)!r} has no weights in safetensors, the only format this kit loads."
-        )
+        why = "has no weights in safetensors, the only format this kit loads"
+        raise UserError(f"The adapter in {str(folder)!r} {why}.")
     peft = import_peft()
     base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_base(base, dtype=dtype, device=device), folder)

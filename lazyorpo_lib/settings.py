@@ -33,9 +33,7 @@ class Settings:
         "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
     )
     dataset: str = _setting(
-        "demo",
-        "preference pairs: 'demo', a hub id (id, id:split or id:config:split), or a .jsonl/.json/.csv/"
-        ".parquet file",
+        "demo", "pairs: demo, a hub id (id:split, id:config:split) or a .jsonl/.json/.csv/.parquet file"
     )
     epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
     learning_rate: float = _setting(
@@ -49,20 +47,14 @@ class Settings:
         "orpo sft dpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)"
     )
     or_weight: float = _setting(
-        0.1,
-        "weight of the odds-ratio term: the paper's lambda, TRL's beta; "
-        "0.1 for 7B, 0.25 to 1 for small models",
-        0,
-        100,
+        0.1, "weight of the odds-ratio term (lambda, TRL: beta); 0.1 for 7B, 0.25 to 1 for small ones", 0, 100
     )
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
     nll_over: str = _choice(
-        "answer prompt+answer",
-        "tokens of the NLL term: answer (the paper) or prompt+answer (the authors' code, TRL)",
+        "answer prompt+answer", "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)"
     )
     method: str = _choice(
-        "auto full lora qlora",
-        "what is trained: every weight (full), adapters (lora), adapters over 4-bit weights (qlora)",
+        "auto full lora qlora", "full: every weight; lora: adapters; qlora: adapters over 4-bit weights"
     )
     lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", 1, 1024)
     lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", 1, 4096)
@@ -70,41 +62,29 @@ class Settings:
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", 1, 10**6)
     max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", 2, 2 * 10**6)
     overlong: str = _choice(
-        "drop truncate",
-        "pairs over these limits: drop them, or truncate (prompt from the left, answer keeps its end)",
+        "drop truncate", "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)"
     )
     columns: str = _setting(
-        "",
-        "explicit column mapping, e.g. 'prompt=question,chosen=best,rejected=worst'; "
-        "empty: recognise the shape",
+        "", "column mapping, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
     )
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", 1, 65536)
     tokens_per_batch: int = _setting(
-        "auto",
-        "tokens computed at once (a step is split into such batches; "
-        "the result does not depend on it), or auto",
-        16,
-        10**8,
+        "auto", "tokens computed at once (a step is split so, with the same result), or auto", 16, 10**8
     )
     checkpointed_layers: int = _setting(
-        "auto",
-        "layers whose activations are recomputed in the backward: less memory, more time; or auto",
-        0,
-        10**5,
+        "auto", "layers whose activations are computed again: less memory, more time; or auto", 0, 10**5
     )
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", 0, 10**6)
     lr_schedule: str = _choice(
         "cosine linear inverse_sqrt constant constant_with_warmup", "learning rate after warmup"
     )
     optimizer: str = _choice(
-        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor",
-        "optimizer; 8-bit states need bitsandbytes",
+        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor", "8-bit states need bitsandbytes"
     )
     weight_decay: float = _setting(0.0, "AdamW's weight decay", 0, 10)
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", 1e-6, 1e6)
     precision: str = _choice(
-        "auto bfloat16 float16 float32",
-        "number format of the computation; auto chooses by capability and says why",
+        "auto bfloat16 float16 float32", "number format of the computation; auto: by capability, and says why"
     )
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
     max_minutes: float = _setting(
@@ -130,13 +110,10 @@ class Settings:
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", 1, 1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", 0, 2**32 - 1)
     output_dir: str = _setting(
-        "auto",
-        "folder of the run; auto: /workspace, /content or here, in a folder named for model and dataset",
+        "auto", "folder of the run; auto: in /workspace, /content or here, named for model and dataset"
     )
     resume: str = _choice(
-        "auto never",
-        "auto: go on from the newest complete checkpoint with these settings; never: start afresh in an "
-        "empty folder",
+        "auto never", "auto: go on from the newest complete checkpoint; never: start in an empty folder"
     )
     save_to: str = _choice(
         "local drive", "drive: also copy finished checkpoints and the model to Google Drive (Colab)"
@@ -151,11 +128,9 @@ class Settings:
 
     def __post_init__(self):
         if self.max_prompt_tokens >= self.max_tokens:
-            raise UserError(
-                f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}: prompt "
-                "plus answer must be longer than the prompt alone; raise max_tokens or lower "
-                "max_prompt_tokens."
-            )
+            given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
+            why = "prompt plus answer must be longer than the prompt alone"
+            raise UserError(f"{given}: {why}; raise max_tokens or lower max_prompt_tokens.")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
@@ -163,8 +138,7 @@ DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 
 # Of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it.
 COLAB_MINUTES = 15
-# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; the authors' scripts at
-# xfactlab/orpo 208d2d6.
+# Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; xfactlab/orpo at 208d2d6.
 PRESETS = {
     "demo": dict(
         method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256,
@@ -210,15 +184,14 @@ def coerce(name: str, value):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
-    if (
-        kind is str and not str(value).strip() and FIELDS[name].default
-    ):  # a shell's variable that was never set
+    text = str(value).strip()
+    if kind is str and not text and FIELDS[name].default:  # a shell's variable that was never set
         raise UserError(f"{name} is empty, but must be text: {meta['help']}.")
-    if meta["auto"] and str(value).strip().lower() == "auto":
+    if meta["auto"] and text.lower() == "auto":
         return "auto"
     try:
         out = _to_type(kind, value)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, KeyError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         extra = " or 'auto'" if meta["auto"] else ""
         raise UserError(f"{name} is {value!r}, but must be {wanted}{extra}: {meta['help']}.") from None
@@ -230,33 +203,28 @@ def coerce(name: str, value):
     return out
 
 
+_TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
 def _to_type(kind, value):
     if kind is str:
         if not isinstance(value, str | os.PathLike):
             raise TypeError
         return os.fspath(value).strip()
     if kind is bool:
-        text = str(value).strip().lower()
-        if text in ("true", "1", "yes", "on"):
-            return True
-        if text in ("false", "0", "no", "off"):
-            return False
-        raise ValueError
+        return _TRUTH[str(value).strip().lower()]
     if isinstance(value, bool):
         raise TypeError
     number = float(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or kind is int and number != int(number):
         raise ValueError
-    if kind is int:
-        if number != int(number):
-            raise ValueError
-        return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
-    return number
+    if kind is float:
+        return number
+    return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
 
 
-def from_environment(environ=None) -> dict:
+def from_environment(environ=os.environ) -> dict:
     """Read the `LAZYORPO_<NAME>` variables as {setting: value}; an unknown one is an error: a typo."""
-    environ = os.environ if environ is None else environ
     found = {key.removeprefix("LAZYORPO_").lower(): key for key in environ if key.startswith("LAZYORPO_")}
     return {name: coerce(name, environ[key]) for name, key in found.items()}
 

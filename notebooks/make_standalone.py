@@ -21,7 +21,7 @@ FILES = {{}}
 {files}"""
 REST = """\
 #@title Helper code, built in {{ display-mode: "form" }}
-# The rest of lazyorpo_lib, so that this notebook needs no other file. Generated; the digest of all is {digest}.
+# The rest of lazyorpo_lib, so that this notebook needs no other file. Generated; digest of all: {digest}.
 import importlib
 import os
 import sys
@@ -41,7 +41,7 @@ print(len(FILES), "files of lazyorpo_lib, digest {digest}")"""
 
 
 def bundled(home: Path = HOME) -> dict[str, str]:
-    """Path -> text of everything that a cell can use; trials/ is the other notebook's and the command line's."""
+    """Path -> text of all that a cell can use; trials/ is the other notebook's and the command line's."""
     package = home / "lazyorpo_lib"
     files = [file for ending in ("py", "jsonl", "md") for file in package.rglob(f"*.{ending}")]
     files = [file for file in files if "trials" not in file.parts and file.name != "README.md"]
@@ -66,8 +66,7 @@ def quoted(files: dict[str, str]) -> str:
 
 
 def cell_texts(files: dict[str, str]) -> dict[str, str]:
-    """The two cells by their names: method, the folder orpo/; bundle, all else, and what writes it to the
-    disk."""
+    """The two cells by their names: method, the folder orpo/; bundle, all else, and what writes it."""
     method = {name: text for name, text in files.items() if name.startswith("lazyorpo_lib/orpo/")}
     rest = {name: text for name, text in files.items() if name not in method}
     bundle = REST.format(files=quoted(rest), digest=digest(files))

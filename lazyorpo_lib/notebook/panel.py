@@ -44,14 +44,13 @@ class Panel:
     cell that is not the default (form, hand, papermill); the environment; preset and default.
 
     Args:
-        namespace: `globals()` of the notebook. Edits are remembered there, so that running cells again keeps
-            them.
+        namespace: `globals()` of the notebook, in which edits outlive a cell that is run again.
         gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
         estimate: what a run with these settings will take, as text; asked again when a value has changed.
     """
 
     def __init__(
-        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
+        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] = lambda s: ""
     ):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
@@ -65,7 +64,9 @@ class Panel:
         Raises:
             UserError: a value is not allowed, or a name is unknown.
         """
-        return resolve(self._layers(), gpu_gib=self.gpu_gib)
+        env, cell = from_environment(), self._changed_in_cell()  # which may end edits
+        layers = [("env", env), ("cell", cell), ("panel", self.memory["edits"])]
+        return resolve(layers, gpu_gib=self.gpu_gib)
 
     def show(self) -> None:
         """Display the form, or print the table where there are no widgets."""
@@ -96,13 +97,6 @@ class Panel:
         self.memory["edits"].clear()
         self._refresh()
 
-    def _layers(self) -> list[tuple[str, dict]]:
-        return [
-            ("env", from_environment()),
-            ("cell", self._changed_in_cell()),
-            ("panel", self.memory["edits"]),
-        ]
-
     def _changed_in_cell(self) -> dict:
         """Give the cell's values that are not defaults. An edit gives way to a later change of the cell."""
         edits, seen, changed = self.memory["edits"], self.memory["seen"], {}
@@ -116,8 +110,6 @@ class Panel:
         return changed
 
     def _estimate_of(self, settings: Settings) -> str:
-        if self.estimate is None:
-            return ""
         if self._estimated[0] != settings:
             try:
                 text = self.estimate(settings)

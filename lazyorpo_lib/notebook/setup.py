@@ -94,19 +94,13 @@ def install(missing: list[str]) -> None:
     """
     loaded = {name: _version(name) for name, _ in requirements() if name in sys.modules}
     print(f"Installing {', '.join(missing)} …")
-    done = pip("install", *missing)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(
-            f"pip could not install {', '.join(missing)} ({reason}): check the connection, or install from a "
-            "terminal."
-        )
+    if reason := pip("install", *missing):
+        way_out = "check the connection, or install from a terminal"
+        raise UserError(f"pip could not install {', '.join(missing)} ({reason}): {way_out}.")
     importlib.invalidate_caches()
     if stale := [name for name, version in loaded.items() if _version(name) != version]:
-        raise UserError(
-            f"{', '.join(stale)} had to be replaced while in use: choose Restart session (or kernel), then "
-            "Run all."
-        )
+        way_out = "choose Restart session (or kernel), then Run all"
+        raise UserError(f"{', '.join(stale)} had to be replaced while in use: {way_out}.")
 
 
 def find_token() -> str:

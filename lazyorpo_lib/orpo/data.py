@@ -1,9 +1,8 @@
 """Preference rows of any common shape -> clean pairs; every dropped row counted and kept.
 
 `open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs, `split_held_out` parts them. No
-tokenizer: what is too long in tokens is for the caller to find and to `report.drop`. Nothing is repaired: a
-row is kept as it is, apart from white space around its answers, or dropped with a reason. Text is never
-parsed as JSON.
+tokenizer: what is too long in tokens is for the caller to `report.drop`. Nothing is repaired: a row is kept,
+but for white space around its answers, or dropped with a reason. Text is never parsed as JSON.
 
 Where the prompt may be; none of this has to be said (`Pair.shape` names what was found):
 - messages: inside `chosen` and `rejected`, which are message lists; it wins over any prompt column
@@ -16,8 +15,7 @@ system turn. Answers are text, one message or a list of them, called as in ANSWE
 Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), prompts_differ,
 empty_prompt, no_user_turn (the prompt does not end with the user), no_answer (a side does not end with the
 assistant), empty_answer, identical_answers (white space apart), duplicate (the same pair was kept before),
-contradiction (the same answers are also ranked the other way round: every row of them goes). The caller adds
-its own.
+contradiction (the same answers are also ranked the other way round: all go). The caller adds its own.
 """
 
 import dataclasses
@@ -87,22 +85,21 @@ def clean(
     return _keep(rows, mapping, _contradicted(rows, mapping), report), report
 
 
-def _try(index, row, mapping):  # (pair, "") or (None, reason)
-    try:
-        return to_pair(index, row, mapping), ""
-    except BadRow as bad:
-        return None, str(bad)
+def _judged(rows, mapping):  # (index, row, pair, ""), or (index, row, None, reason)
+    for index, row in rows:
+        try:
+            pair, reason = to_pair(index, row, mapping), ""
+        except BadRow as bad:
+            pair, reason = None, str(bad)
+        yield index, row, pair, reason
 
 
 def _contradicted(rows, mapping):
-    rest = iter(rows)
-    first = list(itertools.islice(rest, FIRST_ROWS))
-    if first:
+    rest, ranked, contradicted = _judged(rows, mapping), {}, set()
+    if first := list(itertools.islice(rest, FIRST_ROWS)):
         _check_shape(first, mapping)
-    ranked, contradicted = {}, set()
-    for index, row in itertools.chain(first, rest):
-        pair, _ = _try(index, row, mapping)
-        if pair:
+    for *_, pair, reason in itertools.chain(first, rest):
+        if not reason:
             answers, order = _digest(pair)
             if ranked.setdefault(answers, order) != order:
                 contradicted.add(answers)
@@ -111,10 +108,9 @@ def _contradicted(rows, mapping):
 
 def _keep(rows, mapping, contradicted, report):
     seen = set()
-    for index, row in rows:
+    for index, row, pair, reason in _judged(rows, mapping):
         report.read += 1
-        pair, reason = _try(index, row, mapping)
-        if pair:
+        if not reason:
             answers, _ = _digest(pair)
             reason = "contradiction" if answers in contradicted else "duplicate" if answers in seen else ""
         if reason:
@@ -126,17 +122,16 @@ def _keep(rows, mapping, contradicted, report):
 
 
 def _check_shape(first, mapping):
-    rows = [(index, row) for index, row in first if isinstance(row, dict)]
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for row, _ in rows for name in row))
     named = ", ".join(repr(json_safe(name)) for name in names[:40])
     found = f"the columns found are {named or 'none, for its rows are not objects'}"
     for name, column in mapping.items():
         if column not in names:
             raise UserError(f"columns says {name}={column}, but {found}; {MAPPING}.")
-    if all(_try(index, row, mapping)[1] == "unknown_shape" for index, row in rows):
-        raise UserError(
-            f"None of the first {len(first)} rows is a pair of a known shape: {found}; {MAPPING}."
-        )
+    if all(reason == "unknown_shape" for _, reason in rows):
+        start = f"None of the first {len(first)} rows is a pair of a known shape"
+        raise UserError(f"{start}: {found}; {MAPPING}.")
 
 
 def _hash(text):
@@ -151,14 +146,11 @@ def _digest(pair):
 
 
 def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[Pair]:
-    """Give the rows with these indexes as pairs, in that order. They are read once more, up to the last of them."""
-    wanted, mapping, found = set(indexes), parse_columns(columns), {}
-    for index, row in rows:
-        if index in wanted:
-            found[index] = to_pair(index, row, mapping)
-            if len(found) == len(wanted):
-                break
-    return [found[index] for index in indexes]
+    """Give the rows with these indexes as pairs, in that order; reads the rows up to the last of them."""
+    wanted, mapping = set(indexes), parse_columns(columns)
+    found = ((index, to_pair(index, row, mapping)) for index, row in rows if index in wanted)
+    pairs = dict(itertools.islice(found, len(wanted)))
+    return [pairs[index] for index in indexes]
 
 
 def parse_columns(columns: str) -> dict[str, str]:
@@ -337,13 +329,12 @@ class Report:
 
 def json_safe(value, depth: int = 50):
     """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named."""
-    if value is None or isinstance(value, bool):
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, bytes | bytearray):
         return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, float) and math.isfinite(value) or isinstance(value, int) and abs(value) < 2**63:
+    is_int = isinstance(value, int) and abs(value) < 2**63
+    if value is None or is_int or isinstance(value, float) and math.isfinite(value):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}

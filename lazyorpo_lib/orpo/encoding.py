@@ -10,9 +10,11 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from . import data
@@ -70,9 +72,8 @@ class Encoder:
 
     def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
         self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
-        self.max_prompt_tokens = min(
-            max_prompt_tokens, max_tokens - 2
-        )  # room for one answer token and its end
+        # Room for one answer token and its end.
+        self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -81,40 +82,34 @@ class Encoder:
         """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) where it cannot be used."""
         pairs = iter(pairs)
         while some := list(islice(pairs, chunk)):
-            yield from zip(some, self._encode_chunk(some), strict=True)
+            begun = [_tried(self._texts, pair) for pair in some]
+            texts = [text for found in begun if isinstance(found, list) for text in found]
+            ids = iter(self._ids(texts) if texts else [])  # of all of them in one call
+            for pair, found in zip(some, begun, strict=True):
+                if isinstance(found, list):
+                    found = _tried(self._part, pair.index, *islice(ids, len(found)))
+                yield pair, found
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """The tokens from which the model answers `messages`, cut from the left to the longest prompt."""
+        """Give the tokens from which the model answers `messages`, cut from the left."""
         before, _ = self._around_answer(messages)
         ids = self._join(messages, before) if self._mentions_special(messages) else self._ids([before])[0]
         return self._cut_prompt(ids)
 
-    def _encode_chunk(self, pairs) -> list[EncodedPair | str]:
-        results: list[EncodedPair | str] = [""] * len(pairs)
-        plain, texts = [], []
-        for i, pair in enumerate(pairs):
-            try:
-                before, end = self._around_answer(pair.prompt)
-                lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
-                before = before.removesuffix(lead)
-                answers = [lead + pair.chosen, lead + pair.rejected]
-                if self._mentions_special(pair.prompt) or any(map(self._special.search, answers)):
-                    ends = self._ids([end])[0]
-                    chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
-                    results[i] = self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
-                else:
-                    plain.append(i)
-                    texts += [before, before + answers[0] + end, before + answers[1] + end]
-            except Unusable as why:
-                results[i] = str(why)
-        ids = iter(self._ids(texts) if texts else [])
-        for i, prompt, *sides in zip(plain, ids, ids, ids, strict=True):
-            try:
-                answers = (self._after(prompt, side) for side in sides)
-                results[i] = self._finish(pairs[i].index, prompt, *answers)
-            except Unusable as why:
-                results[i] = str(why)
-        return results
+    def _texts(self, pair) -> list[str] | EncodedPair:
+        """Give the prompt, and it with either answer, as texts; or the pair, if it names special tokens."""
+        before, end = self._around_answer(pair.prompt)
+        lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
+        before = before.removesuffix(lead)
+        answers = [lead + pair.chosen, lead + pair.rejected]
+        if not self._mentions_special(pair.prompt) and not any(map(self._special.search, answers)):
+            return [before, *(before + answer + end for answer in answers)]
+        ends = self._ids([end])[0]
+        chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
+        return self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
+
+    def _part(self, index: int, prompt: list[int], *wholes: list[int]) -> EncodedPair:
+        return self._finish(index, prompt, *(self._after(prompt, whole) for whole in wholes))
 
     def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
         """Give token ids without anything added; `as_text` reads names of special tokens as plain text."""
@@ -180,9 +175,8 @@ class Encoder:
     def _cut_prompt(self, prompt: list[int]) -> list[int]:
         if len(prompt) <= self.max_prompt_tokens:
             return prompt
-        if prompt[0] == self.tokenizer.bos_token_id:
-            return [prompt[0], *prompt[len(prompt) - self.max_prompt_tokens + 1 :]]
-        return prompt[-self.max_prompt_tokens :]
+        start = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
+        return start + prompt[len(prompt) - self.max_prompt_tokens + len(start) :]
 
     def _finish(self, index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
         if not prompt:
@@ -199,16 +193,17 @@ class Encoder:
         return EncodedPair(index, prompt, chosen, rejected)
 
 
+def _tried(encode, *given):
+    try:
+        return encode(*given)
+    except Unusable as why:
+        return str(why)
+
+
 def _merged(messages) -> list[dict]:
     """Join turns for templates that know no system turn, or no two turns of one role."""
-    merged: list[dict] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    return merged
+    runs = groupby(messages, lambda message: "user" if message["role"] == "system" else message["role"])
+    return [{"role": role, "content": "\n\n".join(m["content"] for m in turns)} for role, turns in runs]
 
 
 class PairFile:
@@ -243,25 +238,19 @@ class PairFile:
         return EncodedPair(index, ids[:p], ids[p : p + c], ids[p + c :])
 
 
-class Subset:
+class Subset(torch.utils.data.Subset):
     """Some pairs of a PairFile, by position."""
 
-    def __init__(self, pairs: PairFile, positions: list[int]):
-        self._pairs, self._positions = pairs, positions
-        self.lengths = array("q", (pairs.lengths[i] for i in positions))
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, i: int) -> EncodedPair:
-        return self._pairs[self._positions[i]]
+    @cached_property
+    def lengths(self) -> array:
+        return array("q", (self.dataset.lengths[i] for i in self.indices))
 
 
 def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
-    """Clean rows and encode them: (Pair, EncodedPair) of what is kept, one at a time, and the report that counts the rest.
+    """Clean rows, as `data.clean` does, and encode them.
 
-    Args:
-        rows, columns, on_drop: as `data.clean` has them.
+    Returns:
+        an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest.
     """
     cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
 

@@ -51,8 +51,7 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
         max_rows: read at most so many; 0 reads all.
 
     Raises:
-        UserError: no such dataset, or it cannot be read; what is inside a file is first seen when it is
-            iterated.
+        UserError: no such dataset, or it cannot be read; a file is first opened when it is iterated.
     """
     path = DEMO if dataset == "demo" else Path(os.path.expanduser(dataset))
     is_packed = path.suffix.lower() == ".gz"

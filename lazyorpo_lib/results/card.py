@@ -1,8 +1,7 @@
 """The model card of a run: README.md with the hub's front matter, from card.md and the files in its folder.
 
-Every text that the template puts in is plain text there, unless it is marked as safe: what could act as
-Markdown, HTML or YAML is escaped, local paths and tokens are left out. It computes no figure, loads no model
-and asks no network.
+What the template puts in is plain text, unless it is marked as safe: what could act as Markdown, HTML or YAML
+is escaped, local paths and tokens are left out. It computes no figure, loads no model, asks no network.
 """
 
 import json

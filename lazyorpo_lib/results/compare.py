@@ -28,27 +28,24 @@ def compare(folders, picture=None) -> dict:
     folders = [folder_of_run(folder) for folder in folders]
     if len(folders) < 2:
         raise UserError(f"{len(folders)} run was given to compare: give two folders or more.")
-    names = _names(folders)
+    runs = dict(zip(_names(folders), folders, strict=True))
     values = [read_json(folder / "settings.json")["settings"] for folder in folders]
     differ = {
         name: [v.get(name) for v in values]
         for name in dict.fromkeys(name for v in values for name in v)
         if name not in WHERE and any(v.get(name) != values[0].get(name) for v in values)
     }
-    results = [{"run": name} | _results(folder) for name, folder in zip(names, folders, strict=True)]
+    results = [{"run": name} | _results(folder) for name, folder in runs.items()]
     for row, folder in zip(results[1:], folders[1:], strict=True):
         row["accuracy minus the first run's"] = _more_accurate(folder, than=folders[0])
     heads = list(dict.fromkeys(name for row in results for name in row))
     markdown = "\n\n".join([
         "Settings that differ",
-        card.table(["setting", *map(card.inline, names)], [[name, *each] for name, each in differ.items()]),
+        card.table(["setting", *map(card.inline, runs)], [[name, *each] for name, each in differ.items()]),
         "Results on held-out pairs after training, with 95 % intervals",
         card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
     ])  # fmt: skip
-    histories = {
-        name: read_rows(folder / "history.jsonl") for name, folder in zip(names, folders, strict=True)
-    }
-    png = live.draw_runs(histories, picture)
+    png = live.draw_runs({name: read_rows(f / "history.jsonl") for name, f in runs.items()}, picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 

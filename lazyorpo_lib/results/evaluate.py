@@ -39,7 +39,7 @@ def held_out_results(kept: dict, dataset: str) -> dict:
         accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo
         habit_before and habit_after too, shares of the answers.
     """
-    if not _has_both(kept):
+    if not set(WHEN) <= kept.keys():
         return {}
     figures = changes(*(measures(kept, when) for when in WHEN))
     results = {f"accuracy_{when}": figures["accuracy"][when] for when in WHEN}
@@ -50,16 +50,11 @@ def held_out_results(kept: dict, dataset: str) -> dict:
 
 
 def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
-    """List held-out prompts with both models' answers, [{"prompt", "base", "tuned"}]; [] where one is
-    missing."""
-    if not _has_both(kept):
+    """List held-out prompts with both models' answers, [{"prompt", "base", "tuned"}]; [] where one lacks."""
+    if not set(WHEN) <= kept.keys():
         return []
     rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
     return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows]
-
-
-def _has_both(kept: dict) -> bool:
-    return set(WHEN) <= kept.keys()
 
 
 def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -161,8 +156,9 @@ def answers(
         elif len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
         else:
-            reason = f"Out of memory in answering a single prompt ({message})"
-            raise UserError(f"{reason}; lower max_prompt_tokens.")
+            raise UserError(
+                f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens."
+            )
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return [texts[i] for i in range(len(prompts))]
@@ -191,21 +187,14 @@ def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) 
 def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict) -> list[list[int]]:
     device, width = model.get_input_embeddings().weight.device, max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else options["eos_token_id"][0]
-    missing = [width - len(prompt) for prompt in prompts]
-    ids = [[pad] * n + list(prompt) for n, prompt in zip(missing, prompts, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in missing]
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    given = dict(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device))
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True)
-    out = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        pad_token_id=pad,
-        **greedy,
-        **options,
-    )
-    return out[:, width:].tolist()
+    return model.generate(**given, pad_token_id=pad, **greedy, **options)[:, width:].tolist()
 
 
 def _text(tokenizer, row: Sequence[int], end_ids: Sequence[int]) -> str:
     length = next((k for k, token in enumerate(row) if token in end_ids), None)
     text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-    return text if length is not None else text + "…"
+    return text + "…" * (length is None)

@@ -103,8 +103,7 @@ class _Curve:
 
 
 class _Picture:
-    """The figure of one run and its artists, made once, which is most of the cost; `png` gives them new
-    data."""
+    """The figure of one run and its artists, made once, which costs most; `png` gives them new data."""
 
     def __init__(self):
         self.figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
@@ -184,8 +183,7 @@ def _place_labels(axes, curves):
 
 
 def _png(figure, path=None) -> bytes:
-    """Draw a figure in 256 colors, a quarter of the bytes of all; returns PNG bytes, also written to
-    `path`."""
+    """Draw a figure in 256 colors, a quarter of the bytes of all; returns a PNG, also written to `path`."""
     buffer = io.BytesIO()
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
@@ -198,13 +196,15 @@ def _png(figure, path=None) -> bytes:
 @rc_context(STYLE)
 def draw(rows: list[dict], path=None, *, title: str = "") -> bytes:
     """Draw a history; returns PNG bytes, also written to `path` where one is given."""
-    step = max((row["step"] for row in rows), default=0)
-    return _Picture().png(rows, title, f"step {step:,}", path)
+    return _Picture().png(rows, title, f"step {_last_step(rows):,}", path)
+
+
+def _last_step(rows) -> int:
+    return max((row["step"] for row in rows), default=0)
 
 
 def show_progress(folder) -> None:
-    """Show how far the run in this folder is, after a lost tab or from a second kernel: from
-    history.jsonl."""
+    """Show from its history how far the run in this folder is, after a lost tab or in a second kernel."""
     path = Path(folder) / "history.jsonl"
     rows = read_rows(path)
     if not rows:
@@ -244,8 +244,7 @@ class LivePlot:
         self.drawn, self.cost_seconds = 0, 0.0
         self._display = _kernel_display()
         self._off = not (self.path or self._display)
-        self._rows, self._last_step = [], 0
-        self._handle = self._picture = self._first = None
+        self._rows, self._handle, self._picture, self._first = [], None, None, None
         self._began, self._drawn_at, self._written_at = self.clock(), -math.inf, -math.inf
 
     def update(self, row: dict) -> None:
@@ -266,16 +265,12 @@ class LivePlot:
             logging.getLogger(__name__).warning(words, type(error).__name__, error)
 
     def _update(self, row):
-        self._add(row)
+        self._rows.append(row)
         now = self.clock()
         if self._first is None and not reading.is_evaluation(row):
             self._first = row["step"], now
         if self._due(now):
             self._draw(False)
-
-    def _add(self, row):
-        self._rows.append(row)
-        self._last_step = max(self._last_step, row["step"])
 
     def _due(self, now):
         if not self.drawn:
@@ -288,7 +283,7 @@ class LivePlot:
     def _draw(self, final):
         began = self.clock()
         png = self._png(self._status(began, final))
-        if self._display and self._handle:
+        if self._handle:
             self._handle.update(_bundle(png), raw=True, metadata=METADATA)
         elif self._display:
             self._handle = self._display(_bundle(png), raw=True, metadata=METADATA, display_id=True)
@@ -305,20 +300,20 @@ class LivePlot:
         return self._picture.png(self._rows, self.title, status)
 
     def _status(self, now, final):
-        text = f"step {self._last_step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
-        first, since = self._first or (self._last_step, now)
-        done, left = self._last_step - first, self.total_steps - self._last_step
+        step = _last_step(self._rows)
+        first, since = self._first or (step, now)
+        parts = [f"step {step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")]
         if final:
-            return f"{text} \N{MIDDLE DOT} {duration((now - self._began) / 60)}"
-        if done and left > 0:
-            return f"{text} \N{MIDDLE DOT} {duration(left * (now - since) / done / 60)} left"
-        return text
+            parts += [duration((now - self._began) / 60)]
+        elif step > first and self.total_steps > step:
+            left = (self.total_steps - step) * (now - since) / (step - first)
+            parts += [f"{duration(left / 60)} left"]
+        return " \N{MIDDLE DOT} ".join(parts)
 
 
 @rc_context(STYLE)
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
-    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes as
-    `draw`."""
+    """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes."""
     figure = FigureCanvasAgg(Figure(INCHES)).figure
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):

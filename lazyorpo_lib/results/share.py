@@ -4,7 +4,6 @@ Each function works from the folder of a run alone, also of one from another mac
 and nothing leaves the machine but by `push`.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TextStreamer
 
 from .. import folder as folders
-from ..errors import UserError, dissect
+from ..errors import UserError, around, dissect
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
 from ..model import causal_lm, load_finished, save_model
@@ -46,8 +45,7 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
 
     Args:
         out: where to; None: `merged/` in the run's folder.
-        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also where the base was in 4
-            bit.
+        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also over a base in 4 bit.
 
     Returns:
         the folder: safetensors, tokenizer, chat template, generation settings.
@@ -56,8 +54,8 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     out = Path(out or folder / "merged").expanduser().resolve()
     base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
     if base.is_dir() and base.resolve().is_relative_to(out):
-        problem = f"The merged model would be written over {str(base)!r}, from which it is made"
-        raise UserError(f"{problem}: give another folder.")
+        over = f"over {str(base)!r}, from which it is made"
+        raise UserError(f"The merged model would be written {over}: give another folder.")
     folders.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
@@ -117,8 +115,9 @@ def reply(
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
-        sentence = f"The model's chat template does not take this ({why}): say it in other words."
-        raise UserError(sentence) from None
+        raise UserError(
+            f"The model's chat template does not take this ({why}): say it in other words."
+        ) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
@@ -132,13 +131,13 @@ _say = partial(print, end="", flush=True)
 def ask(run, question: str) -> None:
     """Print the tuned model's answer as it is written: a notebook's way to talk to its `run.Run`."""
     if not hasattr(run, "model"):  # it was finished before this kernel began
-        loaded = load_finished(run.folder / "model", dtype=run.dtype, device=run.machine.device)
-        run.model, run.tokenizer = loaded
+        kind = dict(dtype=run.dtype, device=run.machine.device)
+        run.model, run.tokenizer = load_finished(run.folder / "model", **kind)
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
     print()
 
 
-def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
+def chat(run_folder) -> list[dict]:
     """Talk to a finished run in a terminal, until /exit or the end of input; returns the talk."""
     folder, machine = folder_of_run(run_folder, "model"), this_machine()
     dtype, _ = pick_precision("auto", machine)
@@ -158,7 +157,7 @@ def chat(run_folder, *, max_tokens: int = 512) -> list[dict]:
             talk = [*messages, {"role": "user", "content": text}]
             _say("Model: ")
             try:
-                answer = reply(model, tokenizer, talk, _say, max_tokens=max_tokens)
+                answer = reply(model, tokenizer, talk, _say)
                 messages = [*talk, {"role": "assistant", "content": answer}]
             except UserError as error:
                 _say(error)
@@ -189,21 +188,15 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     return str(made)
 
 
-@contextlib.contextmanager
-def _explain_push(repo: str):
-    """Turn what the hub's client raises into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        kinds, status, reason = dissect(error)
-        way_out = "check the connection and push again"
-        if "HFValidationError" in kinds:
-            way_out = "give a name that the hub allows, as owner/name"
-        elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
-            way_out = "set HF_TOKEN to a token that may write there"
-        raise UserError(
-            f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}."
-        ) from None  # their texts may hold a token
+@around
+def _explain_push(error: Exception, repo: str) -> str:
+    kinds, status, reason = dissect(error)
+    way_out = "check the connection and push again"
+    if "HFValidationError" in kinds:
+        way_out = "give a name that the hub allows, as owner/name"
+    elif status & {401, 403} or "LocalTokenNotFoundError" in kinds:
+        way_out = "set HF_TOKEN to a token that may write there"
+    return f"Nothing was pushed to {repo!r} ({reason[:200]}): {way_out}."
 
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:

@@ -575,7 +575,7 @@ def test_importing_it_loads_nothing_heavy():
 
 MILLION = """
 import resource, time
-from lazyorpo_lib.data import clean
+from lazyorpo_lib.orpo.data import clean
 class Rows:
     def __iter__(self):
         for n in range(1_000_000):

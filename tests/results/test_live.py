@@ -246,8 +246,8 @@ def test_the_picture_reads_on_any_background(tmp_path):
 def test_ten_thousand_rows_are_at_most_six_hundred_points_a_line(tmp_path, no_notebook):
     plot = live.LivePlot(tmp_path / "live.png")
     for i in range(10_000):
-        plot._add(row(i + 1, i / 10_000))
-        plot._add(row(i + 1, i / 10_000, "eval_"))
+        plot._rows.append(row(i + 1, i / 10_000))
+        plot._rows.append(row(i + 1, i / 10_000, "eval_"))
     plot._png("")
     for curve in (curve for curves in plot._picture.curves.values() for curve in curves):
         measured_on_both = curve.name != "odds_gradient_share"
@@ -264,7 +264,7 @@ def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(
 ):
     plot = live.LivePlot(tmp_path / "live.png")
     for one in healthy(20):
-        plot._add(
+        plot._rows.append(
             {
                 name: value
                 for name, value in one.items()
@@ -327,7 +327,7 @@ def test_short_histories_are_drawn(rows):
 def test_one_outlier_does_not_flatten_the_curves(tmp_path, no_notebook):
     plot = live.LivePlot(tmp_path / "live.png")
     for one in healthy(200):
-        plot._add(one | ({"log_odds_rejected": -500.0} if one["step"] == 100 else {}))
+        plot._rows.append(one | ({"log_odds_rejected": -500.0} if one["step"] == 100 else {}))
     plot._png("")
     assert plot._picture.main.get_ylim()[0] > -60
 
@@ -338,7 +338,7 @@ def test_labels_never_touch_and_stay_inside(tmp_path, no_notebook, apart, level)
     plot = live.LivePlot(tmp_path / "live.png")
     for step in range(20):
         ends = {"log_odds_chosen": level * step / 19 + apart, "log_odds_rejected": level * step / 19}
-        plot._add(row(step) | ends)
+        plot._rows.append(row(step) | ends)
     plot._png("")
     boxes = [c.label.get_window_extent() for c in plot._picture.curves[plot._picture.main]]
     assert boxes[0].y0 >= boxes[1].y1
@@ -347,7 +347,7 @@ def test_labels_never_touch_and_stay_inside(tmp_path, no_notebook, apart, level)
 
 def test_long_and_odd_titles_do_no_harm(tmp_path, no_notebook):
     plot = live.LivePlot(tmp_path / "live.png", title="$\\a$ " + "model_" * 40)
-    plot._add(row(1))
+    plot._rows.append(row(1))
     plot._png("step 1,000,000 of 9,000,000 · 99 h 59 min left")
     assert plot._picture.title.get_window_extent().x1 < plot._picture.status.get_window_extent().x0
 
@@ -358,7 +358,7 @@ def test_the_reading_stands_under_the_curves_and_fits(tmp_path, no_notebook, cha
 
     plot = live.LivePlot(tmp_path / "live.png")
     for one in curves(**change):
-        plot._add(one)
+        plot._rows.append(one)
     plot._png("")
     text = plot._picture.reading
     assert text.get_text().lower() == reading.read_curves(curves(**change))

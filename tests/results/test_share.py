@@ -182,7 +182,7 @@ def test_a_notebook_asks_the_model_of_its_run_and_reloads_it_where_it_is_gone(ru
 def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
     heard = []
 
-    def answer(tuned, tokenizer, messages, on_text, *, max_tokens):
+    def answer(tuned, tokenizer, messages, on_text):
         heard.append([turn["content"] for turn in messages])
         if messages[-1]["content"] == "bad":
             raise UserError("no")
