@@ -77,13 +77,6 @@ def cards_table(plans: Sequence[Plan]) -> str:
     return "\n".join(rows)
 
 
-def tokens_per_second(rows: Sequence[dict]) -> float:
-    """Average a history's training rows but the first, which pays for warming up."""
-    rows = [row for row in rows if "tokens" in row]
-    rows = rows[1:] or rows
-    return sum(row["tokens"] for row in rows) / sum(row["tokens"] / row["tokens_per_second"] for row in rows)
-
-
 def make_plan(
     config,
     settings: Settings,
@@ -113,9 +106,12 @@ def make_plan(
     check_apple(settings, machine)
     # Neither Apple GPUs nor FSDP have 4-bit weights.
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
+    # AdamW without pages where its state fits beside the rest: the same numbers sooner.
+    paged = settings.optimizer == "paged_adamw_32bit" and not begun
+    kinds = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
     costs, methods = {}, {}
     for method in METHODS if four_bit else METHODS[:2]:
-        for some in [*_without_pages(settings, begun), settings]:
+        for some in kinds:
             costs[method] = Costs(config, some, machine, card, lengths, dtype, method, cards)
             methods[method] = costs[method].best()
             if methods[method].fits:
@@ -129,12 +125,6 @@ def make_plan(
     changes = [] if methods[chosen].fits else _changes(one, methods)
     name = str(dtype).removeprefix("torch.")
     return Plan(machine.name, one.memory / GIB, list(methods.values()), chosen, why, changes, name, lengths)
-
-
-def _without_pages(settings: Settings, begun: bool) -> list[Settings]:
-    """AdamW without pages, which is taken where its state fits beside the rest: the same numbers sooner."""
-    paged = settings.optimizer == "paged_adamw_32bit" and not begun
-    return [replace(settings, optimizer="adamw")] if paged else []
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
@@ -161,25 +151,20 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
     """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
     if settings.method != "auto":
         return settings.method, f"{settings.method}: chosen in the settings"
-    full, lora, qlora = methods["full"], methods["lora"], methods.get("qlora")
+    full = methods["full"]
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
-        return (
-            "full",
-            f"full: all weights can be trained in the memory of {machine.name}, and nothing is stronger",
-        )
+        why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
+        return "full", f"full: {why}"
     reason = f"full needs {full.peak_gib:.1f} GiB"
     if full.fits:
         limit = f"learning_rate {settings.learning_rate:g} (at most {FULL_LEARNING_RATE:g})"
         reason = f"full would fit too, but not with {limit}"
-    if lora.fits:
-        return "lora", f"lora: the strongest method that fits; {reason}"
-    reason += f", lora {lora.peak_gib:.1f}"
-    nothing = "nothing fits, and this comes nearest"
-    if qlora is None:
-        return "lora", f"lora: {nothing}; {reason}"
-    if qlora.fits:
-        return "qlora", f"qlora: it takes 4-bit weights to fit; {reason}"
-    return "qlora", f"qlora: {nothing}; {reason}, qlora {qlora.peak_gib:.1f}"
+    words = {"lora": "the strongest method that fits", "qlora": "it takes 4-bit weights to fit"}
+    for name in list(methods)[1:]:
+        if methods[name].fits:
+            return name, f"{name}: {words[name]}; {reason}"
+        reason += f", {name} {methods[name].peak_gib:.1f}"
+    return name, f"{name}: nothing fits, and this comes nearest; {reason}"
 
 
 def _changes(costs: Costs, methods: dict[str, MethodPlan]) -> list[str]:

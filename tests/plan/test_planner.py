@@ -13,6 +13,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MixtralConfig,
+    PhiConfig,
     Qwen2Config,
 )
 from transformers.integrations import moe
@@ -20,6 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.fast import attention
 from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.notebook.panel import Panel
@@ -82,6 +84,31 @@ def test_three_layers_foretell_the_peak_of_five(method, dtype, monkeypatch):
         assert 0.995 <= foretold.peak(750, 5, 4, held)[0] / direct <= 1.03
 
 
+SMALL = dict(
+    vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "machine"),
+    [
+        ("lora", torch.bfloat16, CARDS["A40"].machine),
+        ("full", torch.float16, CARDS["T4"].machine),
+        ("qlora", torch.float32, CPU),
+    ],
+)
+@pytest.mark.parametrize("make", [PhiConfig, MixtralConfig])
+def test_layer_norms_and_experts_are_simulated_themselves_also_where_layers_run_again(
+    make, method, dtype, machine
+):
+    pair = EncodedPair(0, [1] * 30, [1] * 25, [1] * 20)
+    profile = simulation.simulate(make(**SMALL), Settings(), method, dtype, machine, [[pair]])
+    assert profile.stood_in == ""
+    ((_, phases),) = profile.points
+    assert phases["backward 1"].launches > 1.2 * phases["backward 2"].launches  # the forward once more
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [LlamaConfig(**LLAMA_3_8B), Qwen2Config(**QWEN_2_5), Gemma2Config(**GEMMA_2_2B)]
@@ -112,7 +139,9 @@ def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
     costs._profiles.clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
-    monkeypatch.setattr(RowAttention, "__call__", missing)
+    monkeypatch.setattr(RowAttention, "by_pairs", missing)
+    monkeypatch.setattr(RowAttention, "_disagreement", missing)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", missing)
     assert plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16) == expected
     assert "simulated" not in expected.why
 
