@@ -98,7 +98,7 @@ def make_plan(
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
 
     Raises:
-        UserError: unknown card; a model that transformers cannot build or that cannot be simulated.
+        UserError: unknown card; a model that transformers cannot build.
     """
     target = find_card(target) if isinstance(target, str) else target
     card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
@@ -122,9 +122,8 @@ def make_plan(
         why += f"; this kind of model cannot be simulated, so activations are {one.profile.stood_in}"
     if one.limit < one.memory * (1 - MARGIN) / GIB:
         why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
-    changes = [] if methods[chosen].fits else _changes(one, methods)
-    name = str(dtype).removeprefix("torch.")
-    return Plan(machine.name, one.memory / GIB, list(methods.values()), chosen, why, changes, name, lengths)
+    found = list(methods.values()), chosen, why, [] if methods[chosen].fits else _changes(one, methods)
+    return Plan(machine.name, one.memory / GIB, *found, str(dtype).removeprefix("torch."), lengths)
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
