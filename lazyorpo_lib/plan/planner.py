@@ -104,13 +104,12 @@ def make_plan(
     card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
-    # Neither Apple GPUs nor FSDP have 4-bit weights.
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
     kinds = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
     costs, methods = {}, {}
-    for method in METHODS if four_bit else METHODS[:2]:
+    for method in METHODS if four_bit else METHODS[:2]:  # neither Apple GPUs nor FSDP have 4-bit weights
         for some in kinds:
             costs[method] = Costs(config, some, machine, card, lengths, dtype, method, cards)
             methods[method] = costs[method].best()
