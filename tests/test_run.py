@@ -1,4 +1,5 @@
-"""Whole runs on the tiny preset: the folder they leave, how they stop and go on, and what a user's mistakes cost."""
+"""Whole runs on the tiny preset: the folder they leave, how they stop and go on, and what a user's mistakes
+cost."""
 
 import json
 import os
@@ -74,9 +75,23 @@ def test_history_has_every_step_once_with_the_names_of_the_contract(finished):
     steps = [r["step"] for r in rows if not reading.is_evaluation(r)]
     assert steps == [1, 2, 3, 4, 5, 6]
     wanted = {
-        "step", "epoch", "loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "logp_chosen",
-        "logp_rejected", "accuracy", "learning_rate", "grad_norm", "pairs_per_second", "tokens_per_second", "memory_gib",
-    }  # fmt: skip
+        "step",
+        "epoch",
+        "loss",
+        "nll",
+        "or_loss",
+        "log_odds_chosen",
+        "log_odds_rejected",
+        "log_odds_ratio",
+        "logp_chosen",
+        "logp_rejected",
+        "accuracy",
+        "learning_rate",
+        "grad_norm",
+        "pairs_per_second",
+        "tokens_per_second",
+        "memory_gib",
+    }
     assert wanted <= rows[1].keys()
     assert [r["step"] for r in rows if reading.is_evaluation(r)] == [0, 6]
 
@@ -206,9 +221,11 @@ def test_qlora_runs_on_a_cpu(tmp_path, precision):
 @pytest.mark.skipif(not SHARED.is_file(), reason="the shared sample of real pairs is not here")
 def test_real_multi_turn_pairs_train(tmp_path):
     run = execute(
-        *tiny(tmp_path, dataset=str(SHARED), max_tokens=4000, max_prompt_tokens=3000, max_pairs=60, max_steps=2),
+        *tiny(
+            tmp_path, dataset=str(SHARED), max_tokens=4000, max_prompt_tokens=3000, max_pairs=60, max_steps=2
+        ),
         show=lambda text: None,
-    )  # fmt: skip
+    )
     report = json.loads((run.folder / "data_report.json").read_text())
     assert report["shapes"] == {"conversations": report["kept"]} and report["kept"] > 30
 
@@ -411,9 +428,25 @@ def test_max_minutes_stops_with_a_checkpoint_and_is_no_interruption(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
     process = subprocess.Popen(
-        [sys.executable, "-m", "lazyorpo_lib", "--preset", "tiny", "--max-steps", "2000", "--max-pairs", "0",
-         "--save-every-steps", "0", "--output-dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "lazyorpo_lib",
+            "--preset",
+            "tiny",
+            "--max-steps",
+            "2000",
+            "--max-pairs",
+            "0",
+            "--save-every-steps",
+            "0",
+            "--output-dir",
+            str(tmp_path),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while (
         len([r for r in read_rows(tmp_path / "history.jsonl") if "loss" in r]) < 3
@@ -431,10 +464,16 @@ def test_a_signal_ends_the_step_saves_and_exits_130(tmp_path, number):
 def test_two_runs_on_one_folder_the_second_stops(tmp_path):
     take(tmp_path, "run", ".lock")
     held = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-         "print(1, flush=True); sys.stdin.read()", str(tmp_path / ".lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print(1, flush=True); sys.stdin.read()",
+            str(tmp_path / ".lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     held.stdout.readline()
     with pytest.raises(UserError, match="Another run is at work"):
         opened(tiny(tmp_path))
@@ -464,7 +503,7 @@ def test_help_lists_every_setting_with_default_and_meaning():
         (["--preset", "tiny", "--max-tokens", "10"], "max_prompt_tokens is 256 and max_tokens is 10"),
         (["--preset", "tiny", "--plan", "--device", "A41"], "device is 'A41', but must be one of T4, P100"),
     ],
-)  # fmt: skip
+)
 def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
     outside = [] if "--output-dir" in flags else ["--output-dir", tmp_path / "run"]
     done = command(*flags, *outside)

@@ -85,16 +85,7 @@ class RowAttention:
             self.row = before
 
     def __call__(
-        self,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=0.0,
-        scaling=None,
-        sliding_window=None,
-        **more,
+        self, module, query, key, value, attention_mask, dropout=0, scaling=None, sliding_window=None, **more
     ):
         """Attend.
 
@@ -165,21 +156,18 @@ class RowAttention:
         shapes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
         kind = (*self.kernels.values(), query.device, query.dtype, *shapes, window is not None)
         if kind not in _verdicts:
-            refused = {}
-            for name, kernel in self.kernels.items():
+            refused = []
+            for name, kernel in [*self.kernels.items(), ("a pair at a time", None)]:
                 try:
-                    why = self._disagreement(kernel, query, key, value, scaling, window and min(window, 13))
+                    why = kernel and self._disagreement(kernel, query, key, value, scaling, window)
                 except torch.OutOfMemoryError:
                     return None  # it says nothing of the kernel
                 except Exception as error:  # whatever a private operation raises, it means: do without
                     why = brief(error)
                 if not why:
                     break
-                refused[name] = why
-            else:
-                name, kernel = "a pair at a time", None
-            said = [name, *(f"{other}: {why}" for other, why in refused.items())]
-            _verdicts[kind] = kernel, "; not ".join(said)
+                refused.append(f"{name}: {why}")
+            _verdicts[kind] = kernel, "; not ".join([name, *refused])
         return _verdicts[kind][0]
 
     def _disagreement(self, kernel, query, key, value, scaling, window) -> str:
@@ -187,7 +175,7 @@ class RowAttention:
         like, generator = (query.device, query.dtype), torch.Generator().manual_seed(0)
         for lengths in PROOF:
             row = Row(collate([EncodedPair(0, *([0] * n for n in pair)) for pair in lengths]).to(like[0]))
-            n, options = sum(map(sum, lengths)), dict(scaling=scaling, window=window)
+            n, options = sum(map(sum, lengths)), dict(scaling=scaling, window=window and min(window, 13))
             shapes = [(1, x.shape[1], n, x.shape[-1]) for x in (query, key, value)]
             shapes.append((1, n, query.shape[1], value.shape[-1]))
             *inputs, upstream = (torch.randn(shape, generator=generator).to(*like) for shape in shapes)
@@ -227,20 +215,10 @@ def _efficient(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, windo
     """Do the same, also before compute capability 8 and in float32; it wants a key for every head."""
     k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in (k, v))
     causal_from_the_end, for_the_backward = 2, True
-    given = (
-        q[None],
-        k[None],
-        v[None],
-        None,
-        starts_q,
-        starts_k,
-        longest_q,
-        longest_k,
-        0.0,
-        causal_from_the_end,
-    )
+    given = q[None], k[None], v[None], None, starts_q, starts_k, longest_q, longest_k
     options = dict(scale=scaling, window_size=window)
-    return torch.ops.aten._efficient_attention_forward(*given, for_the_backward, **options)[0][0]
+    how = 0.0, causal_from_the_end, for_the_backward
+    return torch.ops.aten._efficient_attention_forward(*given, *how, **options)[0][0]
 
 
 KERNELS = {"flash": _flash, "efficient": _efficient}  # the best first; both private in torch

@@ -184,10 +184,8 @@ class ScoringForward:
         finally:  # also where memory ran out: the graph behind it must not live on
             hidden, self.hidden = self.hidden, None
         if self.plain:
-            hidden, layer = (
-                hidden.flatten(0, 1).index_select(0, hidden_index),
-                self.model.get_output_embeddings(),
-            )
+            hidden = hidden.flatten(0, 1).index_select(0, hidden_index)  # the others need not be held
+            layer = self.model.get_output_embeddings()
             options = dict(bias=layer.bias, softcap=self.softcap, scale=self.scale)
             logps = token_logps(hidden, layer.weight, targets, **options)
         else:

@@ -152,18 +152,17 @@ class _Probe:
 
     def _separate(self, pad: int = 0) -> Tensor:
         """Score each answer in a forward of its own, `pad` tokens of padding behind it."""
-        alone = [self._alone(pair.prompt, answer, pad) for pair in self.pairs for answer in pair[2:]]
-        return torch.cat(alone)
-
-    def _alone(self, prompt, answer, pad: int) -> Tensor:
-        ids = torch.tensor([[*prompt, *answer, *[0] * pad]], device=self.device)
-        mask = (torch.arange(ids.shape[1], device=self.device) < ids.shape[1] - pad).long()[None]
-        # Not the logits of a prompt as long as a window.
-        options = dict(use_cache=False, logits_to_keep=len(answer) + 1 + pad)
-        logits = self.scorer.forward.original(input_ids=ids, attention_mask=mask, **options).logits[0]
-        logits = logits[-(len(answer) + 1 + pad) :][: len(answer)]
-        targets = ids[0, len(prompt) : len(prompt) + len(answer), None]
-        return torch.log_softmax(logits.float(), dim=-1).gather(1, targets)[:, 0]
+        found = []
+        for prompt, answer in ((pair.prompt, answer) for pair in self.pairs for answer in pair[2:]):
+            end = len(prompt) + len(answer)
+            ids = torch.tensor([[*prompt, *answer, *[0] * pad]], device=self.device)
+            mask = (torch.arange(end + pad, device=self.device) < end).long()[None]
+            last = len(answer) + 1 + pad  # not the logits of a prompt as long as a window
+            options = dict(attention_mask=mask, use_cache=False, logits_to_keep=last)
+            logits = self.scorer.forward.original(input_ids=ids, **options).logits[0, -last:][: len(answer)]
+            targets = ids[0, len(prompt) : end, None]
+            found.append(torch.log_softmax(logits.float(), dim=-1).gather(1, targets)[:, 0])
+        return torch.cat(found)
 
     def refusal(self) -> str:
         """Say why the scorer's present rung is wrong for the model; nothing if it is right."""

@@ -72,18 +72,13 @@ def _words(name: str) -> tuple[set[str], list[float]]:
 def listed(name: str, *sizes: float) -> Card | None:
     """Find the card of CARDS with this name, as people or its driver write it, if its memory is of `sizes`
     GiB and what the name says."""
-    words, named = _words(name)
-
-    def told(card):
-        return _words(card.name)[0]
-
-    found = [
-        card
-        for card in _SHEETS
-        if all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))
-        and told(card) <= words <= told(card) | {"pcie"}  # of most cards both are alike
-    ]
-    return max(found, key=lambda card: len(told(card)), default=None)
+    (words, named), found = _words(name), {}
+    for card in CARDS.values():
+        own = _words(card.name)[0]
+        of_this_memory = all(abs(size - card.memory_gib) <= 0.1 * size for size in (*sizes, *named))
+        if own <= words <= own | {"pcie"} and of_this_memory:  # PCIe and SXM are alike in most cards
+            found[card] = len(own)
+    return max(found, key=found.get, default=None)
 
 
 def find_card(name: str) -> Card | Machine:

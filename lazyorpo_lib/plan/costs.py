@@ -51,11 +51,7 @@ class MethodPlan:
 
 
 class _Shape:
-    """Parameters of the whole model, by what is done with them.
-
-    Args:
-        rank: of the adapters.
-    """
+    """Parameters of the whole model, by what is done with them; `rank`: of the adapters."""
 
     def __init__(self, config, rank: int):
         model, text = on_meta(config, torch.float32), config.get_text_config()
@@ -97,15 +93,7 @@ class Costs:
     """
 
     def __init__(
-        self,
-        config,
-        settings: Settings,
-        machine: Machine,
-        card,
-        lengths: Lengths,
-        dtype,
-        method: str,
-        cards=1,
+        self, config, settings: Settings, machine: Machine, card, lengths: Lengths, dtype, method, cards=1
     ):
         self.settings, self.machine, self.lengths = settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
@@ -149,8 +137,8 @@ class Costs:
         key += settings.lora_rank, settings.lora_dropout > 0, settings.nll_over, self.cards > 1
         key += tuple(len(part) for row in rows for part in row[0][1:])
         if key not in _profiles:
-            given = config, settings, self.method, self.dtype, machine, rows, self.cards > 1
-            _profiles[key] = simulate(*given)
+            what = self.method, self.dtype, machine, rows, self.cards > 1
+            _profiles[key] = simulate(config, settings, *what)
         return _profiles[key]
 
     def _weights(self, stored: torch.dtype) -> float:

@@ -77,13 +77,6 @@ def cards_table(plans: Sequence[Plan]) -> str:
     return "\n".join(rows)
 
 
-def tokens_per_second(rows: Sequence[dict]) -> float:
-    """Average a history's training rows but the first, which pays for warming up."""
-    rows = [row for row in rows if "tokens" in row]
-    rows = rows[1:] or rows
-    return sum(row["tokens"] for row in rows) / sum(row["tokens"] / row["tokens_per_second"] for row in rows)
-
-
 def make_plan(
     config,
     settings: Settings,
@@ -105,17 +98,19 @@ def make_plan(
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
 
     Raises:
-        UserError: unknown card; a model that transformers cannot build or that cannot be simulated.
+        UserError: unknown card; a model that transformers cannot build.
     """
     target = find_card(target) if isinstance(target, str) else target
     card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
-    # Neither Apple GPUs nor FSDP have 4-bit weights.
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
+    # AdamW without pages where its state fits beside the rest: the same numbers sooner.
+    paged = settings.optimizer == "paged_adamw_32bit" and not begun
+    kinds = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
     costs, methods = {}, {}
-    for method in METHODS if four_bit else METHODS[:2]:
-        for some in [*_without_pages(settings, begun), settings]:
+    for method in METHODS if four_bit else METHODS[:2]:  # neither Apple GPUs nor FSDP have 4-bit weights
+        for some in kinds:
             costs[method] = Costs(config, some, machine, card, lengths, dtype, method, cards)
             methods[method] = costs[method].best()
             if methods[method].fits:
@@ -126,15 +121,8 @@ def make_plan(
         why += f"; this kind of model cannot be simulated, so activations are {one.profile.stood_in}"
     if one.limit < one.memory * (1 - MARGIN) / GIB:
         why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
-    changes = [] if methods[chosen].fits else _changes(one, methods)
-    name = str(dtype).removeprefix("torch.")
-    return Plan(machine.name, one.memory / GIB, list(methods.values()), chosen, why, changes, name, lengths)
-
-
-def _without_pages(settings: Settings, begun: bool) -> list[Settings]:
-    """AdamW without pages, which is taken where its state fits beside the rest: the same numbers sooner."""
-    paged = settings.optimizer == "paged_adamw_32bit" and not begun
-    return [replace(settings, optimizer="adamw")] if paged else []
+    found = list(methods.values()), chosen, why, [] if methods[chosen].fits else _changes(one, methods)
+    return Plan(machine.name, one.memory / GIB, *found, str(dtype).removeprefix("torch."), lengths)
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
@@ -161,25 +149,20 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
     """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
     if settings.method != "auto":
         return settings.method, f"{settings.method}: chosen in the settings"
-    full, lora, qlora = methods["full"], methods["lora"], methods.get("qlora")
+    full = methods["full"]
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
-        return (
-            "full",
-            f"full: all weights can be trained in the memory of {machine.name}, and nothing is stronger",
-        )
+        why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
+        return "full", f"full: {why}"
     reason = f"full needs {full.peak_gib:.1f} GiB"
     if full.fits:
         limit = f"learning_rate {settings.learning_rate:g} (at most {FULL_LEARNING_RATE:g})"
         reason = f"full would fit too, but not with {limit}"
-    if lora.fits:
-        return "lora", f"lora: the strongest method that fits; {reason}"
-    reason += f", lora {lora.peak_gib:.1f}"
-    nothing = "nothing fits, and this comes nearest"
-    if qlora is None:
-        return "lora", f"lora: {nothing}; {reason}"
-    if qlora.fits:
-        return "qlora", f"qlora: it takes 4-bit weights to fit; {reason}"
-    return "qlora", f"qlora: {nothing}; {reason}, qlora {qlora.peak_gib:.1f}"
+    words = {"lora": "the strongest method that fits", "qlora": "it takes 4-bit weights to fit"}
+    for name in list(methods)[1:]:
+        if methods[name].fits:
+            return name, f"{name}: {words[name]}; {reason}"
+        reason += f", {name} {methods[name].peak_gib:.1f}"
+    return name, f"{name}: nothing fits, and this comes nearest; {reason}"
 
 
 def _changes(costs: Costs, methods: dict[str, MethodPlan]) -> list[str]:

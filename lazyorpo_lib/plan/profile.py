@@ -58,26 +58,24 @@ class Profile:
                 none.
         """
         at, made = self.at(tokens), 0.0 if held else self.layer_gradient
-        more_checkpointed, more_stored = checkpointed - (LAYERS - 1), layers - checkpointed - 1
+        again, stored = checkpointed - (LAYERS - 1), layers - checkpointed - 1  # layers more than in the cut
 
         def grown(first: str, then: str) -> float:
             return at[then].start - at[first].start
 
-        # What a layer keeps: more while the forward runs, in which autocast holds its casts of the weights.
-        forward = more_checkpointed * grown("forward 0", "forward 1")
-        forward += more_stored * grown("forward 2", "head")
-        checkpoints = more_checkpointed * (grown("backward 0", "backward 1") + self.layer_gradient)
-        stored = more_stored * (grown("backward 1", "backward 2") + self.layer_gradient)
+        # What they keep: more while the forward runs, in which autocast holds its casts of the weights.
+        forward = again * grown("forward 0", "forward 1") + stored * grown("forward 2", "head")
+        backward = again * (grown("backward 0", "backward 1") + self.layer_gradient)
+        kept = stored * (grown("backward 1", "backward 2") + self.layer_gradient)
         # The moments that may be highest, and what more layers add there: the backward gives up what a layer
         # stored, and makes its gradient.
         moments = [("head", forward), ("backward 0", made * (layers - LAYERS))]
-        if more_stored >= 0:  # the first stored layer of the backward, and the last
-            moments += [("forward 2", forward), ("backward 2", checkpoints + stored)]
-            moments += [("backward 2", checkpoints + made * more_stored)]
+        if stored >= 0:  # the first stored layer of the backward, or the last
+            moments += [("forward 2", forward), ("backward 2", backward + max(kept, made * stored))]
         if checkpointed:
-            moments += [("backward 1", checkpoints + made * more_stored)]
+            moments.append(("backward 1", backward + made * stored))
         peaks = {name: phase.bare if held else phase.peak for name, phase in at.items()}
-        height, top = max((peaks[name] + more, name) for name, more in moments)
+        height, top = max((peaks[name] + added, name) for name, added in moments)
         head = max(0.0, peaks[top] - at[top].start) if top == "head" else 0.0
         gradients = 0.0 if held else at[top].peak - at[top].bare
         return height, head, gradients + (made * (layers - LAYERS) if top == "backward 0" else 0.0)
@@ -90,15 +88,17 @@ def rough_profile(counts: list[int], hidden: int, inner: int, size: int, head: i
         hidden, inner: sizes of the states. size: bytes of a number. head: bytes that the head passes through.
     """
 
-    def phases(tokens: int) -> dict[str, Phase]:
-        kept = tokens * size * hidden
-        stored, found, live = 12 * kept + 5 * tokens * size * inner, {}, kept
-        names = "start, forward 0, forward 1, forward 2, head, backward 2, backward 1, backward 0".split(", ")
-        grows = 0, kept, kept, stored, 0, -stored, -kept, -kept
-        passing = 0, stored, stored, 0, head, stored, 2 * stored, 2 * stored
-        for name, more, passes in zip(names, grows, passing, strict=True):
-            found[name] = Phase(live, live + passes, live + passes, 3 * stored, 100)
-            live += more
-        return found
-
-    return Profile(tuple((n, phases(n)) for n in counts), 0.0, stood_in="a rough estimate")
+    table = {  # layers' inputs that are kept, layers of which all is kept, layers that pass
+        "start": (1, 0, 0), "forward 0": (1, 0, 1), "forward 1": (2, 0, 1), "forward 2": (3, 0, 0),
+        "head": (3, 1, 0), "backward 2": (3, 1, 1), "backward 1": (3, 0, 2), "backward 0": (2, 0, 2),
+    }  # fmt: skip
+    points = []
+    for tokens in counts:
+        state, phases = tokens * size * hidden, {}
+        layer = 12 * state + 5 * tokens * size * inner
+        for name, (inputs, stored, passing) in table.items():
+            start = inputs * state + stored * layer
+            peak = start + passing * layer + head * (name == "head")
+            phases[name] = Phase(start, peak, peak, 3 * layer, 100)
+        points.append((tokens, phases))
+    return Profile(tuple(points), 0.0, stood_in="a rough estimate")

@@ -13,23 +13,22 @@ import logging
 import sys
 import warnings
 import weakref
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, explain_model
-from ..fast.attention import RowAttention, in_two_calls, takes_sdpa
+from ..fast.attention import RowAttention, takes_sdpa
 from ..fast.head import BLOCK_BYTES, ScoringForward
 from ..fast.layouts import dense_masks
 from ..fast.lora import fuse
@@ -51,22 +50,14 @@ class _Ledger(TorchDispatchMode):
         self.live = 0
         weights = [*model.parameters(), *model.buffers()]  # not counted: their views would seem new
         self.alive = {t.untyped_storage()._cdata for t in weights}
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a step."""
-        self.rows: dict[str, list[float]] = {}
-        self.grads, self.in_backward = 0, False
-        self.mark("start")
 
     def mark(self, name: str) -> None:
-        """Begin a phase."""
+        """Begin a phase; `start` begins a step. Layers that run again in the backward begin none."""
+        if name == "start":
+            self.rows, self.grads, self.in_backward = {}, 0, False
         self.in_backward |= name.startswith("backward")
-        self.row = self.rows.setdefault(name, [self.live, self.live, self.live - self.grads, 0, 0])
-
-    @property
-    def phases(self) -> dict[str, Phase]:
-        return {name: Phase(*row) for name, row in self.rows.items()}
+        if name.startswith("backward") or not self.in_backward:
+            self.row = self.rows.setdefault(name, [self.live, self.live, self.live - self.grads, 0, 0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -153,10 +144,9 @@ def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
     model = on_meta(_cut(config), torch.float32 if method == "full" and not sharded else dtype)
     if method == "full":
         return model
-    if method == "qlora":
-        for layer in adapted_layers(model):
-            if isinstance(layer, nn.Linear):
-                layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
+    for layer in adapted_layers(model) if method == "qlora" else ():
+        if isinstance(layer, nn.Linear):
+            layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
     with torch.device("meta"):
         model = add_adapters(model, settings)
     fuse(model, _dequantised)
@@ -195,22 +185,24 @@ class _Kernel(torch.autograd.Function):
 
 
 class _GpuAttention(RowAttention):
-    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof.
+    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof."""
 
-    Args:
-        flash: whether the kernel takes fewer keys than queries, and 16 bit alone.
-    """
+    def __call__(self, *inputs, dropout=0.0, **options):
+        return super().__call__(*inputs, **options)
 
-    def __init__(self, flash: bool, **options):
-        super().__init__(**options)
-        self.flash = flash
+    def proven_kernel(self, *inputs, **options):
+        return self.kernels["simulated"]
 
-    def __call__(self, module, query, key, value, attention_mask, **kwargs):
-        if torch.is_autocast_enabled("cpu"):
-            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-        if not self.flash:
-            key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-        return in_two_calls(lambda q, k, v, *rest: _Kernel.apply(q, k, v), self.row, query, key, value), None
+
+def _flash(q, k, v, *rest):
+    """Hold what the kernel does that takes fewer keys than queries, and 16 bit alone."""
+    return _Kernel.apply(q, k, v)
+
+
+def _efficient(q, k, v, *rest):
+    """Hold what the other one does, which wants a key for every head."""
+    k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in (k, v))
+    return _Kernel.apply(q, k, v)
 
 
 def _no_mask(n, total, window, like):
@@ -242,7 +234,7 @@ def simulate(
     llama = _llama_like(text)
     for model, stood_in in ((config, ""), (llama, "those of a Llama of its shape")):
         try:
-            with _quiet(), _written_by_transformers(model):
+            with _plain(model):
                 phases, *found = _run(model, settings, method, dtype, machine, rows, sharded)
             return Profile(tuple(zip(counts, phases, strict=True)), *found, stood_in)
         except UserError:
@@ -253,73 +245,59 @@ def simulate(
 
 
 @contextlib.contextmanager
-def _written_by_transformers(config):
-    """Take back what Liger put into the model's module for the process: its kernels compute no fakes."""
-    module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
-    names = vars(module).items()
-    liger = [k for k, x in names if str(getattr(x, "__module__", "")).startswith("liger_kernel")]
-    fresh = importlib.util.module_from_spec(module.__spec__)
-    if liger:
-        module.__spec__.loader.exec_module(fresh)
-    # The fake of a grouped product takes bfloat16 alone.
-    with _replaced(module, {name: getattr(fresh, name) for name in liger}):
-        with _replaced(moe, {"_can_use_grouped_mm": lambda *args: False}):
-            yield
-
-
-@contextlib.contextmanager
-def _replaced(module, names: dict):
-    """Have a module's names mean something else, those that it has, until the block ends."""
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
-    vars(module).update({name: names[name] for name in before})
+def _plain(config):
+    """Take back what Liger put into the model's module for the process: its kernels compute no fakes. Also
+    silence what torch and transformers log about operations on fakes."""
+    silent, before = logging.root.manager.disable, []
     try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without what torch and transformers log about operations on fakes."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    logger.disabled, verbosity = True, transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
+        names = vars(module).items()
+        liger = [k for k, x in names if str(getattr(x, "__module__", "")).startswith("liger_kernel")]
+        fresh = importlib.util.module_from_spec(module.__spec__)
+        if liger:
+            module.__spec__.loader.exec_module(fresh)
+        swaps = [(module, name, getattr(fresh, name)) for name in liger]
+        if hasattr(moe, "_can_use_grouped_mm"):  # the fake of a grouped product takes bfloat16 alone
+            swaps.append((moe, "_can_use_grouped_mm", lambda *args: False))
+        for place, name, plain in swaps:
+            before.append((place, name, getattr(place, name)))
+            setattr(place, name, plain)
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logger.disabled = False
-        transformers.logging.set_verbosity(verbosity)
+        logging.disable(silent)
+        for swap in before:
+            setattr(*swap)
 
 
 def _llama_like(text):
     """Make the config of a Llama with the sizes of another."""
-    hidden = text.hidden_size
-    sizes = dict(
-        intermediate_size=4 * hidden, num_attention_heads=max(1, hidden // 64), num_key_value_heads=None
-    )
-    sizes = {name: getattr(text, name, None) or default for name, default in sizes.items()}
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-    return transformers.LlamaConfig(**sizes, **{name: getattr(text, name) for name in same})
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "intermediate_size")
+    same += ("num_attention_heads", "num_key_value_heads")
+    usual = dict(intermediate_size=4 * text.hidden_size, num_attention_heads=max(1, text.hidden_size // 64))
+    found = {name: getattr(text, name) for name in same if getattr(text, name, None) is not None}
+    return transformers.LlamaConfig(**(usual | found))
 
 
 def _attention_of(machine: Machine, half: bool) -> RowAttention:
     """Make the kit's attention as the planned device would compute it; `half`: in 16 bit."""
     options = dict(mask=_no_mask, name="lazyorpo-simulated")
     if machine.device == "cuda":
-        return _GpuAttention(half and machine.capability[0] >= 8, **options)
+        kernel = _flash if half and machine.capability[0] >= 8 else _efficient
+        return _GpuAttention({"simulated": kernel}, kernel_devices=("cpu",), **options)
     return RowAttention(cpu_kernel_devices=("cpu",) if machine.device == "cpu" else (), **options)
 
 
 def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[dict], float, bool]:
     """Simulate; give each row's phases, one layer's gradient bytes, whether attention's masks are dense."""
-    autocast, mode, results = dtype != torch.float32, FakeTensorMode(), []
+    autocast, results = dtype != torch.float32, []
+    batches = [collate(pairs, nll_over=settings.nll_over) for pairs in rows]
+    kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
     model = _small_model(config, settings, method, dtype, sharded)
     lm, attention = causal_lm(model), _attention_of(machine, autocast)
     dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
-    kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
-    with mode, kernel:
+    with FakeTensorMode() as mode, kernel:
         _fake(model)
         for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):
             if autocast and machine.device == "cuda":
@@ -330,13 +308,14 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
         checkpoint_layers(model, LAYERS - 1)
         ledger = _Ledger(model)
         layer_bytes = _watch(lm, model, ledger)
-        for pairs in rows:
-            batch = _fake_batch(mode, pairs, settings)
-            given = dict(input_ids=batch.input_ids, position_ids=batch.position_ids)
-            given |= dict(hidden_index=batch.hidden_index, targets=batch.targets)
+        for real in batches:
+            tensors = {name: t for name, t in vars(real).items() if isinstance(t, torch.Tensor)}
+            batch = replace(real, **{name: mode.from_tensor(t) for name, t in tensors.items()})
+            names = ("input_ids", "position_ids", "hidden_index", "targets")
+            given = {name: getattr(batch, name) for name in names}
             if dense:
                 given["attention_mask"] = dense_masks(batch, lm.config.get_text_config(), lm.dtype)
-            ledger.restart()
+            ledger.mark("start")
             with contextlib.nullcontext() if dense else attention.over(batch), ledger:
                 with torch.autocast("cpu", dtype, enabled=autocast):
                     out = model(**given)
@@ -344,40 +323,30 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
                 if out["router_loss"] is not None:
                     loss = loss + out["router_loss"]
                 loss.backward()
-            results.append(ledger.phases)
+            results.append({name: Phase(*row) for name, row in ledger.rows.items()})
             del out, loss, batch, given
             model.zero_grad()
     return results, layer_bytes, dense
-
-
-def _fake_batch(mode, pairs, settings):
-    with _disable_current_modes():
-        batch = collate(pairs, nll_over=settings.nll_over)
-    for name in [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)]:
-        setattr(batch, name, mode.from_tensor(getattr(batch, name)))
-    return batch
 
 
 def _watch(lm, model, ledger: _Ledger) -> float:
     """Tell the ledger when layers and head begin, forward and backward; give a layer's gradient bytes."""
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)][:LAYERS]
 
-    def begins(i):
-        return lambda *_: None if ledger.in_backward else ledger.mark(f"forward {i}")
+    def mark(name):
+        return lambda *_: ledger.mark(name)
 
-    def ends(i):
+    def watch_backward(i):
         def hook(module, args, out):
             if not ledger.in_backward:
-                if i == LAYERS - 1:
-                    ledger.mark("head")
-                hidden = out if isinstance(out, torch.Tensor) else out[0]
-                hidden.register_hook(lambda grad: ledger.mark(f"backward {i}"))
+                (out if isinstance(out, torch.Tensor) else out[0]).register_hook(mark(f"backward {i}"))
 
         return hook
 
     for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(begins(i))
-        layer.register_forward_hook(ends(i))
+        layer.register_forward_pre_hook(mark(f"forward {i}"))
+        layer.register_forward_hook(watch_backward(i))
+    layers[-1].register_forward_hook(mark("head"))
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(ledger.add_gradient)
     return float(sum(p.numel() * p.element_size() for p in layers[-1].parameters() if p.requires_grad))

@@ -363,8 +363,18 @@ def wrong_for_one_token(q, k, v, cu_q, *rest, **options):
     return out * (cu_q.diff() > 1).float().repeat_interleave(cu_q.diff())[:, None, None], None
 
 
-BROKEN = [missing, older, renamed, not_a_number, mixes_values, aligned_at_the_start, without_window, without_gradient, wrong_gradient,
-          wrong_for_one_token]  # fmt: skip
+BROKEN = [
+    missing,
+    older,
+    renamed,
+    not_a_number,
+    mixes_values,
+    aligned_at_the_start,
+    without_window,
+    without_gradient,
+    wrong_gradient,
+    wrong_for_one_token,
+]
 
 
 @pytest.fixture
@@ -439,7 +449,8 @@ def test_the_probe_draws_no_random_number_of_the_run_and_seeds_no_device(monkeyp
 
 
 def windowed(limit):
-    """A model with a window of 100, and the lengths of the texts that its forward was given; too little memory past `limit` tokens."""
+    """A model with a window of 100, and the lengths of the texts that its forward was given; too little
+    memory past `limit` tokens."""
     model, lengths = tiny_model("mistral", sliding_window=100), []
     original = model.forward
 

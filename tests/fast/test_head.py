@@ -63,7 +63,8 @@ def test_without_gradient_nothing_is_kept():
 
 
 def plain(hidden, weight, targets, bias=None, softcap=0.0, scale=1.0):
-    """The formula as it is written, all in float32 after the product: log-probabilities and d logp / d hidden."""
+    """The formula as it is written, all in float32 after the product: log-probabilities and d logp / d
+    hidden."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = (logits if bias is None else logits + bias) * scale

@@ -1,4 +1,5 @@
-"""The fused LoRA layer: PEFT's values and gradients, in every precision, with dropout, and out of the way when it must be."""
+"""The fused LoRA layer: PEFT's values and gradients, in every precision, with dropout, and out of the way
+when it must be."""
 
 import pytest
 import torch

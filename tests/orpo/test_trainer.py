@@ -1,4 +1,5 @@
-"""The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as TRL's."""
+"""The step: independent of its split, exact in resuming, honest when memory or numbers fail; the same as
+TRL's."""
 
 import gc
 import math
@@ -149,8 +150,8 @@ def pair_table64(logps, batch):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for: on a GPU each time waits for all that was queued. So does a copy of
-    a list, or a blocking one of a batch's whole numbers, to the device."""
+    """Counts how often a tensor's value is asked for: on a GPU each time waits for all that was queued. So
+    does a copy of a list, or a blocking one of a batch's whole numbers, to the device."""
 
     def __enter__(self):
         self.reads, self.copies, self.calls = 0, 0, _Calls(self)
@@ -877,8 +878,11 @@ def trl_loss_and_gradients(model, pairs, beta, folder):
             ids.append(row + [0] * rest)
             labels.append([-100] * len(p.prompt) + list(getattr(p, side)) + [-100] * rest)
             mask.append([1] * len(row) + [0] * rest)
-        return {f"{side}_input_ids": torch.tensor(ids), f"{side}_labels": torch.tensor(labels),
-                f"{side}_attention_mask": torch.tensor(mask)}  # fmt: skip
+        return {
+            f"{side}_input_ids": torch.tensor(ids),
+            f"{side}_labels": torch.tensor(labels),
+            f"{side}_attention_mask": torch.tensor(mask),
+        }
 
     config = orpo.ORPOConfig(
         str(folder), beta=beta, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False
@@ -913,7 +917,8 @@ def test_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path, name):
 
 
 def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
-    """What TRL's DPOTrainer computes from the token log-probabilities of `model` and `reference`, each pair in two padded rows."""
+    """What TRL's DPOTrainer computes from the token log-probabilities of `model` and `reference`, each pair
+    in two padded rows."""
     trl = pytest.importorskip("trl")
     rows = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -939,11 +944,24 @@ def trl_dpo_loss_and_gradients(model, reference, pairs, beta, folder):
     same = staticmethod(lambda x: x)
     fake = trl.DPOTrainer.__new__(trl.DPOTrainer)
     vars(fake).update(
-        args=config, beta=beta, model=model, ref_model=outputs_of(reference), aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], use_weighting=False,
-        accelerator=type("A", (), {"device": torch.device("cpu"), "gather_for_metrics": same, "gather": same})(),
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        args=config,
+        beta=beta,
+        model=model,
+        ref_model=outputs_of(reference),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        use_weighting=False,
+        accelerator=type(
+            "A", (), {"device": torch.device("cpu"), "gather_for_metrics": same, "gather": same}
+        )(),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     model.train().zero_grad()
     loss = fake._compute_loss(
         outputs_of(model), {"input_ids": ids, "attention_mask": seen, "completion_mask": scored}, False
