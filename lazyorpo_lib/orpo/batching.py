@@ -7,7 +7,7 @@ pair's rejected, whose positions start again where its prompt ended. Models that
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -56,10 +56,10 @@ class Batch:
     pairs: list[EncodedPair]
     # Of a `shared` row alone: its pairs, and what every rejected answer sees: [prompt, rejected] of each
     # pair.
-    spans: list[Span]
-    keys: Tensor | None  # (K,) int64, into N
+    spans: list[Span] = field(default_factory=list)
+    keys: Tensor | None = None  # (K,) int64, into N
     # (3, B + 1) int32: where each [prompt, chosen] begins, each rejected, its piece of `keys`; and the ends.
-    starts: Tensor | None
+    starts: Tensor | None = None
 
     def to(self, device) -> "Batch":
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
@@ -103,11 +103,6 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     hidden_index[counts.cumsum().reshape(b, 3)[:, 1]] = before + p - 1  # predicts rejected's first token
     segment = np.stack([np.arange(b) + k * b for k in (2, 0, 1)], axis=1)
     mask = np.arange(width) < np.stack([p + c, p + r], axis=1).reshape(-1, 1)
-    spans, keys, starts = [], None, None
-    if shared:
-        spans = [Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()]
-        keys = torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1)))
-        starts = torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int()
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
         position_ids=torch.from_numpy(position_ids.reshape(rows, width)),
@@ -117,9 +112,16 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
         segment=torch.from_numpy(segment.ravel().repeat(counts.ravel())),
         lengths=torch.from_numpy(counts[:, [1, 2, 0]].T.flatten()).float(),
         pairs=pairs,
-        spans=spans,
-        keys=keys,
-        starts=starts,
+        **(_seen_by_rejected(first, rejected, p, c, r) if shared else {}),
+    )
+
+
+def _seen_by_rejected(first, rejected, p, c, r) -> dict:
+    """The fields of a Batch that a shared row has alone."""
+    return dict(
+        spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()],
+        keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1))),
+        starts=torch.from_numpy(np.stack([_ends(n) for n in (p + c, r, p + r)])).int(),
     )
 
 
