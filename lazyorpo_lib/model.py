@@ -24,7 +24,7 @@ from . import folder as folders
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
 from .errors import UserError, explain_model
 from .fast.attention import takes_sdpa
-from .fast.lora import fuse
+from .fast.lora import replace_forwards
 from .machine import Machine
 from .settings import Settings
 
@@ -138,7 +138,7 @@ def add_adapters(model, settings: Settings):
     with warnings.catch_warnings():  # transformers warns peft of a name that peft still asks for
         warnings.simplefilter("ignore", FutureWarning)
         model = peft.get_peft_model(model, config)
-    fuse(model)
+    replace_forwards(model)
     return model
 
 

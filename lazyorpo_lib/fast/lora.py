@@ -1,7 +1,7 @@
 """A LoRA layer's forward and backward in one piece: no scaled copy of its output, no second sum of its input.
 
-PEFT owns the adapters: it makes, saves, loads, disables and merges them. `fuse` only replaces how a layer is
-computed while it is trained; the maths is the same. It knows no pairs and no losses.
+PEFT owns the adapters: it makes, saves, loads, disables and merges them. `replace_forwards` only replaces how
+a layer is computed while it is trained; the maths is the same. It knows no pairs and no losses.
 """
 
 import functools
@@ -63,7 +63,7 @@ def _forward(lora, plain, weight_of, x: Tensor, *args, **kwargs) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def fuse(model, weight_of=frozen_weight) -> None:
+def replace_forwards(model, weight_of=frozen_weight) -> None:
     """Have the LoRA layers of a PEFT model over an `nn.Linear`, plain or in 4 bit, computed in one piece.
 
     It replaces each instance's forward; PEFT's own runs where no gradient is asked for, or adapters are off.

@@ -31,7 +31,7 @@ from ..errors import UserError, explain_model
 from ..fast.attention import RowAttention, takes_sdpa
 from ..fast.head import BLOCK_BYTES, ScoringForward
 from ..fast.layouts import dense_masks
-from ..fast.lora import fuse
+from ..fast.lora import replace_forwards
 from ..machine import Machine, checkpoint_layers
 from ..model import add_adapters, causal_lm
 from ..orpo.batching import collate
@@ -149,7 +149,7 @@ def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
             layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
     with torch.device("meta"):
         model = add_adapters(model, settings)
-    fuse(model, _dequantised)
+    replace_forwards(model, _dequantised)
     return model
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lazyorpo_lib.fast.lora import fuse
+from lazyorpo_lib.fast.lora import replace_forwards
 from lazyorpo_lib.model import add_adapters, import_peft
 from lazyorpo_lib.settings import Settings
 from tests.architectures import tiny_model
@@ -21,7 +21,7 @@ def adapted(layer, *, dropout=0.0, fused=True):
         if "lora_B" in name:
             nn.init.normal_(parameter)
     if fused:
-        fuse(model)
+        replace_forwards(model)
     return model
 
 

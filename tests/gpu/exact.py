@@ -24,7 +24,7 @@ from lazyorpo_lib import run as runs
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import layouts
 from lazyorpo_lib.fast.attention import RowAttention
-from lazyorpo_lib.fast.lora import fuse
+from lazyorpo_lib.fast.lora import replace_forwards
 from lazyorpo_lib.machine import checkpoint_layers, this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.loss import metrics
@@ -530,7 +530,7 @@ def _fused_against_peft(model, dtype) -> float:
                 weight.normal_(0, 0.01)
     results = []
     for own in (False, True):
-        if own:  # PEFT's forward again, under the one that `fuse` set on the instance
+        if own:  # PEFT's forward again, under the one that `replace_forwards` set on the instance
             for module in model.modules():
                 if hasattr(module, "lora_A"):
                     vars(module).pop("forward", None)
@@ -541,7 +541,7 @@ def _fused_against_peft(model, dtype) -> float:
             (logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         )
         model.zero_grad(set_to_none=True)
-    fuse(model)
+    replace_forwards(model)
     return largest(difference(*(r[k] for r in results)) for k in (0, 1))
 
 
