@@ -80,7 +80,8 @@ class Run:
             folders.claim(self.folder)
             self.drive = folders.drive_folder(self.folder.name) if settings.save_to == "drive" else None
         if self.drive and not checkpoints.complete(self.folder):
-            folders.mirror(self.drive, self.folder)  # what an earlier session left there
+            if not folders.mirror(self.drive, self.folder):  # what an earlier session left there
+                self.drive = None  # nor is it written to: a copy of less would take its place
         older = folders.read_json(self.folder / "settings.json")
         # What auto chose when the run began holds to its end, also on another kind of machine.
         chosen = older.get("chosen", {}) if folders.is_begun(self.folder, settings) else {}
@@ -206,8 +207,6 @@ class Run:
             on_step=self._on_step,
             on_save=self._mirror,
         )
-        if s.objective == "dpo" and self.method == "full":  # afterwards the untrained model is gone
-            self.trainer.reference.remember([*self.train_pairs, *self.eval_pairs])
         self.show(about_training(self))
 
     def _plan(self) -> planner.Plan:
@@ -231,10 +230,14 @@ class Run:
     def train(self) -> None:
         """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the
         newest complete checkpoint; after a stop it returns as after an end."""
-        if self.finished:
+        if self.finished or self.trainer.step >= self.trainer.steps:
+            if not self.finished and "after" not in self._read("held_out.json"):
+                held_out.measure(self, "after")  # which an interrupt had ended
             show_progress(self.folder)
             return
         found = self._clear_up()
+        if self.trainer.optimizer and not found:  # it was begun, and left nothing to go on from
+            self.load_model()
         s, trainer = self.settings, self.trainer
         title = f"{Path(s.base_model).name} on {s.dataset.split('/')[-1]}"
         picture = self.folder / "live.png" if self.main else None

@@ -310,6 +310,27 @@ def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_w
     assert again.finished and again.held_out_results() and (tmp_path / "model").is_dir()
 
 
+def test_a_second_press_after_training_changes_nothing_and_after_an_abort_begins_anew(tmp_path):
+    run = Run(*tiny(tmp_path, max_steps=3, answers=0), show=lambda text: None)
+    run.load_pairs()
+    run.load_model()
+    inner = run.trainer.on_row
+
+    def abort(row):
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+        inner(row)
+
+    run.trainer.on_row = abort
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.train()
+    rows = (tmp_path / "history.jsonl").read_bytes()
+    assert [r["step"] for r in read_rows(tmp_path / "history.jsonl") if "loss" in r] == [1, 2, 3]
+    run.train()
+    assert (tmp_path / "history.jsonl").read_bytes() == rows and run.finish()["finished"]
+
+
 def test_a_second_interrupt_acts_at_once_and_the_old_handler_comes_back(tmp_path):
     before, stop = signal.getsignal(signal.SIGINT), Stop(tmp_path / "STOP")
     with stop.listening():

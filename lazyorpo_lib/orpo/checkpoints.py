@@ -94,27 +94,31 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
             f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "
             "choose another output_dir, or finish the run with that version."
         )
-    try:
-        if plugin := getattr(accelerator.state, "fsdp_plugin", None):
-            load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
-            load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
-        else:
-            saved = load_file(checkpoint / "weights.safetensors")
-            for name, parameter in _trained(accelerator, model):
-                parameter.data.copy_(saved[name])
-            optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    draws = checkpoint / f"random_{accelerator.process_index}.pt"
+    try:  # all is read before anything is changed
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        if accelerator.scaler and progress["scaler"]:
-            accelerator.scaler.load_state_dict(progress["scaler"])
-        draws = checkpoint / f"random_{accelerator.process_index}.pt"
-        if draws.is_file():  # a run may go on with more processes than it began with
-            _draw_on(_load(draws), accelerator.device)
-        return progress
-    except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError):
+        states = _load(draws) if draws.is_file() else None  # a run may go on with more processes
+        if not plugin:
+            weights, state = load_file(checkpoint / "weights.safetensors"), _load(checkpoint / "optimizer.pt")
+            pairs = [(parameter, weights[name]) for name, parameter in _trained(accelerator, model)]
+    except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError, RuntimeError, OSError):
         raise UserError(
             f"{checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run "
             "goes on from the checkpoint before it."
         ) from None
+    if plugin:
+        load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
+        load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
+    else:
+        for parameter, saved in pairs:
+            parameter.data.copy_(saved)
+        optimizer.load_state_dict(state)
+    if accelerator.scaler and progress["scaler"]:
+        accelerator.scaler.load_state_dict(progress["scaler"])
+    if states:
+        _draw_on(states, accelerator.device)
+    return progress
 
 
 def in_one_piece(model) -> dict[str, torch.Tensor]:

@@ -15,16 +15,19 @@ from ..settings import Settings
 
 
 def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torch.optim.Optimizer:
-    """Make the optimizer of a run over the weights that require gradients. Vectors (norms, biases) are not
+    """Make the optimizer of a run over the weights that require gradients. Vectors and biases are not
     decayed.
 
     Args:
         retry: take the first step again where memory ran out in it. Of several processes none may do so
             alone.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if (p.dim() > 1) is decayed], "weight_decay": decay}
+        {
+            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is decayed],
+            "weight_decay": decay,
+        }
         for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     groups, rate, name = (

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
 
 from ..errors import UserError
 from ..settings import Settings
@@ -31,11 +32,13 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
         )
     tracker = settings.report_to
-    if tracker != "none" and not find_spec(tracker):  # accelerate would go on without it
+    found = tracker == "none" or find_spec(tracker)
+    if not found or (tracker != "none" and found.loader is None):  # a mere folder of that name is none
         raise UserError(
             f"report_to is {tracker}, which is not installed: pip install {tracker}, or set report_to=none."
         )
     AcceleratorState._reset_state(True)
+    GradientState._reset_state()  # another library's trainer may have left it waiting for more gradients
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;
     # towers for pixels, and experts that no token took, have no gradient.
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
@@ -44,6 +47,8 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
         cpu=device == "cpu",
         log_with=None if tracker == "none" else tracker,
         project_dir=str(Path(folder) / "tensorboard"),
+        # Else accelerate launch's own number would divide every gradient.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[replicas],
     )
 

@@ -99,8 +99,11 @@ class OrpoTrainer:
 
         Raises:
             UserError: the checkpoint is damaged, or was written by an earlier version.
+            RuntimeError: steps were taken already, and no checkpoint takes their place.
         """
         s = self.settings
+        if self.step and not resume_from:
+            raise RuntimeError("trained already: make a new trainer, or go on from a checkpoint")
         self.optimizer = self.schedule = None
         self.accelerator.free_memory()  # of an earlier call, whose optimizer it would hold
         optimizer = make_optimizer(s, self.model, retry=self.world == 1)
@@ -108,10 +111,14 @@ class OrpoTrainer:
         if self.sharded:  # accelerate puts the pieces in the place of the weights
             self.model = self.wrapped
             torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.reference and not hasattr(self.model, "disable_adapter") and not self.reference.sums:
+            for pairs in (self.train_pairs, self.eval_pairs):  # afterwards the untrained model is gone
+                self.reference.remember([pairs[i] for i in range(len(pairs))])
         self.schedule = get_scheduler(
             s.lr_schedule, self.optimizer, num_warmup_steps=s.warmup_steps, num_training_steps=self.steps
         )
+        self.close()
+        self.accelerator.trackers = []  # it would add to those of an earlier call
         self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "lazyorpo"), config=vars(s))
         if resume_from:
             self.load(Path(resume_from))
@@ -119,6 +126,7 @@ class OrpoTrainer:
     def train(self) -> None:
         """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
         self._window, self._saved_at, every = _Window(), time.monotonic(), self.settings.eval_every_steps
+        self.stop_reason, self._bad_in_a_row = "", 0
         for pairs in self._steps_left():
             norm = self._clip(pairs, self._gradient(pairs))
             rate = self.schedule.get_last_lr()[0]
@@ -144,8 +152,7 @@ class OrpoTrainer:
         return self.step / len(self.order)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
-        """Give the trained weights in one piece on the first process, where FSDP has them in pieces; else
-        None. Every process calls it."""
+        """Give the weights that FSDP has in pieces, whole on the first process; else None. All call it."""
         return checkpoints.in_one_piece(self.model) if self.sharded else None
 
     def close(self) -> None:
@@ -225,7 +232,7 @@ class OrpoTrainer:
         """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before
         clipping. The one look at the device in a step."""
         s, scaler = self.settings, self.accelerator.scaler
-        norm = self.accelerator.clip_grad_norm_(self.trained, s.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), s.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
         sums = sums if self.world == 1 else self.accelerator.reduce(sums)
         norm, *sums = torch.cat([norm.float().view(1).to(self.device), sums]).tolist()
@@ -288,8 +295,7 @@ class OrpoTrainer:
         return bool(self.stop_reason) or (asked[0] and self.step < self.steps)
 
     def _checkpoint_is_due(self) -> bool:
-        """By steps; and by the first process's clock since the last one, or the beginning: a shorter run
-        writes none."""
+        """By steps; and by the first process's clock since the last one, or since the beginning."""
         s = self.settings
         if s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps):
             return True
@@ -307,8 +313,7 @@ class OrpoTrainer:
     def pair_tables(
         self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
     ) -> Tensor:
-        """Give `loss.pair_table` of each pair in the order given, (len(pairs), len(TERMS)) on the CPU; every
-        rank all."""
+        """Give `loss.pair_table` of pairs in their order, (pairs, terms) on the CPU; every rank all."""
         rows = {}
         if self.reference:
             self.reference.remember(pairs)
@@ -344,8 +349,7 @@ class OrpoTrainer:
         self.log(row | work | {"memory_gib": memory_gib(self.device)})
 
     def log(self, row: dict[str, float]) -> None:
-        """Hand a row of figures to the trackers, and on the first process to `on_row`, with its step and
-        epoch."""
+        """Hand a row of figures to the trackers, and to `on_row` with its step and epoch."""
         kind = {True: "eval/", False: "train/"}
         told = {kind[n.startswith("eval_")] + n.removeprefix("eval_"): value for n, value in row.items()}
         self.accelerator.log(told, step=self.step)
@@ -355,8 +359,7 @@ class OrpoTrainer:
     # Checkpoints.
 
     def save(self) -> None:
-        """Write a checkpoint of this step; it appears complete or not at all. Raises UserError where the disk
-        fails."""
+        """Write a checkpoint of this step, complete or not at all. Raises UserError where the disk fails."""
         progress = {"step": self.step, "bad_steps": self.bad_steps, "schedule": self.schedule.state_dict()}
         checkpoints.save(
             self.folder,
@@ -370,8 +373,7 @@ class OrpoTrainer:
         self.on_save()
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises UserError: it is damaged, holds code, or an earlier version wrote
-        it."""
+        """Go on from a checkpoint. Raises UserError where it is damaged, or of an earlier version."""
         progress = checkpoints.load(
             checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
         )

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,6 +259,44 @@ def test_preparing_again_keeps_nothing_of_the_optimizer_before(tmp_path):
     trained(trainer, tmp_path / "checkpoint-1")
     gc.collect()
     assert trainer.step == 2 and older() is None
+
+
+def test_what_another_library_left_in_this_process_changes_no_step(tmp_path, monkeypatch):
+    """A Trainer that was interrupted while it gathered gradients; accelerate launch's number of them."""
+    found = []
+    for spoiled in (False, True):
+        if spoiled:
+            GradientState()._set_sync_gradients(False)
+            monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+        trainer = make(tmp_path / str(spoiled), random_pairs(16), rows=(rows := []), max_steps=3)
+        found.append((weights(trained(trainer)), [row["grad_norm"] for row in rows]))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_a_trainer_that_took_steps_is_not_prepared_for_a_new_beginning(tmp_path):
+    trainer = trained(make(tmp_path, random_pairs(16), max_steps=2))
+    with pytest.raises(RuntimeError, match="trained already"):
+        trainer.prepare()
+
+
+def test_preparing_again_logs_every_row_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    trainer = make(tmp_path, random_pairs(16), max_steps=2, report_to="tensorboard")
+    trainer.prepare()
+    trained(trainer)
+    assert len(trainer.accelerator.trackers) == 1
+
+
+@pytest.mark.parametrize("hurt", [lambda data: bytes(len(data)), lambda data: data[:-200] + bytes(200)])
+def test_a_damaged_checkpoint_is_one_sentence_and_changes_no_weight(tmp_path, saved, hurt):
+    checkpoint = shutil.copytree(saved / "checkpoint-2", tmp_path / "checkpoint-2")
+    optimizer = checkpoint / "optimizer.pt"
+    optimizer.write_bytes(hurt(optimizer.read_bytes()))
+    trainer = make(tmp_path / "run", random_pairs(16))
+    before = weights(trainer)
+    with pytest.raises(UserError, match="damaged, or holds code"):
+        trainer.prepare(checkpoint)
+    assert same(before, weights(trainer)) and trainer.step == 0
 
 
 def test_another_objective_changes_what_is_trained_evaluated_and_logged(tmp_path, monkeypatch):
