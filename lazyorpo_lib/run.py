@@ -189,8 +189,9 @@ class Run:
         if s.optimizer != self.record["settings"]["optimizer"]:
             chosen["optimizer"] = s.optimizer
         self._write("settings.json", self.record | {"chosen": chosen})
-        # FSDP takes each process's part from the CPU; the whole may be too large for one GPU.
-        device = "cpu" if self.sharded else str(accelerator.device)
+        device = self.machine.device
+        if device == "cuda":  # FSDP takes each process's part from the CPU: one may not hold the whole
+            device = "cpu" if self.sharded else f"cuda:{accelerator.local_process_index}"
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         self.trainer = OrpoTrainer(
             self.model,
