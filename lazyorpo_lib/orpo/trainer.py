@@ -354,7 +354,7 @@ class OrpoTrainer:
         told = {kind[n.startswith("eval_")] + n.removeprefix("eval_"): value for n, value in row.items()}
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:
-            self.on_row({"step": self.step, "epoch": round(self.epoch, 6)} | row)
+            self.on_row({"step": self.step, "epoch": self.epoch} | row)
 
     # Checkpoints.
 
