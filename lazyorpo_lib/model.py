@@ -124,6 +124,8 @@ def load_for_training(settings: Settings, *, method: str, dtype: torch.dtype, de
     """
     weights = torch.float32 if method == "full" else dtype
     model = load_base(settings.base_model, dtype=weights, device=device, four_bit=method == "qlora")
+    if settings.liger_kernel:  # before a scorer proves what the model computes with
+        apply_liger(model)
     if method == "full":
         return model
     torch.manual_seed(settings.seed)  # the adapters' start

@@ -27,7 +27,14 @@ from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.machine import Machine, checkpoint_layers
-from lazyorpo_lib.model import adapters_off, add_adapters, apply_liger, causal_lm, check_liger, load_base
+from lazyorpo_lib.model import (
+    adapters_off,
+    add_adapters,
+    causal_lm,
+    check_liger,
+    load_base,
+    load_for_training,
+)
 from lazyorpo_lib.orpo import checkpoints, optimizers, processes
 from lazyorpo_lib.orpo import loss as formulas
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
@@ -64,11 +71,9 @@ def make(
 ):
     settings = Settings(**(SETTINGS | changes))
     model = tiny_model("llama") if model is None else model
-    if settings.method == "lora":
+    if settings.method == "lora" and not hasattr(model, "peft_config"):
         torch.manual_seed(0)
         model = add_adapters(model, settings)
-    if settings.liger_kernel:
-        apply_liger(model)
     folder = Path(folder)
     return OrpoTrainer(
         model,
@@ -1057,9 +1062,12 @@ def liger(monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_ligers_layers_are_in_the_model_when_its_layout_is_tried_and_train_the_same(tmp_path, liger, method):
-    results = []
+    results, base = [], tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
     for wanted in (False, True):
-        trainer = make(tmp_path, random_pairs(16), rows=(rows := []), method=method, liger_kernel=wanted)
+        settings = Settings(base_model=str(base), liger_kernel=wanted, **SETTINGS | {"method": method})
+        model = load_for_training(settings, method=method, dtype=torch.float32, device="cpu")
+        trainer = make(tmp_path, random_pairs(16), model=model, rows=(rows := []), method=method)
         assert trainer.scorer.rung == "shared" and bool(liger) == wanted, (
             "the test of the layout ran through them"
         )
