@@ -16,7 +16,8 @@ import re
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from xxhash import xxh3_128
 
 from .errors import UserError
 from .settings import Settings
@@ -53,6 +54,7 @@ def folder_of(settings: Settings) -> Path:
         homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
         home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
         names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
+        names = [name.encode()[:80].decode(errors="ignore") for name in names]  # a file system's limit is 255
         folder = home / "-".join([*names, fingerprint(settings)])
     os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
     return folder.resolve()
@@ -67,17 +69,31 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Hold the folder for this process; it is let go when that ends. UserError where another one holds it."""
+    """Hold the folder for this process, until `release` or its end.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
     if folder in _held:
         return
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
-    except OSError:  # filelock's Timeout is one
+    except Timeout:
         raise UserError(
             f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
         ) from None
+    except PermissionError as error:
+        raise _unwritable(folder, error) from None
+    except OSError:  # a volume without locks, as networks have: the lock is a courtesy
+        return
     _held[folder] = lock
+
+
+def release(folder: Path) -> None:
+    """Let go of a folder that this process held."""
+    if lock := _held.pop(folder, None):
+        lock.release()
 
 
 def is_begun(folder: Path, settings: Settings) -> bool:
@@ -87,15 +103,16 @@ def is_begun(folder: Path, settings: Settings) -> bool:
         UserError: it holds one with other settings, or this one and `resume` is never.
     """
     older = read_json(folder / "settings.json")
-    if not older or not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
+    if not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
         return False
-    if older["fingerprint"] != fingerprint(settings):
-        now, then = dataclasses.asdict(settings), older["settings"]
-        differ = [name for name in now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
+    if older.get("fingerprint") != fingerprint(settings):
+        now, then = dataclasses.asdict(settings), older.get("settings", {})
+        differ = [name for name in then and now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
         other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
         raise UserError(
-            f"{folder} holds a run with other settings ({other or 'another version of the kit'}): choose "
-            "another output_dir, or delete that folder."
+            f"{folder} holds a run with other settings "
+            f"({other or 'its settings.json is gone, or of another version of the kit'}): choose another "
+            "output_dir, or delete that folder."
         )
     if settings.resume == "never":
         raise UserError(
@@ -141,8 +158,24 @@ def read_rows(path) -> list[dict]:
 
 
 def read_json(path) -> dict:
-    """Read the object in one of a run's files; no file is an empty one."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+    """Read one of the kit's files; no file is an empty one.
+
+    Raises:
+        UserError: it is damaged, as by a failing disk, or cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes()) if os.path.lexists(path) else {}
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give its owner's rights, or another."
+        ) from None
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    raise UserError(
+        f"{path} is damaged, it holds no JSON object: bring it back from a copy, or delete {path}."
+    )
 
 
 def truncate_after(path, step: int) -> None:
@@ -152,14 +185,39 @@ def truncate_after(path, step: int) -> None:
         write_atomically(path, "".join(kept).encode())
 
 
+def flush(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk itself before anything that comes after."""
+    if not path.is_dir():
+        with open(path, "r+b" if os.name == "nt" else "rb") as file:
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some volumes flush none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def settle(folder: Path) -> None:
+    """Have all of the kit's own files in a folder on the disk, as far as they are written."""
+    for name in (marked(folder) or {"files": {}})["files"]:
+        if (folder / name).is_file():
+            flush(folder / name)
+    flush(folder)
+
+
 @contextlib.contextmanager
 def writing(path):
-    """Give a file to write; a kill in the middle leaves the old content. No link is followed."""
+    """Give a file to write; a kill or a power cut leaves the old content or the new. No link is followed."""
     path, no_link = Path(path), getattr(os, "O_NOFOLLOW", 0)
     draft = path.with_name(path.name + ".tmp")
     with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | no_link, 0o666)) as file:
         yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(draft, path)
+    flush(path.parent)
 
 
 def write_atomically(path, data: bytes) -> None:
@@ -170,7 +228,8 @@ def write_atomically(path, data: bytes) -> None:
 
 # ---- whose a file is
 def marked(folder: Path) -> dict | None:
-    """Read a marker, {"what": kind, "files": {path (a folder's ends in /): bytes or null}}; or None."""
+    """Read a marker: {"what": kind, "files": {path (a folder's ends in /): bytes or null}}, and of a sealed
+    folder {"digests": {path: text}}; or None."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
@@ -230,8 +289,12 @@ def take(folder, what: str, *names: str) -> Path:
             own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
             if path.is_symlink() or path.exists() and not own:
                 raise _foreign(path, "move it away, or choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        _mark(folder, found | {"files": dict.fromkeys(names) | found["files"]})
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            flush(folder.parent)
+        files = dict.fromkeys(names) | found["files"]
+        if files != found["files"] or not marked(folder):
+            _mark(folder, found | {"files": files})
     except OSError as error:
         raise _unwritable(folder, error) from None
     return folder.resolve()
@@ -242,13 +305,33 @@ def _mark(folder: Path, content: dict) -> None:
 
 
 def seal(folder: Path, what: str) -> None:
-    """Flush a finished folder to the disk; list its files with their sizes, by which a torn one is known."""
-    sizes = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MARKER):
-        with open(file, "r+b") as opened:
-            os.fsync(opened.fileno())
-        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-    _mark(folder, {"what": what, "files": sizes})
+    """Flush a finished folder to the disk; list its files with their sizes and digests, by which a torn or a
+    damaged one is known."""
+    sizes, digests = {}, {}
+    for item in sorted(folder.rglob("*")):
+        if item.name != MARKER:
+            flush(item)
+        if item.is_file() and item.name != MARKER:
+            name = item.relative_to(folder).as_posix()
+            sizes[name], digests[name] = item.stat().st_size, _digest(item)
+    _mark(folder, {"what": what, "files": sizes, "digests": digests})
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, xxh3_128).hexdigest()
+
+
+def damaged(folder: Path) -> list[str]:
+    """List the files of a sealed folder that are gone, cannot be read, or do not hold what they held."""
+    found = []
+    for name, digest in (marked(folder) or {}).get("digests", {}).items():
+        try:
+            whole = _digest(folder / name) == digest
+        except OSError:
+            whole = False
+        found += [name] * (not whole)
+    return found
 
 
 def is_whole(folder: Path, what: str) -> bool:
@@ -297,11 +380,13 @@ def put(draft: Path, target: Path, what: str) -> None:
     remove(target)
     if not target.exists():
         draft.rename(target)
+        flush(target.parent)
         return
     _mark(target, new)  # first, so that what a kill leaves of it is known
     for name in new["files"]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft / name, target / name)
+        flush((target / name).parent)
 
 
 def remove(path: Path) -> None:
@@ -333,11 +418,12 @@ def _remove_listed(folder: Path, found: dict) -> None:
     for place in sorted(within, reverse=True):
         with contextlib.suppress(OSError):  # it still holds something
             place.rmdir()
-    _mark(folder, found | {"files": {}})
-    if [entry.name for entry in folder.iterdir()] == [MARKER]:
-        (folder / MARKER).unlink()
-        with contextlib.suppress(OSError):  # a place that something is mounted on
-            folder.rmdir()
+    if [entry.name for entry in folder.iterdir()] != [MARKER]:
+        _mark(folder, {"what": found["what"], "files": {}})
+        return
+    (folder / MARKER).unlink()
+    with contextlib.suppress(OSError):  # a place that something is mounted on
+        folder.rmdir()
 
 
 # ---- Google Drive: the run stays on the local disk, since Drive can drop; what is complete is copied

@@ -6,6 +6,7 @@ trains nothing and knows nothing of pairs.
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -71,6 +72,23 @@ def locate(base_model: str) -> str:
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
     return base_model
+
+
+def digest_of(base_model: str) -> str:
+    """Give a text that another model, or another version of it, would not have: the hub's, or a digest of
+    the folder's config and of 64 places of each file of weights."""
+    place = Path(locate(base_model))
+    if not place.is_dir():
+        return str(load_config(base_model)._commit_hash)
+    digest = hashlib.sha256((place / "config.json").read_bytes())
+    for file in sorted(place.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for start in range(0, size, max(2**20, size // 64)):
+                opened.seek(start)
+                digest.update(opened.read(2**20))
+    return digest.hexdigest()
 
 
 def load_config(base_model: str):

@@ -6,7 +6,6 @@ computed and where it is written; the parts do the computing.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from . import __version__, model
 from . import folder as folders
 from .errors import UserError, explain_disk
 from .fast.layouts import PairScorer
-from .machine import allocated_gib, check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
+from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
 from .orpo.encoding import Encoder, PairFile, Subset, encode_rows, prepare_tokenizer
 from .orpo.processes import make_accelerator
@@ -28,23 +27,13 @@ from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
-from .results.summary import about_training, data_report, summarise
+from .results.summary import Spent, about_training, data_report, summarise
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
+from .stages import Staged, stage
 
 
-def _stage(method):
-    """A stage of a run, in which a full disk is one sentence."""
-
-    @functools.wraps(method)
-    def stage(self):
-        with explain_disk(self.folder):
-            return method(self)
-
-    return stage
-
-
-class Run:
+class Run(Staged):
     """One run and its folder: `open`, `load_pairs`, `load_model`, `train`, `finish`.
 
     Args:
@@ -52,16 +41,31 @@ class Run:
         show: how a line of text is shown.
     """
 
+    MAKES = {
+        "open": ("machine", "dtype", "finished", "record"),
+        "load_pairs": ("tokenizer", "encoder", "report", "train_pairs", "eval_pairs", "texts"),
+        "load_model": ("model", "trainer", "plan", "method"),
+        "train": ("plot", "spent", "stopped", "interrupted"),
+        "finish": (),
+    }
+
     def __init__(self, settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print):
-        self.settings, self.sources = settings, sources
+        self.given = self.settings = settings
+        self.sources = sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
-        self.folder, self.started = folders.folder_of(settings), time.time()
-        self.stop = Stop(self.folder / "STOP", settings.max_minutes)
-        self.drive, self.record, self.seconds = None, {}, {"training": 0.0, "evaluation": 0.0}
-        self.finished, self.stopped, self.interrupted = False, "", False
+        self.folder, self.drive, self.began = folders.folder_of(settings), None, None
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # which end together, after a step
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes, patient=several)
 
+    def begin_stage(self) -> None:
+        """Start the clock, and hold the folder, which a finish let go."""
+        self.began = self.began or time.monotonic()
+        if self.main and "record" in vars(self):
+            folders.claim(self.folder)
+
+    @stage
     def open(self) -> None:
         """Look at the machine, take the folder, and settle what `auto` means there.
 
@@ -69,7 +73,7 @@ class Run:
             UserError: the folder cannot be written, is in use, or holds a run with other settings; the
                 settings ask for what this machine does not have.
         """
-        settings = self.settings
+        settings = self.given
         self.machine = this_machine()
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
@@ -78,13 +82,15 @@ class Run:
             known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
             folders.take(self.folder, "run", *folders.FILES, *known)
             folders.claim(self.folder)
+            folders.remove(self.stop.file)  # that an earlier run did not see
             self.drive = folders.drive_folder(self.folder.name) if settings.save_to == "drive" else None
         if self.drive and not checkpoints.complete(self.folder):
             if not folders.mirror(self.drive, self.folder):  # what an earlier session left there
                 self.drive = None  # nor is it written to: a copy of less would take its place
-        older = folders.read_json(self.folder / "settings.json")
+        older = self._read("settings.json")
+        begun = folders.is_begun(self.folder, settings)
         # What auto chose when the run began holds to its end, also on another kind of machine.
-        chosen = older.get("chosen", {}) if folders.is_begun(self.folder, settings) else {}
+        chosen = older.get("chosen", {}) if begun else {}
         self.settings = dataclasses.replace(settings, **chosen)
         try:
             self.dtype, why = pick_precision(self.settings.precision, self.machine)
@@ -94,9 +100,13 @@ class Run:
             # Begun in bfloat16, which this GPU does not have; weights are in float32 either way.
             self.settings = dataclasses.replace(self.settings, precision="auto")
             self.dtype, why = pick_precision("auto", self.machine)
-        self.finished = bool(folders.read_json(self.folder / "summary.json").get("finished"))
+        self.finished = bool(self._read("summary.json").get("finished"))
         self.record = {"version": __version__, "fingerprint": folders.fingerprint(settings)}
         self.record |= {"settings": dataclasses.asdict(settings), "sources": self.sources, "chosen": chosen}
+        if begun:
+            self.record |= {name: older[name] for name in ("version", "base") if name in older}
+        if self.record["version"] != __version__:
+            self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
         self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
@@ -110,10 +120,10 @@ class Run:
 
     # Pairs.
 
-    @_stage
+    @stage
     def load_pairs(self) -> data.Report:
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
-        if not self.record:
+        if "record" not in vars(self):
             self.open()
         s, pairs, digest = self.settings, PairFile(), hashlib.sha256()
         self.tokenizer = model.load_tokenizer(s.base_model)
@@ -138,7 +148,10 @@ class Run:
 
             encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
             train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
-        if self.main:
+        digest = digest.hexdigest()
+        older = self._read("data_report.json").get("digest")
+        anew = self._keep_to("dataset", s.dataset, older, digest) and self.main
+        if anew:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
             raise UserError(
@@ -147,31 +160,43 @@ class Run:
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
-        self._check_data(digest.hexdigest())
-        self._write("data_report.json", data_report(self, pairs, digest.hexdigest()))
+        if anew:
+            self._write("data_report.json", data_report(self, pairs, digest))
         self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
         return self.report
 
-    def _check_data(self, digest: str) -> None:
-        """Refuse to go on with other pairs than the run began with."""
-        older = self._read("data_report.json").get("digest", digest)
-        if older != digest and checkpoints.complete(self.folder):
-            raise UserError(
-                f"The dataset {self.settings.dataset!r} is not what it was when the run in {self.folder} "
-                "began: choose another output_dir, or bring the old dataset back."
-            )
+    def _keep_to(self, what: str, name: str, older: str | None, now: str) -> bool:
+        """Tell whether it may be trained with; where the run is finished, say that it is another one.
+
+        Raises:
+            UserError: the run would go on with another dataset or base model than it began with.
+        """
+        changed = f"The {what} {name!r} is not what it was when the run in {self.folder}"
+        if older in (None, now):
+            return True
+        if self.finished:
+            self.show(f"{changed} was trained: nothing is done with it; for that choose another output_dir.")
+        elif checkpoints.complete(self.folder):
+            raise UserError(f"{changed} began: choose another output_dir, or bring the old {what} back.")
+        return not self.finished
 
     # Model.
 
-    @_stage
+    @stage
     def load_model(self) -> None:
-        """Load the base model with what is to be trained, and the trainer around it."""
+        """Load the base model with what is to be trained, and the trainer around it.
+
+        Raises:
+            UserError: the base model is not what it was when the run began.
+        """
         if self.finished:
             self.show(
                 "This run is finished; its results follow. Change a setting, or delete its folder, to train "
                 "anew."
             )
             return
+        base = model.digest_of(self.settings.base_model)
+        self._keep_to("base model", self.settings.base_model, self.record.get("base"), base)
         model.forget_earlier_run()
         forget_peak_memory()
         # Of several processes all take the first one's plan.
@@ -182,14 +207,19 @@ class Run:
                 f"{self.folder} is not on every machine the folder that the first process writes: give an "
                 "output_dir that all of them see."
             )
-        os.environ["WANDB_DIR"] = str(self.folder)
-        accelerator = make_accelerator(s, dtype=self.dtype, device=self.machine.device, folder=self.folder)
         self.method = self.plan.chosen
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         if s.optimizer != self.record["settings"]["optimizer"]:
             chosen["optimizer"] = s.optimizer
-        self._write("settings.json", self.record | {"chosen": chosen})
-        device = self.machine.device
+        self.record |= {"chosen": chosen, "base": base}
+        self._write("settings.json", self.record)
+        self._make_trainer()
+        self.show(about_training(self))
+
+    def _make_trainer(self) -> None:
+        s, device = self.settings, self.machine.device
+        os.environ["WANDB_DIR"] = str(self.folder)
+        accelerator = make_accelerator(s, dtype=self.dtype, device=device, folder=self.folder)
         if device == "cuda":  # FSDP takes each process's part from the CPU: one may not hold the whole
             device = "cpu" if self.sharded else f"cuda:{accelerator.local_process_index}"
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
@@ -208,7 +238,6 @@ class Run:
             on_step=self._on_step,
             on_save=self._mirror,
         )
-        self.show(about_training(self))
 
     def _plan(self) -> planner.Plan:
         plan = planner.make_plan(
@@ -227,38 +256,36 @@ class Run:
 
     # Training.
 
-    @_stage
+    @stage
     def train(self) -> None:
         """Evaluate and answer, train with the live picture, evaluate and answer again. Goes on from the
         newest complete checkpoint; after a stop it returns as after an end."""
-        if self.finished or self.trainer.step >= self.trainer.steps:
-            if not self.finished and "after" not in self._read("held_out.json"):
-                held_out.measure(self, "after")  # which an interrupt had ended
+        if self.finished:
+            self.stopped, self.interrupted = "", False
             show_progress(self.folder)
             return
-        found = self._clear_up()
-        if self.trainer.optimizer and not found:  # it was begun, and left nothing to go on from
+        trained = 0 < self.trainer.steps <= self.trainer.step  # by an earlier press
+        found = None if trained else self._clear_up()
+        if self.trainer.optimizer and not trained and not found:  # it left nothing to go on from
             self.load_model()
-        s, trainer = self.settings, self.trainer
+        s, trainer, complete = self.settings, self.trainer, False
         title = f"{Path(s.base_model).name} on {s.dataset.split('/')[-1]}"
         picture = self.folder / "live.png" if self.main else None
         self.plot = LivePlot(picture, title=title, total_steps=trainer.steps)
         for row in folders.read_rows(self.folder / "history.jsonl"):
             self.plot.update(row)
-        self.peak_before, self.peak_training, self.peak_allocated = 0.0, 0.0, None
-        with self.stop.listening(), model.without_bars(), contextlib.suppress(Stopped):
+        self.spent = Spent(self.began, trainer.device)
+        with model.without_bars(), contextlib.closing(self.plot):
             try:
-                trainer.prepare(found)
-                if not found:
-                    held_out.measure(self, "before")
-                self._train()
-                if not self.stop.hurried or trainer.step >= trainer.steps:
+                if not trained:
+                    self._train(found)
+                complete = 0 < trainer.steps <= trainer.step
+                if complete or not self.stop.hurried:
                     held_out.measure(self, "after")
-            finally:
-                self.plot.close()
-        done = 0 < trainer.steps <= trainer.step
-        self.stopped = trainer.stop_reason or ("" if done else self.stop.reason)
-        self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not done)
+            except Stopped:  # what was trained is in a checkpoint
+                complete = False
+        self.stopped = trainer.stop_reason or ("" if complete else self.stop.reason)
+        self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not complete)
         if self.stopped:
             self.show(f"Stopped at step {trainer.step}: {self.stopped}. Run again to go on from there.")
         rows = folders.read_rows(self.folder / "history.jsonl")
@@ -266,13 +293,13 @@ class Run:
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
-        found = checkpoints.complete(self.folder)
-        if found and checkpoints.is_sharded(found[-1]) != self.sharded:
+        found = checkpoints.newest(self.folder, self.show)
+        if found and checkpoints.is_sharded(found) != self.sharded:
             raise UserError(
-                f"{found[-1]} was written {'without' if self.sharded else 'with'} FSDP: go on with the "
+                f"{found} was written {'without' if self.sharded else 'with'} FSDP: go on with the "
                 "accelerate config that the run began with, or choose another output_dir."
             )
-        last = checkpoints.step_of(found[-1]) if found else -1
+        last = checkpoints.step_of(found) if found else -1
         if self.main:
             for name in ("history.jsonl", "watched.jsonl"):
                 folders.truncate_after(self.folder / name, last)
@@ -281,17 +308,21 @@ class Run:
             self.show(f"Going on from step {last}.")
             kept = self._read("held_out.json")
             self._write("held_out.json", {name: part for name, part in kept.items() if name != "after"})
-        return found[-1] if found else None
+        return found
 
-    def _train(self) -> None:
-        trainer, began = self.trainer, time.monotonic()
-        self.peak_before = memory_gib(trainer.device)
-        forget_peak_memory()
+    def _train(self, found: Path | None) -> None:
+        """Take the steps that are left; from the first one, where nothing is found to go on from."""
+        trainer = self.trainer
+        trainer.prepare(found)
+        self.spent.earlier = trainer.carried
+        if not found:
+            held_out.measure(self, "before")
         self.bar = progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training")
-        with self.bar:
+        with self.bar, self.stop.waiting(), self.spent.on("training"):
             trainer.train()
-        self.seconds["training"] = time.monotonic() - began
-        self.peak_training, self.peak_allocated = memory_gib(trainer.device), allocated_gib(trainer.device)
+        last = self.folder / f"checkpoint-{trainer.step}"
+        if trainer.step >= trainer.steps and not folders.is_whole(last, "checkpoint"):
+            trainer.save(to_go_on=False)  # before the model is examined, which may fail
 
     def _on_row(self, row: dict) -> None:
         folders.append_row(self.folder / "history.jsonl", row)
@@ -303,6 +334,7 @@ class Run:
             self.bar.set_postfix_str(f"{pairs:,} pairs, {memory:.1f} GiB", refresh=False)
         self.bar.update()
         held_out.watch(self, step)
+        self.trainer.carried = self.spent.totals()
 
     def _mirror(self) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training stays on the local disk."""
@@ -311,40 +343,46 @@ class Run:
 
     # The end.
 
-    @_stage
+    @stage
     def finish(self) -> dict:
         """Save the model, summary.json and the card; returns the summary."""
+        summary = self._read("summary.json") if self.finished else self._save()
+        anew, self.finished, self.began = not self.finished, summary["finished"], None
+        if not self.main:
+            return summary
+        about = self.folder / "README.md"
+        if anew or not about.exists():  # a kill may have come before
+            folders.write_atomically(about, card.write_card(self.folder).encode())
+        folders.settle(self.folder)
         if self.finished:
-            self._wrap_up()  # a kill may have come before
-            return self._read("summary.json")
-        trainer = self.trainer
-        if self.main:
-            folders.remove(self.folder / "README.md")  # of an earlier stop
+            checkpoints.remove(self.folder)
+        self._mirror()
+        repo = self.settings.hub_repo
+        if self.finished and repo not in ("", summary.get("pushed_to")):
+            self.show(f"Pushed to {share.push(self.folder, repo)} (private unless it existed).")
+            summary["pushed_to"] = repo
+            self._write("summary.json", summary)
+        folders.release(self.folder)  # who only looks at it holds up nobody
+        return summary
+
+    def _save(self) -> dict:
+        """Write the model, and then the summary that says so."""
+        self.plot.close()
+        trainer, home = self.trainer, self.folder / "model"
         if trainer.step:
             weights = trainer.gathered_weights()
             if self.main:
                 self.model.generation_config.eos_token_id = held_out.end_ids(self)
-                place = dict(folder=self.folder / "model", base_model=self.settings.base_model)
+                place = dict(folder=home, base_model=self.settings.base_model)
                 with model.without_bars():
                     model.save_model(self.model, self.tokenizer, weights=weights, **place)
+                if bad := folders.damaged(home):  # the checkpoint is still there
+                    lost = f"{home} does not read back as it was written ({', '.join(bad)})"
+                    raise UserError(f"{lost}: the disk fails; mend that, and run again.")
         trainer.close()
         summary = summarise(self)
         self._write("summary.json", summary)
-        self.finished = not self.stopped
-        self._wrap_up()
-        if self.main and self.finished and self.settings.hub_repo:
-            address = share.push(self.folder, self.settings.hub_repo)
-            self.show(f"Pushed to {address} (private unless it existed).")
         return summary
-
-    def _wrap_up(self) -> None:
-        if not self.main:
-            return
-        if not (self.folder / "README.md").exists():
-            folders.write_atomically(self.folder / "README.md", card.write_card(self.folder).encode())
-        if self.finished:
-            checkpoints.remove(self.folder)
-        self._mirror()
 
     def held_out_results(self) -> dict:
         """Say what the held-out pairs show: figures with intervals, the verdict, the demo's habit."""
@@ -358,8 +396,8 @@ class Run:
 def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print) -> Run:
     """Carry out a whole run, from the first stage to the last."""
     run = Run(settings, sources, show=show)
-    for stage in (run.open, run.load_pairs, run.load_model, run.train):
-        stage()
+    for carry_out in (run.open, run.load_pairs, run.load_model, run.train):
+        carry_out()
     summary = run.finish()
     run.show(summary.get("verdict", "No held-out figures: eval_pairs is 0, or the run was stopped early."))
     return run

@@ -14,21 +14,25 @@ from pathlib import Path
 from .folder import remove
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """Somebody asked to stop while there was no step to finish."""
+
+    def _render_traceback_(self):  # what a notebook shows in place of a traceback
+        return [f"LazyORPO: {self}. Run the cell again to go on."]
 
 
 class Stop:
     """Whether training is to end after the present step: because of an interrupt (the first one; a second one
-    acts at once), SIGTERM, a file named STOP in the run's folder, or `max_minutes`.
+    acts at once), SIGTERM, a terminal that closes, a file named STOP in the run's folder, or `max_minutes`.
 
     Attributes:
         reason: why; empty while there is none. asked: whether somebody asked, and not the clock.
-        hurried: whether the machine is being taken away (SIGTERM), and a kill follows soon.
+        hurried: whether the machine is being taken away (SIGTERM, SIGHUP), and a kill follows soon.
+        patient: whether a signal waits for somebody who asks `is_due`; else it ends what is under way.
     """
 
-    def __init__(self, file: Path | None = None, max_minutes: float = 0.0):
-        self.file, self.max_minutes = file, max_minutes
+    def __init__(self, file: Path | None = None, max_minutes: float = 0.0, patient: bool = False):
+        self.file, self.max_minutes, self.patient = file, max_minutes, patient
         self._forget()
 
     def _forget(self) -> None:
@@ -37,26 +41,40 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self):
-        """Take the signals over for the time of training; only a main thread can."""
+        """Take the signals over, which only a main thread can; what was asked before is forgotten.
+
+        Raises:
+            Stopped: a signal came while nobody was patient.
+        """
         self._forget()
-        if self.file:
-            remove(self.file)
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's, which stays
+                    old[number] = signal.signal(number, self._signal)
         try:
             yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def waiting(self):
+        """Have a signal wait for `is_due`, which is asked after every step."""
+        before, self.patient = self.patient, True
+        try:
+            yield
+        finally:
+            self.patient = before
+
     def _signal(self, number, frame):
-        if self._signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signalled = True
+        again, self._signalled = self._signalled and number == signal.SIGINT, True
         self.reason, self.asked = f"interrupted ({signal.Signals(number).name})", True
-        self.hurried = self.hurried or number == signal.SIGTERM
+        self.hurried = self.hurried or number != signal.SIGINT
+        if again:
+            raise KeyboardInterrupt
+        if not self.patient:
+            raise Stopped(self.reason)
 
     def was_asked(self) -> bool:
         """Tell whether somebody has asked to stop; a file that asks is taken away."""

@@ -333,7 +333,7 @@ def test_a_second_press_after_training_changes_nothing_and_after_an_abort_begins
 
 def test_a_second_interrupt_acts_at_once_and_the_old_handler_comes_back(tmp_path):
     before, stop = signal.getsignal(signal.SIGINT), Stop(tmp_path / "STOP")
-    with stop.listening():
+    with stop.listening(), stop.waiting():
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.was_asked() and "SIGINT" in stop.reason
         with pytest.raises(KeyboardInterrupt):
@@ -379,7 +379,7 @@ def test_a_run_that_auto_began_in_bfloat16_goes_on_where_there_is_none(tmp_path,
 
 def test_the_first_interrupt_after_another_reason_to_stop_is_still_the_first(tmp_path):
     stop = Stop(tmp_path / "STOP", 1)
-    with stop.listening():
+    with stop.listening(), stop.waiting():
         stop.reason = "max_minutes=1 are over"
         stop._signal(signal.SIGINT, None)
         assert stop.asked

@@ -6,6 +6,7 @@ a full disk or a failing disk has torn is never gone on from, and nothing that i
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -36,6 +37,15 @@ def complete(folder: Path) -> list[Path]:
     return [c for c in numbered(folder) if folders.is_whole(c, "checkpoint")]
 
 
+def newest(folder: Path, show: Callable[[str], None]) -> Path | None:
+    """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over."""
+    for checkpoint in reversed(complete(folder)):
+        if not (bad := folders.damaged(checkpoint)):
+            return checkpoint
+        show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
+    return None
+
+
 def is_sharded(checkpoint: Path) -> bool:
     """Tell whether FSDP wrote a checkpoint, its weights in pieces."""
     return any(checkpoint.glob("pytorch_model_fsdp*"))
@@ -48,6 +58,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
     Args:
         progress: its `step`, and whatever else of plain numbers and texts training goes on with.
         model, optimizer: as accelerate prepared them; of the weights only those that are trained are written.
+            optimizer: None after the last step, when it is of no more use.
 
     Raises:
         UserError: the disk is full or fails, or something that is not the kit's is in the way.
@@ -63,17 +74,20 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
             torch.save(_draws(accelerator.device), scratch / f"random_{rank}.pt")
             if plugin := getattr(accelerator.state, "fsdp_plugin", None):
                 save_fsdp_model(plugin, accelerator, model, scratch, adapter_only=True)
-                save_fsdp_optimizer(plugin, accelerator, optimizer, model, scratch)
+                if optimizer:
+                    save_fsdp_optimizer(plugin, accelerator, optimizer, model, scratch)
             elif main:
                 weights = {name: p.detach().contiguous() for name, p in _trained(accelerator, model)}
                 save_file(weights, scratch / "weights.safetensors")
-                torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+                if optimizer:
+                    torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
             if main:
                 scaler = accelerator.scaler and accelerator.scaler.state_dict()
                 text = json.dumps(progress | {"scaler": scaler}, indent=1)
                 (scratch / PROGRESS).write_text(text, encoding="utf-8")
             accelerator.wait_for_everyone()
             if main:
+                folders.settle(home)  # the history reaches as far as the checkpoint does
                 folders.remove(target)
                 folders.put(scratch, target, "checkpoint")
                 remove(home, keep=keep)
@@ -95,12 +109,13 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
             "choose another output_dir, or finish the run with that version."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    draws = checkpoint / f"random_{accelerator.process_index}.pt"
+    draws, kept = checkpoint / f"random_{accelerator.process_index}.pt", checkpoint / "optimizer.pt"
     try:  # all is read before anything is changed
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         states = _load(draws) if draws.is_file() else None  # a run may go on with more processes
         if not plugin:
-            weights, state = load_file(checkpoint / "weights.safetensors"), _load(checkpoint / "optimizer.pt")
+            weights = load_file(checkpoint / "weights.safetensors")
+            state = _load(kept) if kept.is_file() else None
             pairs = [(parameter, weights[name]) for name, parameter in _trained(accelerator, model)]
     except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError, RuntimeError, OSError):
         raise UserError(
@@ -109,11 +124,13 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
         ) from None
     if plugin:
         load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
-        load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
+        if any(checkpoint.glob("optimizer*")):
+            load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
     else:
         for parameter, saved in pairs:
             parameter.data.copy_(saved)
-        optimizer.load_state_dict(state)
+        if state:
+            optimizer.load_state_dict(state)
     if accelerator.scaler and progress["scaler"]:
         accelerator.scaler.load_state_dict(progress["scaler"])
     if states:

@@ -52,7 +52,7 @@ class OrpoTrainer:
     Attributes:
         step, steps: taken, and in all. bad_steps: those left out since a number was not finite, {step, rows
             of the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by
-            itself, or empty.
+            itself, or empty. carried: what checkpoints keep for whoever trains, of plain numbers and texts.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class OrpoTrainer:
         self.device, self.world = accelerator.device, accelerator.num_processes
         self.sharded = check_sharding(accelerator, model, settings)
         self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
+        self.carried = {}
         self.step = self._bad_in_a_row = 0
         set_seed(settings.seed)
         with accelerator.autocast():
@@ -299,7 +300,7 @@ class OrpoTrainer:
         s = self.settings
         if s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps):
             return True
-        if not s.save_every_minutes or self.step >= self.steps:  # at the end the model itself is saved
+        if not s.save_every_minutes or self.step >= self.steps:
             return False
         due = time.monotonic() - self._saved_at >= 60 * s.save_every_minutes
         return bool(over_ranks(self.accelerator, int(due and self.accelerator.is_main_process)))
@@ -358,15 +359,20 @@ class OrpoTrainer:
 
     # Checkpoints.
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, complete or not at all. Raises UserError where the disk fails."""
+    def save(self, *, to_go_on: bool = True) -> None:
+        """Write a checkpoint of this step, complete or not at all. Raises UserError where the disk fails.
+
+        Args:
+            to_go_on: with the optimizer, of which there is no use after the last step.
+        """
         progress = {"step": self.step, "bad_steps": self.bad_steps, "schedule": self.schedule.state_dict()}
+        progress |= {"oom_notes": self.oom_notes, "carried": self.carried}
         checkpoints.save(
             self.folder,
             progress,
             accelerator=self.accelerator,
             model=self.wrapped,
-            optimizer=self.optimizer,
+            optimizer=self.optimizer if to_go_on else None,
             keep=self.settings.keep_checkpoints,
         )
         self._saved_at = time.monotonic()
@@ -378,6 +384,7 @@ class OrpoTrainer:
             checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
         )
         self.step, self.bad_steps = progress["step"], progress["bad_steps"]
+        self.oom_notes, self.carried = progress.get("oom_notes", []), progress.get("carried", {})
         self.schedule.load_state_dict(progress["schedule"])
 
 

@@ -5,7 +5,6 @@ It is handed the run, whose stages call it at their time. What the figures say i
 
 import contextlib
 import json
-import time
 from functools import partial
 
 from .. import folder as folders
@@ -18,8 +17,7 @@ from . import evaluate, reading
 def measure(run, when: str) -> None:
     """Take figures and answers on the held-out pairs, "before" or "after" training; kept in held_out.json.
 
-    Raises:
-        Stopped: somebody asked to stop before training: nothing is written, and the next run begins here.
+    A signal ends it with nothing written, and the next run begins here.
     """
     pairs, trainer = [run.eval_pairs[i] for i in range(len(run.eval_pairs))], run.trainer
     if not pairs:
@@ -28,14 +26,13 @@ def measure(run, when: str) -> None:
 
     def advance(bar, done):
         bar.update(done)
-        if when == "before" and trainer.world == 1 and run.stop.was_asked():
+        if when == "before" and trainer.world == 1 and run.stop.was_asked():  # by the file STOP
             raise Stopped
 
-    began = time.monotonic()
     with adapters_off(trainer.model) if when == "before" else contextlib.nullcontext():
-        with progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}") as bar:
+        bar = progress_bar(len(pairs), "held-out pairs", desc=f"evaluation {when}")
+        with bar, run.spent.on("evaluation"):
             table = trainer.pair_tables(pairs, partial(advance, bar))
-        run.seconds["evaluation"] += time.monotonic() - began
         with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
             texts = _answer(run, prompts, partial(advance, bar))
     evaluated = [row for row in folders.read_rows(run.folder / "history.jsonl") if reading.is_evaluation(row)]

@@ -3,15 +3,18 @@
 It is handed the run, and computes nothing that the run does not know.
 """
 
+import contextlib
 import time
+from collections import Counter
 from functools import partial
 from importlib.metadata import version
 
 import numpy as np
+import torch
 
 from ..fast.attention import kernels_taken
 from ..folder import read_rows
-from ..machine import memory_gib
+from ..machine import allocated_gib, forget_peak_memory, memory_gib
 from .reading import values
 
 
@@ -35,10 +38,50 @@ def about_training(run) -> str:
     return "\n".join(lines)
 
 
+class Spent:
+    """Minutes and peaks of memory, in GiB, of a run in all its sittings.
+
+    Args:
+        began: when this sitting did, by the monotonic clock. device: that trains.
+
+    Attributes:
+        earlier: `totals` of the sittings that this one goes on from. seconds: of this one, {what: seconds}.
+    """
+
+    def __init__(self, began: float, device: torch.device):
+        self.began, self.device, self.earlier, self.seconds = began, device, {}, Counter()
+        self._since, self._before, self._peaks = {}, memory_gib(device), {"training_gib": 0.0}
+
+    @contextlib.contextmanager
+    def on(self, what: str):
+        """Count what happens meanwhile: "training", whose peak is told apart, or "evaluation"."""
+        if what == "training":
+            self._before = memory_gib(self.device)
+            forget_peak_memory()
+        self._since[what] = time.monotonic()
+        try:
+            yield
+        finally:
+            self.totals()
+            self.seconds[what] += time.monotonic() - self._since.pop(what)
+
+    def totals(self) -> dict[str, float | None]:
+        """Give `all`, `training`, `evaluation` in minutes; `training_gib`, `allocated_gib`, `peak_gib`."""
+        now, had = time.monotonic(), self.earlier.get
+        if "training" in self._since:
+            peaks = memory_gib(self.device), allocated_gib(self.device)
+            self._peaks = dict(zip(("training_gib", "allocated_gib"), peaks, strict=True))
+        seconds = self.seconds + Counter({what: now - since for what, since in self._since.items()})
+        seconds["all"] = now - self.began
+        peaks = self._peaks | {"peak_gib": max(self._before, memory_gib(self.device))}
+        minutes = {what: had(what, 0) + seconds[what] / 60 for what in ("all", "training", "evaluation")}
+        return minutes | {name: peak and max(had(name) or 0, peak) for name, peak in peaks.items()}
+
+
 def summarise(run) -> dict:
     """Give the content of summary.json; the held-out results stand in it too."""
     trainer, plan, rows = run.trainer, run.plan.method, read_rows(run.folder / "history.jsonl")
-    training, evaluation = run.seconds["training"], run.seconds["evaluation"]
+    spent = run.spent.totals()
     return {
         "finished": not run.stopped,
         "why": run.stopped or "every step was taken",
@@ -48,22 +91,22 @@ def summarise(run) -> dict:
         "layout": trainer.scorer.rung,
         "precision": str(run.dtype).removeprefix("torch."),
         "device": run.machine.name,
-        "minutes": round((time.time() - run.started) / 60, 3),
-        "training_minutes": round(training / 60, 3),
+        "minutes": round(spent["all"], 3),
+        "training_minutes": round(spent["training"], 3),
         # From the history, which a stop and going on leave whole.
         **{name: int(sum(values(rows, name))) for name in ("tokens", "forward_passes")},
         # Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without
         # that.
-        "peak_memory_gib": round(max(run.peak_before, memory_gib(trainer.device)), 3),
-        "peak_allocated_gib": run.peak_allocated,
+        "peak_memory_gib": round(spent["peak_gib"], 3),
+        "peak_allocated_gib": spent.get("allocated_gib"),
         "bad_steps": trainer.bad_steps,
         "out_of_memory": trainer.oom_notes,
-        "drawing_share": round(run.plot.cost_seconds / max(training, 1e-9), 4),
+        "drawing_share": round(run.plot.cost_seconds / max(run.spent.seconds["training"], 1e-9), 4),
         "plan": run.plan.as_dict(),
         "planned_against_measured": {
-            "peak_gib": [round(plan.peak_gib, 3), round(run.peak_training, 3)],
+            "peak_gib": [round(plan.peak_gib, 3), round(spent["training_gib"], 3)],
             # A plan knows neither answers nor loading.
-            "minutes": [round(plan.minutes, 3), round((training + evaluation) / 60, 3)],
+            "minutes": [round(plan.minutes, 3), round(spent["training"] + spent["evaluation"], 3)],
         },
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "accelerate", "datasets")},
         **run.held_out_results(),
