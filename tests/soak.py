@@ -1,11 +1,12 @@
 """Strikes runs at random moments until they end; what they leave must equal what an uninterrupted one leaves.
 
-    python -m tests.soak --kills 50 --seed 0 --out tests/results/2026-11-25-soak.json
+    python -m tests.soak --kills 200 --seed 0 --out tests/results/2026-11-26-soak.json
 
 Each attempt is a process of its own, forked from this one, so that nothing is imported again: the command
 line on the `tiny` preset, with dropout on, a checkpoint at every step and several passes over the pairs. A
 moment is drawn between the start and the time that a whole run takes, so it also falls into reading, loading,
-evaluating, saving and wrapping up. Checked after each attempt: its exit status, no traceback, and a history
+evaluating, saving and wrapping up. After a power cut only that is left which had been flushed, or parts of
+the rest (tests/powercut.py). Checked after each attempt: its exit status, no traceback, and a history
 without gaps. Checked of each finished run, against the uninterrupted one: the same weights bit for bit, the
 same rows of the history, the same pairs in every step, each of them once a pass.
 """
@@ -16,6 +17,7 @@ import datetime
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,9 +26,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from lazyorpo_lib import folder as folders
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import append_row, read_rows
 from lazyorpo_lib.results import reading
+from tests import powercut
 
 STEPS = 24
 PATIENCE = 600  # seconds, also on a machine that has other work
@@ -34,22 +38,27 @@ TIMINGS = ("pairs_per_second", "tokens_per_second", "memory_gib")
 FLAGS = ["--preset", "tiny", "--max-steps", str(STEPS), "--save-every-steps", "1", "--lora-dropout", "0.2"]
 # A precision of auto is a timing, which may come out otherwise the next time.
 FLAGS += ["--lr-schedule", "constant", "--precision", "float32"]
+LOST = re.compile(r"Exception ignored in.*?(Stopped|KeyboardInterrupt)[^\n]*\n", re.DOTALL)
 ALLOWED = {  # exit statuses of a struck attempt, but for that of one that ended before
     "SIGKILL": {-signal.SIGKILL},
     "SIGTERM": {-signal.SIGTERM, 130},
+    "SIGHUP": {-signal.SIGHUP, 130},
     "SIGINT": {130},
     "STOP file": {130},
     "max_minutes": {0},
     "full disk": {2},
     "torn checkpoint": {-signal.SIGKILL},
+    "flipped bit": {-signal.SIGKILL},
+    "power cut": {-signal.SIGKILL},
+    "power cut at the end": {-signal.SIGKILL},
 }
 
 
 class Child:
     """One attempt at the run in `folder`, in a forked process. `said` is its output, once it has ended."""
 
-    def __init__(self, folder: Path, *flags: str):
-        self.folder, self.began = folder, time.monotonic()
+    def __init__(self, folder: Path, *flags: str, shadow: Path | None = None):
+        self.folder, self.began, self.shadow = folder, time.monotonic(), shadow
         self._output, output = os.pipe()  # not a file: its size would be limited with the others'
         sys.stdout.flush()
         self.process = os.fork()
@@ -64,7 +73,9 @@ class Child:
         try:
             from lazyorpo_lib.__main__ import main
 
-            note_pairs(self.folder.with_suffix(".pairs"))
+            note_pairs(pairs_of(self.folder))
+            if self.shadow:
+                powercut.Recorder(self.folder.parent, self.shadow).install()
             status = main([*FLAGS, "--output-dir", str(self.folder), *flags])
         except UserError as error:
             print(f"lazyorpo: {error}", file=sys.stderr)
@@ -94,6 +105,11 @@ class Child:
             time.sleep(0.005)
 
 
+def pairs_of(folder: Path) -> Path:
+    """The file for the rows of every step, outside of what a power cut takes."""
+    return folder.parent.with_suffix(".pairs")
+
+
 def note_pairs(file: Path) -> None:
     """Write down the dataset rows of every step that begins."""
     from lazyorpo_lib.orpo.trainer import OrpoTrainer
@@ -110,8 +126,10 @@ def note_pairs(file: Path) -> None:
 def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> int:
     """Start the run and strike once; returns its exit status."""
     flags = ["--max-minutes", str(chance.uniform(0, seconds / 2) / 60)] if kind == "max_minutes" else []
-    child = Child(folder, *flags)
-    status = child.wait(chance.uniform(0, seconds))
+    shadow = folder.parent.with_suffix(".shadow") if kind.startswith("power cut") else None
+    folder.parent.mkdir(exist_ok=True)
+    child = Child(folder, *flags, shadow=shadow)
+    status = child.wait(PATIENCE if kind == "power cut at the end" else chance.uniform(0, seconds))
     if status is None:
         if kind.startswith("SIG"):
             os.kill(child.process, signal.Signals[kind])
@@ -123,24 +141,40 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
                 resource.RLIMIT_FSIZE,
                 (int(10 ** chance.uniform(1, 5.3)), resource.RLIM_INFINITY),
             )
-        elif kind == "torn checkpoint":
+        elif kind in ("torn checkpoint", "flipped bit", "power cut"):
             os.kill(child.process, signal.SIGKILL)
         status = child.wait(PATIENCE)
     assert status is not None, f"{kind}: the run has not ended {PATIENCE} s after it"
-    if kind == "torn checkpoint":
-        tear(folder, chance)
+    if shadow:
+        mode = "strict" if status == 0 else chance.choice(powercut.MODES)
+        left = powercut.cut(folder.parent, shadow, folder.parent.with_suffix(".left"), mode, chance)
+        shutil.rmtree(folder.parent)
+        shutil.rmtree(shadow)
+        left.rename(folder.parent)
+        # What was said to be saved is there, whole.
+        assert status or not folders.damaged(folder / "model"), child.said[-3000:]
+        assert status or json.loads((folder / "summary.json").read_text())["finished"], child.said[-3000:]
+    if kind in ("torn checkpoint", "flipped bit"):
+        damage(folder, kind, chance)
     assert status in ALLOWED[kind] | {0}, (kind, status, child.said[-3000:])
-    assert "Traceback" not in child.said, (kind, child.said[-3000:])
+    # Python tells of an interrupt that it lost to a finalizer; the run ends by it all the same.
+    assert "Traceback" not in LOST.sub("", child.said), (kind, child.said[-3000:])
     return status
 
 
-def tear(folder: Path, chance: random.Random) -> None:
-    """Cut a file of the newest checkpoint short."""
+def damage(folder: Path, kind: str, chance: random.Random) -> None:
+    """Cut a file of the newest checkpoint short, or turn one bit in it over."""
     from lazyorpo_lib.orpo.checkpoints import complete
 
     for checkpoint in complete(folder)[-1:]:
         file = chance.choice([f for f in sorted(checkpoint.iterdir()) if f.stat().st_size])
-        os.truncate(file, chance.randrange(file.stat().st_size))
+        where = chance.randrange(file.stat().st_size)
+        if kind == "torn checkpoint":
+            os.truncate(file, where)
+        elif file.name != folders.MARKER:  # which tells of the others
+            data = bytearray(file.read_bytes())
+            data[where] ^= 1 << chance.randrange(8)
+            file.write_bytes(data)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -155,7 +189,7 @@ def left_behind(folder: Path) -> dict:
     rows = read_rows(folder / "history.jsonl")
     rows = [row for row in rows if not reading.is_evaluation(row) or row["step"] in (0, STEPS)]
     # Of the notes of a step the last one counts.
-    pairs = {row["step"]: json.loads(row["rows"]) for row in read_rows(folder.with_suffix(".pairs"))}
+    pairs = {row["step"]: json.loads(row["rows"]) for row in read_rows(pairs_of(folder))}
     weights = load_file(folder / "model" / "adapter_model.safetensors")
     held_out = json.loads((folder / "held_out.json").read_text())
     return {
@@ -175,17 +209,18 @@ def soak(kills: int, seed: int, home: Path) -> dict:
     from lazyorpo_lib import run  # noqa: F401
 
     chance, began = random.Random(seed), time.monotonic()
-    child = Child(home / "reference")
+    (home / "reference").mkdir()
+    child = Child(home / "reference" / "run")
     assert child.wait(PATIENCE) == 0, child.said[-3000:]
-    seconds, wanted = time.monotonic() - child.began, left_behind(home / "reference")
-    assert steps_of(home / "reference") == list(range(1, STEPS + 1))
+    seconds, wanted = time.monotonic() - child.began, left_behind(child.folder)
+    assert steps_of(child.folder) == list(range(1, STEPS + 1))
     a_pass = -(-len({i for rows in wanted["pairs"] for i in rows}) // len(wanted["pairs"][0]))
     for start in range(0, STEPS - a_pass + 1, a_pass):
         seen = [i for rows in wanted["pairs"][start : start + a_pass] for i in rows]
         assert len(seen) == len(set(seen)) and set(seen) == {i for rows in wanted["pairs"] for i in rows}
     struck, finished, where, strikes = collections.Counter(), 0, collections.Counter(), []
     while struck.total() < kills or where["open"]:
-        folder = home / f"run-{finished}"
+        folder = home / f"run-{finished}" / "run"
         kind = chance.choice(list(ALLOWED)) if struck.total() < kills else "none"
         if kind == "none":
             child = Child(folder)
@@ -212,8 +247,8 @@ def soak(kills: int, seed: int, home: Path) -> dict:
                 assert found[name] == value, f"{name} of run {finished} differ after {strikes}{told}"
             assert not list(folder.glob("checkpoint-*")) and (folder / "README.md").is_file()
             finished, strikes = finished + 1, []
-            shutil.rmtree(folder)
-            folder.with_suffix(".pairs").unlink()
+            shutil.rmtree(folder.parent)
+            pairs_of(folder).unlink()
     del where["open"]
     return {
         "date": datetime.date.today().isoformat(),
