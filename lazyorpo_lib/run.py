@@ -60,9 +60,9 @@ class Run(Staged):
         self.stop = Stop(self.folder / "STOP", settings.max_minutes, patient=several)
 
     def begin_stage(self) -> None:
-        """Start the clock, and hold the folder, which a finish let go."""
+        """Start the clock, and hold the folder, unless the run is finished and only looked at."""
         self.began = self.began or time.monotonic()
-        if self.main and "record" in vars(self):
+        if self.main and "record" in vars(self) and not self.finished:
             folders.claim(self.folder)
 
     @stage
@@ -108,6 +108,8 @@ class Run(Staged):
         if self.record["version"] != __version__:
             self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
         self._write("settings.json", self.record)
+        if self.finished:
+            folders.release(self.folder)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
     def _write(self, name: str, content: dict) -> None:
@@ -132,7 +134,7 @@ class Run(Staged):
         limits = dict(max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong)
         self.encoder = Encoder(self.tokenizer, **limits)
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
-        draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
+        draft = self.folder / "dropped.jsonl.tmp" if self.main and not self.finished else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
         with open(draft, "w", encoding="utf-8") as dropped, bar:
 
@@ -166,17 +168,15 @@ class Run(Staged):
         return self.report
 
     def _keep_to(self, what: str, name: str, older: str | None, now: str) -> bool:
-        """Tell whether it may be trained with; where the run is finished, say that it is another one.
+        """Tell whether the run is still to be trained; where it was trained with another one, say so.
 
         Raises:
             UserError: the run would go on with another dataset or base model than it began with.
         """
         changed = f"The {what} {name!r} is not what it was when the run in {self.folder}"
-        if older in (None, now):
-            return True
-        if self.finished:
+        if older not in (None, now) and self.finished:
             self.show(f"{changed} was trained: nothing is done with it; for that choose another output_dir.")
-        elif checkpoints.complete(self.folder):
+        elif older not in (None, now) and checkpoints.complete(self.folder):
             raise UserError(f"{changed} began: choose another output_dir, or bring the old {what} back.")
         return not self.finished
 

@@ -1,4 +1,4 @@
-"""A power cut at any moment: nothing is lost that was said to be saved, and what is left can be gone on from."""
+"""A power cut at any moment: what was said to be saved is there, and what is left can be gone on from."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def run_in(folder):
 
 @pytest.fixture(scope="module")
 def moments(tmp_path_factory):
-    """A run whose every flush is a moment: what a cut just before would leave; the last one is after the end."""
+    """What cuts just before each flush of a run would leave, and cuts after its end."""
     home, chance, left = tmp_path_factory.mktemp("power"), random.Random(0), []
     (home / "disk").mkdir()
     recorder, flush = powercut.Recorder(home / "disk", home / "shadow"), os.fsync
