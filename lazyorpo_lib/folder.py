@@ -1,8 +1,6 @@
-"""What a run leaves behind: name, lock, JSON lines, atomic writes, copies to Drive.
+"""What a run leaves behind: its folder's name, its lock, JSON lines, atomic writes.
 
-Every folder that the kit writes holds a marker with the names of the kit's own files in it. A folder without
-one is written into only while it is empty; a name in it that is not listed is somebody else's and stays;
-links are never followed. The only module that deletes; it knows nothing of what the files hold.
+What is written is on the disk before its name appears. Whose a file is, and what may go, is in marker.py.
 """
 
 import contextlib
@@ -13,17 +11,13 @@ import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from xxhash import xxh3_128
 
 from .errors import UserError
 from .settings import Settings
 
-MARKER = ".lazyorpo.json"
-DRAFT = "draft"  # what a folder is until it is complete: nobody else writes there, so it goes as a whole
 # What a run writes into its folder, checkpoints apart.
 FILES = (
     ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp",
@@ -84,7 +78,7 @@ def claim(folder: Path) -> None:
             f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
         ) from None
     except PermissionError as error:
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
     except OSError:  # a volume without locks, as networks have: the lock is a courtesy
         return
     _held[folder] = lock
@@ -199,14 +193,6 @@ def flush(path: Path) -> None:
             os.close(handle)
 
 
-def settle(folder: Path) -> None:
-    """Have all of the kit's own files in a folder on the disk, as far as they are written."""
-    for name in (marked(folder) or {"files": {}})["files"]:
-        if (folder / name).is_file():
-            flush(folder / name)
-    flush(folder)
-
-
 @contextlib.contextmanager
 def writing(path):
     """Give a file to write; a kill or a power cut leaves the old content or the new. No link is followed."""
@@ -226,257 +212,6 @@ def write_atomically(path, data: bytes) -> None:
         file.write(data)
 
 
-# ---- whose a file is
-def marked(folder: Path) -> dict | None:
-    """Read a marker: {"what": kind, "files": {path (a folder's ends in /): bytes or null}}, and of a sealed
-    folder {"digests": {path: text}}; or None."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((folder / MARKER).read_bytes())
-        if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
-            return found
-    return None
-
-
-def check(folder: Path, what: str) -> dict:
-    """Give the marker that `folder` has, or would get.
-
-    Raises:
-        UserError: it holds what the kit did not write, or another kind of thing, or is no folder.
-    """
-    found, why, way_out = marked(folder), "", "choose another folder"
-    try:
-        other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    if other:
-        why = f"{', '.join(other[:3])}{' …' if len(other) > 3 else ''}, which this kit did not write"
-        way_out = "choose a new or an empty folder"
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if {"fingerprint", "sources"} <= read_json(folder / "settings.json").keys():
-                why = f"a run of an earlier version, or one that was copied without its hidden file {MARKER}"
-                way_out = "copy the folder whole, or choose another one"
-    elif found and found["what"] != what:
-        why = f"a {found['what']}, not a {what}"
-    if why:
-        raise UserError(f"{str(folder)!r} holds {why}: nothing in it was touched; {way_out}.")
-    return found or {"what": what, "files": {}}
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """Say that a folder cannot be written, and why."""
     return UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.")
-
-
-def _foreign(path: Path, way_out: str) -> UserError:
-    return UserError(f"{str(path)!r} was not written by this kit, and it would be: {way_out}.")
-
-
-def take(folder, what: str, *names: str) -> Path:
-    """Make a folder the kit's, and `names` in it (a folder's ends with a slash), before anything is written.
-
-    Args:
-        what: kind of the folder; one that was taken as another kind is refused.
-
-    Returns:
-        the folder, made, absolute, without links.
-
-    Raises:
-        UserError: somebody else's file is there, under one of `names` or without a marker; or no right to.
-    """
-    folder = Path(folder).expanduser()
-    try:
-        found = check(folder, what)
-        for path in (folder / name for name in names):
-            own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
-            if path.is_symlink() or path.exists() and not own:
-                raise _foreign(path, "move it away, or choose another folder")
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            flush(folder.parent)
-        files = dict.fromkeys(names) | found["files"]
-        if files != found["files"] or not marked(folder):
-            _mark(folder, found | {"files": files})
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    return folder.resolve()
-
-
-def _mark(folder: Path, content: dict) -> None:
-    write_atomically(folder / MARKER, json.dumps(content, indent=1).encode())
-
-
-def seal(folder: Path, what: str) -> None:
-    """Flush a finished folder to the disk; list its files with their sizes and digests, by which a torn or a
-    damaged one is known."""
-    sizes, digests = {}, {}
-    for item in sorted(folder.rglob("*")):
-        if item.name != MARKER:
-            flush(item)
-        if item.is_file() and item.name != MARKER:
-            name = item.relative_to(folder).as_posix()
-            sizes[name], digests[name] = item.stat().st_size, _digest(item)
-    _mark(folder, {"what": what, "files": sizes, "digests": digests})
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, xxh3_128).hexdigest()
-
-
-def damaged(folder: Path) -> list[str]:
-    """List the files of a sealed folder that are gone, cannot be read, or do not hold what they held."""
-    found = []
-    for name, digest in (marked(folder) or {}).get("digests", {}).items():
-        try:
-            whole = _digest(folder / name) == digest
-        except OSError:
-            whole = False
-        found += [name] * (not whole)
-    return found
-
-
-def is_whole(folder: Path, what: str) -> bool:
-    """Tell whether a folder that was sealed as `what` still has all that it had."""
-    found = marked(folder)
-    with contextlib.suppress(OSError):
-        if found and found["what"] == what and found["files"]:
-            return all((folder / name).stat().st_size == size for name, size in found["files"].items())
-    return False
-
-
-@contextlib.contextmanager
-def replacing(target: Path, what: str):
-    """Give an empty folder to fill; where the block ends well it becomes `target`, complete or not at all.
-
-    Files of `target` that the kit did not write stay, beside the new ones.
-
-    Raises:
-        UserError: `target` is not the kit's, is no `what`, or has another's file where a new one belongs.
-    """
-    if target.is_symlink():
-        raise UserError(f"{str(target)!r} is a link, and links are not followed: give the folder itself.")
-    draft = target.with_name(f".{target.name}.partial")
-    check(target, what)
-    if os.path.lexists(draft):
-        sealed = (marked(draft) or {}).get("what") == what  # and then killed
-        check(draft, what if sealed else DRAFT)
-        remove(draft)
-    take(draft, DRAFT)
-    try:
-        yield draft
-        put(draft, target, what)
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def put(draft: Path, target: Path, what: str) -> None:
-    """Seal a finished folder and put it in the place of an older `what`, beside what others put there."""
-    before = check(target, what)
-    seal(draft, what)
-    new = marked(draft)
-    for name in new["files"]:
-        if name not in before["files"] and os.path.lexists(target / name):
-            raise _foreign(target / name, "move it away first")
-    remove(target)
-    if not target.exists():
-        draft.rename(target)
-        flush(target.parent)
-        return
-    _mark(target, new)  # first, so that what a kill leaves of it is known
-    for name in new["files"]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft / name, target / name)
-        flush((target / name).parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file of the kit's, or what a folder's marker lists; all that others put there stays.
-
-    What is listed neither in a marker of its own nor in that of the folder around it is left alone.
-    """
-    inside, around, name = marked(path), marked(path.parent) or {"what": "", "files": {}}, f"{path.name}/"
-    if path.is_symlink() or not path.is_dir():
-        if {path.name, name} & around["files"].keys() or around["what"] == DRAFT:
-            path.unlink(missing_ok=True)
-        return
-    if inside and inside["what"] != DRAFT:
-        _remove_listed(path, inside)
-    elif inside or name in around["files"]:  # made as a whole by the kit, and torn before it was sealed
-        shutil.rmtree(path, ignore_errors=True)
-    if name in around["files"]:  # what appears there next is not the kit's, unless it is taken again
-        _mark(path.parent, around | {"files": {k: v for k, v in around["files"].items() if k != name}})
-
-
-def _remove_listed(folder: Path, found: dict) -> None:
-    home = folder.resolve()
-    files = [folder / name for name in found["files"]]
-    files = [f for f in files if f.parent.resolve().is_relative_to(home)]  # a marker may have been changed
-    for file in files:
-        if file.is_symlink() or not file.is_dir():
-            file.unlink(missing_ok=True)
-    within = {p for file in files for p in file.parents if p != folder and p.is_relative_to(folder)}
-    for place in sorted(within, reverse=True):
-        with contextlib.suppress(OSError):  # it still holds something
-            place.rmdir()
-    if [entry.name for entry in folder.iterdir()] != [MARKER]:
-        _mark(folder, {"what": found["what"], "files": {}})
-        return
-    (folder / MARKER).unlink()
-    with contextlib.suppress(OSError):  # a place that something is mounted on
-        folder.rmdir()
-
-
-# ---- Google Drive: the run stays on the local disk, since Drive can drop; what is complete is copied
-def drive_folder(name: str) -> Path | None:
-    """Mount Google Drive and give this run's folder there; None, and a line why, where that fails."""
-    home = Path("/content/drive")
-    try:
-        from google.colab import drive
-
-        drive.mount(str(home))
-        folder = home / "MyDrive" / "LazyORPO" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except Exception as error:  # refused, closed, not on Colab: the run goes on without it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        why = f"save_to is drive, but Google Drive could not be mounted ({reason})"
-        print(f"{why}: everything stays on local disk.")
-        return None
-
-
-def mirror(source: Path, target: Path) -> bool:
-    """Copy a run's files, complete checkpoints and model; with the two swapped it brings a run back.
-
-    Returns:
-        False, with a line that says why, if the disk failed; what had been there is still there.
-    """
-    try:
-        for name in sorted((marked(source) or {"files": {}})["files"]):
-            item = source / name
-            if not item.exists() or name.startswith(".") or item.suffix == ".tmp":
-                continue
-            is_checkpoint = name.startswith("checkpoint-")  # which never changes
-            if not is_checkpoint or is_whole(item, "checkpoint") and not (target / name).exists():
-                copy_complete(item, take(target, "run", name) / name)
-        for old in target.glob("checkpoint-*"):
-            if not (source / old.name).exists():
-                remove(old)
-    except (OSError, UserError) as error:
-        reason = getattr(error, "strerror", None) or error
-        print(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
-        return False
-    return True
-
-
-def copy_complete(source: Path, target: Path) -> None:
-    """Copy a file or folder so that `target` is there whole or not at all."""
-    if not source.is_dir():
-        with open(source, "rb") as old, writing(target) as new:
-            shutil.copyfileobj(old, new)
-        return
-    with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-
-        def marker(at, names):  # which the copy gets anew
-            return {MARKER} if at == str(source) else ()
-
-        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=marker)

@@ -22,6 +22,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available, logging
 
 from . import folder as folders
+from . import marker
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
 from .errors import UserError, explain_model
 from .fast.attention import takes_sdpa
@@ -194,13 +195,13 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
     Raises:
         UserError: `folder` holds something else than an older one of these.
     """
-    with folders.replacing(folder, "model" if base_model else "merged model") as scratch:
+    with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
         if hasattr(model, "peft_config"):
             model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
             config = scratch / "adapter_config.json"
             named = folders.read_json(config) | {"base_model_name_or_path": base_model}
             config.write_text(json.dumps(named, indent=2))
-            folders.remove(scratch / "README.md")  # peft's empty card names a folder of this machine
+            marker.remove(scratch / "README.md")  # peft's empty card names a folder of this machine
         else:
             model.save_pretrained(scratch, state_dict=weights)
         model.generation_config.save_pretrained(scratch)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from . import __version__, model
+from . import __version__, drive, marker, model
 from . import folder as folders
 from .errors import UserError, explain_disk
 from .fast.layouts import PairScorer
@@ -50,8 +50,7 @@ class Run(Staged):
     }
 
     def __init__(self, settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print):
-        self.given = self.settings = settings
-        self.sources = sources
+        self.given, self.settings, self.sources = settings, settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
@@ -80,12 +79,12 @@ class Run(Staged):
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
             known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
-            folders.take(self.folder, "run", *folders.FILES, *known)
+            marker.take(self.folder, "run", *folders.FILES, *known)
             folders.claim(self.folder)
-            folders.remove(self.stop.file)  # that an earlier run did not see
-            self.drive = folders.drive_folder(self.folder.name) if settings.save_to == "drive" else None
+            marker.remove(self.stop.file)  # that an earlier run did not see
+            self.drive = drive.drive_folder(self.folder.name) if settings.save_to == "drive" else None
         if self.drive and not checkpoints.complete(self.folder):
-            if not folders.mirror(self.drive, self.folder):  # what an earlier session left there
+            if not drive.mirror(self.drive, self.folder):  # what an earlier session left there
                 self.drive = None  # nor is it written to: a copy of less would take its place
         older = self._read("settings.json")
         begun = folders.is_begun(self.folder, settings)
@@ -240,15 +239,13 @@ class Run(Staged):
         )
 
     def _plan(self) -> planner.Plan:
-        plan = planner.make_plan(
-            model.load_config(self.settings.base_model),
-            self.settings,
-            self.machine,
+        config, begun = model.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
+        cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
+        lengths, how = (
             planner.measured_lengths(self.train_pairs),
-            dtype=self.dtype,
-            cards=int(os.environ["WORLD_SIZE"]) if self.sharded else 1,
-            begun=bool(checkpoints.complete(self.folder)),
+            dict(dtype=self.dtype, cards=cards, begun=begun),
         )
+        plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
@@ -303,7 +300,7 @@ class Run(Staged):
         if self.main:
             for name in ("history.jsonl", "watched.jsonl"):
                 folders.truncate_after(self.folder / name, last)
-            folders.remove(self.folder / ".saving")
+            marker.remove(self.folder / ".saving")
         if found:
             self.show(f"Going on from step {last}.")
             kept = self._read("held_out.json")
@@ -321,7 +318,7 @@ class Run(Staged):
         with self.bar, self.stop.waiting(), self.spent.on("training"):
             trainer.train()
         last = self.folder / f"checkpoint-{trainer.step}"
-        if trainer.step >= trainer.steps and not folders.is_whole(last, "checkpoint"):
+        if trainer.step >= trainer.steps and not marker.is_whole(last, "checkpoint"):
             trainer.save(to_go_on=False)  # before the model is examined, which may fail
 
     def _on_row(self, row: dict) -> None:
@@ -339,7 +336,7 @@ class Run(Staged):
     def _mirror(self) -> None:
         """Copy what is complete to Google Drive, where that was chosen; training stays on the local disk."""
         if self.drive:
-            folders.mirror(self.folder, self.drive)
+            drive.mirror(self.folder, self.drive)
 
     # The end.
 
@@ -353,7 +350,7 @@ class Run(Staged):
         about = self.folder / "README.md"
         if anew or not about.exists():  # a kill may have come before
             folders.write_atomically(about, card.write_card(self.folder).encode())
-        folders.settle(self.folder)
+        marker.settle(self.folder)
         if self.finished:
             checkpoints.remove(self.folder)
         self._mirror()
@@ -373,10 +370,10 @@ class Run(Staged):
             weights = trainer.gathered_weights()
             if self.main:
                 self.model.generation_config.eos_token_id = held_out.end_ids(self)
-                place = dict(folder=home, base_model=self.settings.base_model)
+                place = dict(folder=home, base_model=self.settings.base_model, weights=weights)
                 with model.without_bars():
-                    model.save_model(self.model, self.tokenizer, weights=weights, **place)
-                if bad := folders.damaged(home):  # the checkpoint is still there
+                    model.save_model(self.model, self.tokenizer, **place)
+                if bad := marker.damaged(home):  # the checkpoint is still there
                     lost = f"{home} does not read back as it was written ({', '.join(bad)})"
                     raise UserError(f"{lost}: the disk fails; mend that, and run again.")
         trainer.close()

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from .folder import remove
+from .marker import remove
 
 
 class Stopped(KeyboardInterrupt):

@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lazyorpo_lib import folder as folders
+from lazyorpo_lib import marker
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import append_row, read_rows
 from lazyorpo_lib.results import reading
@@ -152,7 +152,7 @@ def attempt(folder: Path, kind: str, seconds: float, chance: random.Random) -> i
         shutil.rmtree(shadow)
         left.rename(folder.parent)
         # What was said to be saved is there, whole.
-        assert status or not folders.damaged(folder / "model"), child.said[-3000:]
+        assert status or not marker.damaged(folder / "model"), child.said[-3000:]
         assert status or json.loads((folder / "summary.json").read_text())["finished"], child.said[-3000:]
     if kind in ("torn checkpoint", "flipped bit"):
         damage(folder, kind, chance)
@@ -171,7 +171,7 @@ def damage(folder: Path, kind: str, chance: random.Random) -> None:
         where = chance.randrange(file.stat().st_size)
         if kind == "torn checkpoint":
             os.truncate(file, where)
-        elif file.name != folders.MARKER:  # which tells of the others
+        elif file.name != marker.MARKER:  # which tells of the others
             data = bytearray(file.read_bytes())
             data[where] ^= 1 << chance.randrange(8)
             file.write_bytes(data)

@@ -1,4 +1,4 @@
-"""folder.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached
+"""marker.py: nothing that the kit did not write is ever written over or deleted, whichever door it is reached
 by."""
 
 import json
@@ -12,22 +12,15 @@ from pathlib import Path
 import pytest
 
 import lazyorpo_lib
+from lazyorpo_lib import drive as drive_module
 from lazyorpo_lib import folder as folder_module
+from lazyorpo_lib import marker as marker_module
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.drive import drive_folder, mirror
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import (
-    MARKER,
-    drive_folder,
-    folder_of,
-    is_whole,
-    marked,
-    mirror,
-    remove,
-    replacing,
-    seal,
-    take,
-)
+from lazyorpo_lib.folder import folder_of
+from lazyorpo_lib.marker import MARKER, is_whole, marked, remove, replacing, seal, take
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run
@@ -309,7 +302,7 @@ def test_only_one_module_deletes():
     deleting = re.compile(r"rmtree|unlink|rmdir|os\.remove\b|removedirs|send2trash|shutil\.move")
     for file in Path(lazyorpo_lib.__file__).parent.rglob("*.py"):
         found = deleting.findall(file.read_text())
-        assert not found or file.name == "folder.py", (file.name, found)
+        assert not found or file.name == "marker.py", (file.name, found)
 
 
 def test_a_new_run_takes_an_empty_folder_and_its_own_again(tmp_path):
@@ -357,10 +350,10 @@ def test_a_kill_while_a_folder_is_replaced_does_not_stop_the_next_time(moment, t
             write(draft, "a", "b")
         write(tmp_path, *notes)
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module.shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(marker_module.shutil, "rmtree", lambda *args, **options: None)
         place = {
-            "rename": (folder_module, "remove", killed),
-            "replace": (folder_module.os, "replace", once(os.replace)),
+            "rename": (marker_module, "remove", killed),
+            "replace": (marker_module.os, "replace", once(os.replace)),
         }
         patch.setattr(*place[moment])
         with pytest.raises(SystemExit), replacing(tmp_path / "m", "model") as draft:
@@ -500,7 +493,7 @@ def test_a_disk_that_fails_half_way_leaves_no_half_checkpoint(run, tmp_path, mon
         (target / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_module.shutil, "copytree", copytree)
+    monkeypatch.setattr(drive_module.shutil, "copytree", copytree)
     assert not mirror(run, tmp_path / "drive")
     assert "No space left on device" in capsys.readouterr().out
     assert not [

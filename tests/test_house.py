@@ -15,7 +15,7 @@ HOME = Path(__file__).parents[1]
 LIBRARY = HOME / "lazyorpo_lib"
 FILES = {path.relative_to(LIBRARY).as_posix(): path for path in sorted(LIBRARY.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-GROUND = ("__init__", "errors", "settings", "folder", "machine", "session")
+GROUND = ("__init__", "errors", "settings", "folder", "marker", "drive", "machine", "session", "stages")
 # A file imports lower floors, or its own room.
 FLOORS = {
     **dict.fromkeys(GROUND, 0),

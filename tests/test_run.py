@@ -14,8 +14,9 @@ import pytest
 
 from lazyorpo_lib import model, run
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import MARKER, fingerprint, read_json, read_rows, take
+from lazyorpo_lib.folder import fingerprint, read_json, read_rows
 from lazyorpo_lib.machine import forget_peak_memory, memory_gib, pick_precision
+from lazyorpo_lib.marker import MARKER, take
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.results import held_out, reading
 from lazyorpo_lib.run import Run, execute

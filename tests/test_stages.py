@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lazyorpo_lib import folder as folders
-from lazyorpo_lib import model, run, stages
+from lazyorpo_lib import marker, model, run, stages
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import read_json, read_rows
 from lazyorpo_lib.notebook import show
@@ -319,8 +319,8 @@ def test_only_a_lock_that_is_held_means_another_run(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", refuse)
-        folders.claim(folders.take(tmp_path / "network", "run"))
-    held = folders.take(tmp_path / "held", "run")
+        folders.claim(marker.take(tmp_path / "network", "run"))
+    held = marker.take(tmp_path / "held", "run")
     code = (
         "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"
     )
@@ -363,7 +363,7 @@ def test_a_model_that_does_not_read_back_keeps_the_checkpoint(tmp_path, monkeypa
         monkeypatch.context() as patch,
         pytest.raises(UserError, match="does not read back as it was written"),
     ):
-        patch.setattr(folders, "damaged", lambda place: ["adapter_model.safetensors"])
+        patch.setattr(marker, "damaged", lambda place: ["adapter_model.safetensors"])
         execute(*given, show=str)
     assert checkpoints.complete(tmp_path / "run") and not (tmp_path / "run" / "summary.json").exists()
     assert execute(*given, show=str).finished

@@ -15,7 +15,7 @@ from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_mod
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .. import folder as folders
+from .. import marker
 from ..errors import UserError, explain_disk
 
 PROGRESS = "progress.json"
@@ -34,13 +34,13 @@ def step_of(checkpoint: Path) -> int:
 
 def complete(folder: Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first."""
-    return [c for c in numbered(folder) if folders.is_whole(c, "checkpoint")]
+    return [c for c in numbered(folder) if marker.is_whole(c, "checkpoint")]
 
 
 def newest(folder: Path, show: Callable[[str], None]) -> Path | None:
     """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over."""
     for checkpoint in reversed(complete(folder)):
-        if not (bad := folders.damaged(checkpoint)):
+        if not (bad := marker.damaged(checkpoint)):
             return checkpoint
         show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
     return None
@@ -68,7 +68,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
     try:
         with explain_disk(home):
             if main:
-                folders.take(home, "run", f"{scratch.name}/", f"{target.name}/")
+                marker.take(home, "run", f"{scratch.name}/", f"{target.name}/")
                 scratch.mkdir(exist_ok=True)
             accelerator.wait_for_everyone()
             torch.save(_draws(accelerator.device), scratch / f"random_{rank}.pt")
@@ -87,13 +87,13 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
                 (scratch / PROGRESS).write_text(text, encoding="utf-8")
             accelerator.wait_for_everyone()
             if main:
-                folders.settle(home)  # the history reaches as far as the checkpoint does
-                folders.remove(target)
-                folders.put(scratch, target, "checkpoint")
+                marker.settle(home)  # the history reaches as far as the checkpoint does
+                marker.remove(target)
+                marker.put(scratch, target, "checkpoint")
                 remove(home, keep=keep)
     finally:
         if main:
-            folders.remove(scratch)
+            marker.remove(scratch)
     accelerator.wait_for_everyone()
 
 
@@ -173,4 +173,4 @@ def remove(folder: Path, *, keep: int = 0) -> None:
     kept = complete(folder)[-keep:] if keep else []
     for checkpoint in numbered(folder):
         if checkpoint not in kept:
-            folders.remove(checkpoint)
+            marker.remove(checkpoint)

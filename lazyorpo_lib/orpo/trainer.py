@@ -34,6 +34,7 @@ from .reference import Reference
 from .scoring import LESS, PlainScorer, score
 
 BAD_STEPS_ALLOWED = 3
+KEPT = ("step", "bad_steps", "oom_notes", "carried")  # in a checkpoint, beside weights, states and schedule
 
 
 class OrpoTrainer:
@@ -78,7 +79,6 @@ class OrpoTrainer:
         self.device, self.world = accelerator.device, accelerator.num_processes
         self.sharded = check_sharding(accelerator, model, settings)
         self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
-        self.carried = {}
         self.step = self._bad_in_a_row = 0
         set_seed(settings.seed)
         with accelerator.autocast():
@@ -91,7 +91,7 @@ class OrpoTrainer:
         place = dict(rank=accelerator.process_index, world=self.world)
         self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
         self.steps = settings.max_steps or math.ceil(settings.epochs * len(self.order))
-        self.wrapped, self.optimizer, self._window = model, None, _Window()
+        self.wrapped, self.optimizer, self._window, self.carried = model, None, _Window(), {}
 
     # The loop.
 
@@ -360,21 +360,15 @@ class OrpoTrainer:
     # Checkpoints.
 
     def save(self, *, to_go_on: bool = True) -> None:
-        """Write a checkpoint of this step, complete or not at all. Raises UserError where the disk fails.
+        """Write a checkpoint of this step, complete or not at all; without the optimizer if not `to_go_on`.
 
-        Args:
-            to_go_on: with the optimizer, of which there is no use after the last step.
+        Raises:
+            UserError: the disk is full or fails.
         """
-        progress = {"step": self.step, "bad_steps": self.bad_steps, "schedule": self.schedule.state_dict()}
-        progress |= {"oom_notes": self.oom_notes, "carried": self.carried}
-        checkpoints.save(
-            self.folder,
-            progress,
-            accelerator=self.accelerator,
-            model=self.wrapped,
-            optimizer=self.optimizer if to_go_on else None,
-            keep=self.settings.keep_checkpoints,
-        )
+        progress = {name: getattr(self, name) for name in KEPT} | {"schedule": self.schedule.state_dict()}
+        optimizer, keep = self.optimizer if to_go_on else None, self.settings.keep_checkpoints
+        place = dict(accelerator=self.accelerator, model=self.wrapped, optimizer=optimizer)
+        checkpoints.save(self.folder, progress, keep=keep, **place)
         self._saved_at = time.monotonic()
         self.on_save()
 
@@ -383,8 +377,7 @@ class OrpoTrainer:
         progress = checkpoints.load(
             checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
         )
-        self.step, self.bad_steps = progress["step"], progress["bad_steps"]
-        self.oom_notes, self.carried = progress.get("oom_notes", []), progress.get("carried", {})
+        vars(self).update({name: progress[name] for name in KEPT if name in progress})
         self.schedule.load_state_dict(progress["schedule"])
 
 

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TextStreamer
 
-from .. import folder as folders
+from .. import marker
 from ..errors import UserError, around, dissect
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
@@ -56,7 +56,7 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     if base.is_dir() and base.resolve().is_relative_to(out):
         over = f"over {str(base)!r}, from which it is made"
         raise UserError(f"The merged model would be written {over}: give another folder.")
-    folders.check(out, "merged model")
+    marker.check(out, "merged model")
     dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
     merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
     merged.config.use_cache = True  # training had it off
@@ -81,8 +81,8 @@ llama.cpp's converter is not here; these commands fetch it and write {merged}.gg
 git clone --depth 1 https://github.com/ggml-org/llama.cpp
 {sys.executable} -m pip install gguf sentencepiece
 {shlex.join(command)}"""
-    if folders.marked(folder):
-        folders.take(folder, "run", f"{merged.name}.gguf")
+    if marker.marked(folder):
+        marker.take(folder, "run", f"{merged.name}.gguf")
     elif os.path.lexists(f"{merged}.gguf"):
         raise UserError(f"{merged}.gguf is there already, and not by this kit: move it away first.")
     done = subprocess.run(command, capture_output=True, text=True)
@@ -204,7 +204,7 @@ def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     files = {
         f.name: str(f)
         for f in (*sorted((folder / "model").iterdir()), folder / "live.png")
-        if f.is_file() and f.name != folders.MARKER
+        if f.is_file() and f.name != marker.MARKER
     }
     if summary := read_json(folder / "summary.json"):
         summary["why"] = card.without_paths(summary["why"])

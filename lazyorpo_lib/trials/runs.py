@@ -17,7 +17,8 @@ import torch
 
 from .. import run
 from ..errors import UserError
-from ..folder import folder_of, read_json, take, write_atomically
+from ..folder import folder_of, read_json, write_atomically
+from ..marker import take
 from ..results import card, live, share
 from ..settings import Settings
 

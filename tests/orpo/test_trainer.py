@@ -21,12 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from lazyorpo_lib import folder as folders
-from lazyorpo_lib import session
+from lazyorpo_lib import marker, session
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast.layouts import PairScorer
-from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.machine import Machine, checkpoint_layers
+from lazyorpo_lib.marker import MARKER
 from lazyorpo_lib.model import (
     adapters_off,
     add_adapters,
@@ -493,7 +492,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(tmp_path)
 )
 def test_a_stop_that_one_process_was_asked_for_ends_the_step_of_all(tmp_path, monkeypatch, other, reason):
     told, stop = [], Stop(tmp_path / "STOP")
-    folders.take(tmp_path, "run", "STOP")
+    marker.take(tmp_path, "run", "STOP")
     trainer = make(tmp_path, random_pairs(40), hooks=dict(stop=stop), max_steps=9)
     trainer.world, trainer.step = 2, 1
 

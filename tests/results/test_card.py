@@ -8,7 +8,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
-from lazyorpo_lib.folder import FILES, MARKER
+from lazyorpo_lib.folder import FILES
+from lazyorpo_lib.marker import MARKER
 from lazyorpo_lib.results import card
 from lazyorpo_lib.settings import DEFAULTS
 

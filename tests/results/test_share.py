@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from lazyorpo_lib import model
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import MARKER
 from lazyorpo_lib.machine import this_machine
+from lazyorpo_lib.marker import MARKER
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import execute
