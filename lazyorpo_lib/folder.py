@@ -50,6 +50,10 @@ def folder_of(settings: Settings) -> Path:
         names = [re.sub(r"[^\w.-]+", "-", Path(x).name) for x in (settings.base_model, settings.dataset)]
         names = [name.encode()[:80].decode(errors="ignore") for name in names]  # a file system's limit is 255
         folder = home / "-".join([*names, fingerprint(settings)])
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"output_dir is {str(folder)!r}, a name that is not UTF-8: choose another.") from None
     os.umask(os.umask(0o002) | 0o002)  # whatever the shell allows: not writable for everybody
     return folder.resolve()
 
@@ -168,7 +172,7 @@ def read_json(path) -> dict:
     if isinstance(found, dict):
         return found
     raise UserError(
-        f"{path} is damaged, it holds no JSON object: bring it back from a copy, or delete {path}."
+        f"{path} is damaged, it holds no JSON object: bring it back from a copy, or choose a new folder."
     )
 
 

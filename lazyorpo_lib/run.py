@@ -290,13 +290,10 @@ class Run(Staged):
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
-        found = checkpoints.newest(self.folder, self.show)
-        if found and checkpoints.is_sharded(found) != self.sharded:
-            raise UserError(
-                f"{found} was written {'without' if self.sharded else 'with'} FSDP: go on with the "
-                "accelerate config that the run began with, or choose another output_dir."
-            )
+        found = checkpoints.newest(self.folder, sharded=self.sharded, show=self.show)
         last = checkpoints.step_of(found) if found else -1
+        if not found and folders.read_rows(self.folder / "history.jsonl"):
+            self.show("No checkpoint is there to go on from: the run begins anew.")
         if self.main:
             for name in ("history.jsonl", "watched.jsonl"):
                 folders.truncate_after(self.folder / name, last)

@@ -37,18 +37,23 @@ def complete(folder: Path) -> list[Path]:
     return [c for c in numbered(folder) if marker.is_whole(c, "checkpoint")]
 
 
-def newest(folder: Path, show: Callable[[str], None]) -> Path | None:
-    """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over."""
+def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path | None:
+    """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over.
+
+    Raises:
+        UserError: FSDP wrote it, its weights in pieces, and this run is not `sharded`; or the other way.
+    """
     for checkpoint in reversed(complete(folder)):
-        if not (bad := marker.damaged(checkpoint)):
+        if bad := marker.damaged(checkpoint):
+            show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
+        elif any(checkpoint.glob("pytorch_model_fsdp*")) != sharded:
+            raise UserError(
+                f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: go on with the accelerate "
+                "config that the run began with, or choose another output_dir."
+            )
+        else:
             return checkpoint
-        show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
     return None
-
-
-def is_sharded(checkpoint: Path) -> bool:
-    """Tell whether FSDP wrote a checkpoint, its weights in pieces."""
-    return any(checkpoint.glob("pytorch_model_fsdp*"))
 
 
 def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
