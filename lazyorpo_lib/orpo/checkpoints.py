@@ -48,8 +48,8 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
             show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
         elif any(checkpoint.glob("pytorch_model_fsdp*")) != sharded:
             raise UserError(
-                f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: go on with the accelerate "
-                "config that the run began with, or choose another output_dir."
+                f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: go on with the "
+                "accelerate config that the run began with, or choose another output_dir."
             )
         else:
             return checkpoint
