@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available, logging
 
 from . import folder as folders
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
-from .errors import UserError, explain_model
+from .errors import UserError, around, dissect, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
 from .machine import Machine
@@ -61,16 +62,36 @@ def forget_earlier_run() -> None:
 
 def locate(base_model: str) -> str:
     """Give the folder or hub id to load `base_model` from; UserError for a folder that holds no model."""
-    path, given = Path(base_model).expanduser(), f"base_model is {base_model!r}"
+    path, given = os.path.expanduser(base_model), f"base_model is {base_model!r}"
     if base_model in (DEMO_MODEL, TINY_MODEL):
         return home_of(base_model) or base_model
-    if path.exists():
-        if not (path / "config.json").is_file():
+    if os.path.exists(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
             raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
-        return str(path)
+        check_files(path)
+        return path
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
     return base_model
+
+
+def check_files(folder) -> None:
+    """Raise UserError for a pipe or a device in the folder of a model: reading it might never end."""
+    for file in map(str, Path(folder).rglob("*")):
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            raise UserError(f"{file!r} is a pipe or a device, not a file: give a folder with files alone.")
+
+
+def check_finite(model, name: str) -> None:
+    """Raise UserError where a weight is not finite; of those in 4 bit nothing can be told."""
+    for place, weights in model.named_parameters():
+        if weights.is_floating_point() and weights.element_size() > 1 and weights.numel():
+            if not torch.stack(torch.aminmax(weights.detach())).isfinite().all():
+                large = ", or too large for float16" * (weights.dtype == torch.float16)
+                raise UserError(
+                    f"The model {name!r} holds a value that is not finite (in {place}): its weights are "
+                    f"damaged{large}; fetch them again, or choose another model."
+                )
 
 
 def load_config(base_model: str):
@@ -114,6 +135,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     if not takes_sdpa(model):
         model.set_attn_implementation("eager")
     model.config.use_cache = False
+    check_finite(model, base_model)
     return model
 
 
@@ -210,10 +232,11 @@ def load_finished(
         dtype: of the weights.
         merge: fold the adapter into the base weights, also where training had them in 4 bit.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(folder))
+    if not os.path.isdir(folder):
         given = f"There is no finished model at {str(folder)!r}"
         raise UserError(f"{given}; give the model/ folder of a finished run.")
+    check_files(folder)
     with explain_model(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not (folder / "adapter_config.json").is_file():
@@ -221,12 +244,34 @@ def load_finished(
     if not (folder / "adapter_model.safetensors").is_file():
         why = "has no weights in safetensors, the only format this kit loads"
         raise UserError(f"The adapter in {str(folder)!r} {why}.")
-    peft = import_peft()
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model = peft.PeftModel.from_pretrained(load_base(base, dtype=dtype, device=device), folder)
-    model = (model.merge_and_unload() if merge else model).eval()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    with explain_adapter(folder):
+        model = _load_adapter(folder, dtype, device)
+        model = (model.merge_and_unload() if merge else model).eval()
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        check_finite(model, str(folder))
     return model, tokenizer
+
+
+@around
+def explain_adapter(error: Exception, folder: Path) -> str:
+    """Say that an adapter is damaged, or that the base model is not its own."""
+    why = dissect(error)[-1][:200]
+    way_out = "bring the run's model/ folder back whole, and the base model that it names"
+    return f"The adapter in {str(folder)!r} cannot be loaded ({why}): {way_out}."
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype, device: str):
+    """Load an adapter over its base; ValueError where the two do not fit, which peft would pass over."""
+    peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"its peft_type is {config.get('peft_type')!r}, and this kit knows LORA alone")
+    base = load_base(config["base_model_name_or_path"], dtype=dtype, device=device)
+    model = peft.PeftModel.from_pretrained(base, folder)
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
+        if other := wanted ^ set(saved.keys()):
+            raise ValueError(f"{len(other)} weights are its own or the model's alone, as {min(other)}")
+    return model
 
 
 @contextlib.contextmanager
