@@ -69,13 +69,14 @@ def _settings_of(file: str) -> dict:
     """Read a file of settings, as a run's settings.json; none of no file."""
     from .folder import read_json
 
-    if not file:
-        return {}
-    path = os.path.expanduser(file)
-    found = read_json(path) if os.path.isfile(path) else {}  # no pipe, which might never end
-    if not isinstance(found := found.get("settings", found), dict) or not found:
+    path, found = os.path.expanduser(file), None
+    with contextlib.suppress(ValueError, AttributeError):  # no JSON; no object
+        if os.path.isfile(path):  # no pipe, which might never end
+            found = read_json(path)
+            found = found.get("settings", found)
+    if file and not (isinstance(found, dict) and found):
         raise UserError(f"--settings is {file!r}, which holds no settings: give the settings.json of a run.")
-    return found
+    return found or {}
 
 
 def _run_parser() -> _Parser:

@@ -43,7 +43,7 @@ _SECRETS = [  # what may be told, and after it what lets somebody in
     )
 ]
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|_KEY|CREDENTIALS?)$", re.I)  # of the environment
-_LEFT_OUT = "(token left out)"
+_GONE = "\uf8ff"  # in the place of a secret while others are looked for: of nobody's alphabet
 # What a terminal obeys, what turns its neighbours around, and halves of a character, which no file takes.
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
@@ -67,10 +67,10 @@ def without_secrets(text: object) -> str:
     text = str(text)
     for name, value in os.environ.items():
         if len(value) > 7 and _SECRET_NAME.search(name):
-            text = text.replace(value, _LEFT_OUT)
+            text = text.replace(value, _GONE)
     for secret in _SECRETS:
-        text = secret.sub(rf"\1{_LEFT_OUT}", text)
-    return text
+        text = secret.sub(rf"\1{_GONE}", text)
+    return text.replace(_GONE, "(token left out)")
 
 
 def printable(text: object) -> str:
