@@ -263,10 +263,10 @@ def explain_adapter(error: Exception, folder: Path) -> str:
 def _load_adapter(folder: Path, dtype: torch.dtype, device: str):
     """Load an adapter over its base; ValueError where the two do not fit, which peft would pass over."""
     peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"its peft_type is {config.get('peft_type')!r}, and this kit knows LORA alone")
-    base = load_base(config["base_model_name_or_path"], dtype=dtype, device=device)
-    model = peft.PeftModel.from_pretrained(base, folder)
+    kind, named = (config.get(name) for name in ("peft_type", "base_model_name_or_path"))
+    if kind != "LORA" or not isinstance(named, str):
+        raise ValueError(f"its config names {kind!r} over {named!r}, not LORA over a model")
+    model = peft.PeftModel.from_pretrained(load_base(named, dtype=dtype, device=device), folder)
     wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
         if other := wanted ^ set(saved.keys()):

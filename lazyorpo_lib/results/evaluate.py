@@ -138,7 +138,8 @@ def _says_nothing(text: str) -> bool:
     """Tell whether an answer is empty, or, a long one from its middle on, one piece again and again."""
     text = text.removesuffix("…").strip()
     part = text[len(text) // 2 :] if len(text) > 15 else text
-    return not text or any(part[n:] == part[:-n] for n in range(1, min(24, len(part) // 4) + 1))
+    sizes = range(1, min(24, len(part) // 3) + 1) if len(text) > 3 else ()
+    return not text or any(part[n:] == part[:-n] for n in sizes)
 
 
 def habit_share(texts: Sequence[str | None]) -> float:
