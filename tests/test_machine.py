@@ -123,7 +123,8 @@ def test_a_driver_that_torch_cannot_use_is_one_sentence_unless_the_gpu_is_hidden
     "flags,dtype",
     [
         ("fpu avx512_bf16 sse", torch.bfloat16), ("amx_tile amx_bf16", torch.bfloat16),
-        ("Features : fp asimd bf16", torch.bfloat16), ("fpu avx2 avx512f", torch.float32), ("", torch.float32),
+        ("Features : fp asimd bf16", torch.bfloat16), ("fpu avx2 avx512f", torch.float32),
+        ("", torch.float32),
     ],
 )  # fmt: skip
 def test_a_cpus_number_format_is_what_its_flags_say_and_no_timing(monkeypatch, flags, dtype):
