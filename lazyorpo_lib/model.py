@@ -76,7 +76,7 @@ def locate(base_model: str) -> str:
 
 
 def check_files(folder) -> None:
-    """Raise UserError for a pipe or a device in the folder of a model: reading it might never end."""
+    """Raise UserError for a pipe or a device in a folder: reading it might never end."""
     for file in map(str, Path(folder).rglob("*")):
         if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
             raise UserError(f"{file!r} is a pipe or a device, not a file: give a folder with files alone.")
@@ -118,7 +118,13 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     with explain_model(base_model):
-        model = AutoModelForCausalLM.from_pretrained(locate(base_model), **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            locate(base_model), output_loading_info=True, **options
+        )
+        if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
+            raise ValueError(
+                f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
+            )
     if four_bit and device == "cpu":
         # A copy, else what stays in 16 bit keeps the whole file mapped, with the pages read while quantising.
         # Nothing is cast (peft.prepare_model_for_kbit_training would: 2 GiB more on Llama-3-8B).

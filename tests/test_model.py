@@ -76,6 +76,30 @@ def test_a_value_that_float16_cannot_hold_is_told_as_such(home):
         base(home / "base", torch.float16)
 
 
+WRONG_CONFIG = [
+    {"num_hidden_layers": 3}, {"num_hidden_layers": "two"}, {"hidden_size": 64}, {"hidden_size": -1},
+    {"num_attention_heads": 0}, {"vocab_size": 300}, {"vocab_size": None}, {"model_type": 7},
+    {"rope_parameters": "x"}, {"quantization_config": []}, {"hidden_act": "none"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", WRONG_CONFIG, ids=str)
+def test_a_config_that_its_weights_do_not_fit_is_one_sentence(home, values):
+    change(home / "base" / "config.json", **values)
+    with pytest.raises(UserError) as error:
+        base(home / "base")
+    assert "\n" not in str(error.value) and str(home / "base") in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 9999, "\0"])
+def test_a_config_that_is_no_object_is_one_sentence(home, content):
+    (home / "base" / "config.json").write_text(content)
+    for load in (base, model.load_config, model.load_tokenizer):
+        with pytest.raises(UserError) as error:
+            load(str(home / "base"))
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_adapter_with_a_value_that_is_not_finite_is_refused(home, merge):
     weights_changed(home / "model" / "adapter_model.safetensors", "lora_B.weight", float("nan"))

@@ -21,7 +21,7 @@ from .. import folder as folders
 from ..errors import UserError, around, dissect, explain_disk, say, without_secrets
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
-from ..model import causal_lm, load_finished, save_model
+from ..model import causal_lm, check_files, load_finished, save_model
 from ..orpo.encoding import Encoder, Unusable
 from . import card
 from .evaluate import answers
@@ -39,6 +39,7 @@ def folder_of_run(folder, needed: str = "settings.json") -> Path:
         )
     if not os.path.exists(folder / needed):
         raise UserError(f"The run in {name} has no {needed} yet: let it end, or run it again to go on.")
+    check_files(folder)
     return folder
 
 

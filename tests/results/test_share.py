@@ -295,6 +295,17 @@ def test_a_run_whose_files_are_empty_half_or_others_is_used_or_refused_in_one_se
             assert "\n" not in str(error) and str(folder) in str(error) and "JSON" not in type(error).__name__
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["summary.json", "held_out.json", "history.jsonl", "live.png", "README.md"])
+def test_a_pipe_in_the_folder_of_a_run_is_refused_and_not_waited_for(copy, name):
+    folder, other = copy("a"), copy("b")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for use in (share.merge, share.chat, lambda f: share.push(f, "a/b"), lambda f: compare([other, f])):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            use(folder)
+
+
 def test_an_answer_is_printed_without_what_a_terminal_would_obey(run, monkeypatch, capsys):
     evil = ["\x1b[2J", "\x1b]52;c;aGk=\x07", "fine \u6f22\n", "\x9b31m\r"]
 
