@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from . import __version__
-from .errors import UserError, without_secrets
+from .errors import UserError, expanded, without_secrets
 from .notebook.setup import check_requirements
 from .settings import FIELDS, coerce, from_environment, resolve
 
@@ -69,9 +69,9 @@ def _settings_of(file: str) -> dict:
     """Read a file of settings, as a run's settings.json; none of no file."""
     from .folder import read_json
 
-    path, found = os.path.expanduser(file), None
+    path, found = expanded(file), None
     with contextlib.suppress(ValueError, AttributeError):  # no JSON; no object
-        if os.path.isfile(path):  # no pipe, which might never end
+        if file and os.path.isfile(path):  # no pipe, which might never end
             found = read_json(path)
             found = found.get("settings", found)
     if file and not (isinstance(found, dict) and found):

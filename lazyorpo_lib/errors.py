@@ -85,6 +85,16 @@ def say(text: object = "", end: str = "\n") -> None:
         print(printable(text).encode(code, "replace").decode(code), end=end, flush=True)
 
 
+def expanded(path) -> Path:
+    """Write the home out that a path begins with, as ~ or ~somebody; UserError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{str(path)!r} begins with a home that is not there: write the folder out."
+        ) from None
+
+
 def dissect(error: Exception) -> tuple[set[str], set[int], str]:
     """Give kinds and HTTP statuses of an error and of those behind it; its text on a line, without tokens."""
     chain = [error]
@@ -142,14 +152,14 @@ def around(sentence):
 
 
 @around
-def explain_model(error: Exception, name: str) -> str:
-    """Say what transformers and the hub raise about a model."""
+def explain_model(error: Exception, name: str, way_out: str = "check base_model") -> str:
+    """Say what transformers, peft and the hub raise about a model."""
     text = dissect(error)[-1]
     known = (why.format(version("transformers")) for said, why in _MODEL.items() if re.search(said, text))
     why = next(known, "") or explain_hub(error, name, "a local folder as base_model")
     if not why:
         no_weights = "safetensors" in text or "Can't load the model" in text
-        why = _NO_WEIGHTS if no_weights else f"could not be loaded ({text[:200]}); check base_model"
+        why = _NO_WEIGHTS if no_weights else f"could not be loaded ({text[:200]}); {way_out}"
     return f"The model {name!r} {why}."
 
 

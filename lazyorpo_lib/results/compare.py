@@ -1,11 +1,10 @@
 """Runs side by side: the settings that differ, the results, the curves. It reads folders and runs nothing."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError, explain_disk
+from ..errors import UserError, expanded, explain_disk
 from ..folder import read_json, read_rows
 from . import card, live
 from .evaluate import interval
@@ -30,8 +29,8 @@ def compare(folders, picture=None) -> dict:
     if len(folders) < 2:
         raise UserError(f"{len(folders)} run was given to compare: give two folders or more.")
     runs = dict(zip(_names(folders), folders, strict=True))
-    picture = picture and os.path.expanduser(picture)
-    place = Path(picture or ".").parent
+    picture = picture and expanded(picture)
+    place = picture.parent if picture else Path()
     with explain_run(", ".join(map(str, folders))), explain_disk(place, "compare again"):
         return _compared(runs, picture)
 

@@ -148,6 +148,10 @@ def habit_share(texts: Sequence[str | None]) -> float:
     return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
 
 
+def _refuse(why: str) -> None:
+    raise UserError(f"Out of memory in answering a single prompt ({why}); lower max_prompt_tokens.")
+
+
 def answers(
     model,
     tokenizer,
@@ -158,7 +162,7 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
     streamer=None,
-    note: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = _refuse,
 ) -> list[str | None]:
     """Generate greedy answers, in the order of the prompts.
 
@@ -169,10 +173,7 @@ def answers(
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
-        note: told why a prompt that alone takes too much memory is left out; its answer is None.
-
-    Raises:
-        UserError: memory runs out on a single prompt, and there is no `note`.
+        note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
     """
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
@@ -187,14 +188,9 @@ def answers(
         if message and len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
             continue
-        if not message:
-            texts |= {i: _text(tokenizer, row, end_ids) for i, row in zip(some, rows, strict=True)}
-        elif note:
+        if message:
             note(message)
-        else:
-            raise UserError(
-                f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens."
-            )
+        texts |= zip(some, (_text(tokenizer, row, end_ids) for row in rows or ()), strict=False)
         on_batch(len(some))
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache

@@ -7,7 +7,6 @@ touched. In a notebook it is one image output, updated in place; elsewhere a fil
 import io
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from matplotlib.patches import BoxStyle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..errors import say
+from ..errors import expanded, say
 from ..folder import read_rows, write_atomically
 from ..session import duration, in_notebook
 from . import reading
@@ -207,7 +206,7 @@ def _last_step(rows) -> int:
 
 def show_progress(folder) -> None:
     """Show from its history how far the run in this folder is, after a lost tab or in a second kernel."""
-    path = Path(os.path.expanduser(folder)) / "history.jsonl"
+    path = expanded(folder) / "history.jsonl"
     rows = read_rows(path)
     if not rows:
         say(f"No step is logged in {folder} yet.")

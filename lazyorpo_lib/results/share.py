@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TextStreamer
 
 from .. import folder as folders
-from ..errors import UserError, around, dissect, explain_disk, say, without_secrets
+from ..errors import UserError, around, dissect, expanded, explain_disk, say, without_secrets
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
 from ..model import causal_lm, check_files, load_finished, save_model
@@ -31,7 +31,7 @@ _TORN = set("LookupError TypeError AttributeError ValueError ArithmeticError Tem
 
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
     """Give the folder of a run as a path; UserError where it is none, or has no `needed` yet."""
-    folder = Path(os.path.expanduser(folder))
+    folder = expanded(folder)
     name = repr(str(folder))
     if not os.path.isfile(folder / "settings.json"):
         raise UserError(
@@ -64,7 +64,7 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
         the folder: safetensors, tokenizer, chat template, generation settings.
     """
     folder = folder_of_run(run_folder, "model")
-    out = Path(os.path.expanduser(out or folder / "merged")).resolve()
+    out = expanded(out or folder / "merged").resolve()
     with explain_run(folder), explain_disk(out, "merge again"):
         base = read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", "")
         if os.path.isdir(base) and Path(base).resolve().is_relative_to(out):

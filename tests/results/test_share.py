@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(copy, out):
 
 def test_nobodys_home_is_the_folder_of_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="not the folder of a run"):
+    with pytest.raises(UserError, match="a home that is not there: write the folder out"):
         share.chat("~nobody-of-this-name/run")
 
 
