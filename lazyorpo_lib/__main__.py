@@ -167,8 +167,7 @@ class _Patient:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # none where a shell closed it
-        with contextlib.suppress(AttributeError):
-            self.stream.reconfigure(errors="replace")
+        self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -190,9 +189,9 @@ class _Patient:
 
 def console() -> None:
     """Be the command `lazyorpo`: a mistake is one line, and its exit status 2."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdin.reconfigure(errors="replace")
     sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
-    with contextlib.suppress(AttributeError):
-        sys.stdin.reconfigure(errors="replace")
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -33,11 +33,11 @@ _SECRETS = [  # what may be told, and after it what lets somebody in
     re.compile(pattern)
     for pattern in (
         # A password, or a token as user.
-        r"""(://|(?<![\w/.-])[\w.-]+:(?!//))[^\s'"<>()\\]{3,}(?=@)""",
+        r"""(://|(?<![\w/.-])[\w.-]+:(?!//))[^\s'"<>()\\]{3,2000}(?=@)""",
         # An address's query, any part of which may sign it.
-        r"""(://[^\s?'"<>()\\]*\?)[^\s'"<>()\\]+""",
+        r"""(://[^\s?'"<>()\\]{0,2000}\?)[^\s'"<>()\\]+""",
         r"(?<![A-Za-z0-9])(hf_|api_org_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-|rpa_|AKIA|AIza|eyJ)"
-        r"[\w.-]*?[A-Za-z0-9]{16}[\w.-]*",
+        r"[\w.-]{0,64}?[A-Za-z0-9]{16}[\w.-]*",
         r"""((?i:bearer\s+|authorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?))[\w.~+/=-]{8,}""",
         r"""((?i:token|signature|\bsig|secret|password|passwd|credential|api[_-]?key)=)[^\s&'"<>()\\]+""",
     )
@@ -102,7 +102,7 @@ def dissect(error: Exception) -> tuple[set[str], set[int], str]:
         chain.append(cause)
     kinds = {kind.__name__ for fault in chain for kind in type(fault).__mro__}
     status = {getattr(getattr(fault, "response", None), "status_code", None) or 0 for fault in chain}
-    text = " ".join(without_secrets(error).split())[:300] or type(error).__name__
+    text = " ".join(without_secrets(str(error)[:5000]).split())[:300] or type(error).__name__
     return kinds, status, text
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,13 @@ def test_a_secret_in_any_setting_is_refused_and_repeated_by_no_door(
                 main([*flags, f"--{name.replace('_', '-')}", value] if door == "python" else flags)
         assert secret not in str(error.value) and secret not in str(capsys.readouterr())
     assert {file.name for file in tmp_path.iterdir()} <= {"settings.json"}
+
+
+@pytest.mark.parametrize("piece", ["a:", "://", "sk-", "token=", "://?", "a@b:", "bearer "])
+def test_no_text_takes_long_to_clear_of_secrets(piece):
+    began = time.monotonic()
+    without_secrets(piece * 20_000)
+    assert time.monotonic() - began < 10
 
 
 def test_control_sequences_are_written_in_letters_and_ordinary_text_is_not_changed():
