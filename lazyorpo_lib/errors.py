@@ -36,6 +36,7 @@ _SECRETS = [  # what may be told, and after it what lets somebody in
         r"""(://|(?<![\w/.-])[\w.-]+:(?!//))[^\s'"<>()\\]{3,2000}(?=@)""",
         # An address's query, any part of which may sign it.
         r"""(://[^\s?'"<>()\\]{0,2000}\?)[^\s'"<>()\\]+""",
+        r"(?<![A-Za-z0-9])(hf_)(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{8,}\w*",
         r"(?<![A-Za-z0-9])(hf_|api_org_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-|rpa_|AKIA|AIza|eyJ)"
         r"[\w.-]{0,64}?[A-Za-z0-9]{16}[\w.-]*",
         r"""((?i:bearer\s+|authorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?))[\w.~+/=-]{8,}""",

@@ -128,7 +128,8 @@ class Settings:
 
     def __post_init__(self):
         for name in (f.name for f in dataclasses.fields(self) if f.type is str):
-            if without_secrets(value := getattr(self, name)) != str(value):
+            value = str(getattr(self, name))
+            if without_secrets(value) != value and not os.path.exists(value):  # a folder may be called so
                 raise UserError(
                     f"{name} holds a token, a password or a signed address, and settings are written down: "
                     "leave it out; the hub's token belongs in HF_TOKEN, and a file is given by its path."

@@ -76,6 +76,7 @@ def test_code_in_a_model_folder_is_never_run(tiny, file):
 SECRETS = [
     (PLANTED, PLANTED),
     (f"owner/name:{PLANTED}", PLANTED),
+    ("hf_PLANTEDsecret", "PLANTEDsecret"),
     (f"https://user:{PLANTED}@host/pairs.jsonl", PLANTED),
     ("https://user:s3cret/p@ss@host/pairs.jsonl", "s3cret/p@ss"),
     ("user:s3cretpass@host.org/pairs.jsonl", "s3cretpass"),
@@ -136,6 +137,11 @@ def test_no_text_takes_long_to_clear_of_secrets(piece):
     began = time.monotonic()
     without_secrets(piece * 20_000)
     assert time.monotonic() - began < 10
+
+
+def test_a_folder_that_is_there_may_be_called_as_a_token_is(tmp_path):
+    (tmp_path / "hf_Llama3Converted").mkdir()
+    assert Settings(base_model=str(tmp_path / "hf_Llama3Converted"), output_dir="hf_finetuned")
 
 
 def test_control_sequences_are_written_in_letters_and_ordinary_text_is_not_changed():
