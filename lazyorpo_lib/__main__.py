@@ -5,15 +5,18 @@ stopped by gradients that were not finite: with a checkpoint, once a step is don
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
 import json
 import os
 import sys
+import traceback
 from itertools import count
 from pathlib import Path
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, expanded, without_secrets
 from .notebook.setup import check_requirements
 from .settings import FIELDS, coerce, from_environment, resolve
 
@@ -27,9 +30,9 @@ def train(arguments: list[str]) -> int:
     """Train, plan or probe, as the flags say; the exit status."""
     given = vars(_run_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
-    layers = [("env", from_environment()), ("flag", flags)]
-    resolve(layers)  # mistakes are told before anything heavy is imported
     check_requirements()
+    layers = [("env", from_environment()), ("file", _settings_of(given["settings"])), ("flag", flags)]
+    resolve(layers)  # mistakes are told before anything heavy is imported
     if given["probe"] and not (Path(__file__).parent / "trials").is_dir():
         raise UserError("--probe is not in the standalone notebook: use a clone, or what pip installed.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -62,6 +65,20 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def _settings_of(file: str) -> dict:
+    """Read a file of settings, as a run's settings.json; none of no file."""
+    from .folder import read_json
+
+    path, found = expanded(file), None
+    with contextlib.suppress(ValueError, AttributeError):  # no JSON; no object
+        if file and os.path.isfile(path):  # no pipe, which might never end
+            found = read_json(path)
+            found = found.get("settings", found)
+    if file and not (isinstance(found, dict) and found):
+        raise UserError(f"--settings is {file!r}, which holds no settings: give the settings.json of a run.")
+    return found or {}
+
+
 def _run_parser() -> _Parser:
     also = "; ".join(f"{name} {usage} ({what})" for name, (usage, what, _) in COMMANDS.items())
     about, after = __doc__.split("\n")[0], f"With finished runs: {also}."
@@ -81,6 +98,8 @@ def _run_parser() -> _Parser:
         parser.add_argument(flag, action="store_true", help=words)
     cards = "plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards"
     parser.add_argument("--device", default="", help=cards)
+    file = "take the settings of a run from its settings.json; flags beside it win"
+    parser.add_argument("--settings", default="", metavar="FILE", help=file)
     return parser
 
 
@@ -142,22 +161,50 @@ def main(arguments: list[str]) -> int:
     raise UserError(f"There is no command {name!r}; did you mean {near}? All: run, {', '.join(COMMANDS)}.")
 
 
+class _Patient:
+    """A stream of the console that never fails: what it cannot show is replaced; once nobody reads it any
+    more (a closed pipe, a terminal that has gone, a full disk) the rest goes nowhere, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # none where a shell closed it
+        self.stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._tried(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._tried(self.stream.flush)
+
+    def _tried(self, act, *given):
+        try:
+            return act(*given)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) != errno.EAGAIN:
+                with contextlib.suppress(OSError, ValueError):  # also for what is buffered, and for children
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def console() -> None:
     """Be the command `lazyorpo`: a mistake is one line, and its exit status 2."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
     try:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        finally:
-            sys.stdout.flush()  # not after the end, where nobody could catch it
-    except BrokenPipeError:  # the reader has seen enough, as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"lazyorpo: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("lazyorpo: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()  # not after the end, where nobody could catch it
 
 
 if __name__ == "__main__":

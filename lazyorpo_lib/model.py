@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available, logging
@@ -24,11 +25,14 @@ from transformers.utils import is_liger_kernel_available, logging
 from . import folder as folders
 from . import marker
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
-from .errors import UserError, explain_model
+from .errors import UserError, expanded, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
 from .machine import Machine
 from .settings import Settings
+
+# The largest of what any model has, ten times: what is beyond comes of a damaged file.
+_SIZES = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "num_attention_heads": 10**4}
 
 
 def check_liger(settings: Settings, machine: Machine) -> None:
@@ -63,12 +67,13 @@ def forget_earlier_run() -> None:
 
 def locate(base_model: str) -> str:
     """Give the folder or hub id to load `base_model` from; UserError for a folder that holds no model."""
-    path, given = Path(base_model).expanduser(), f"base_model is {base_model!r}"
+    path, given = expanded(base_model), f"base_model is {base_model!r}"
     if base_model in (DEMO_MODEL, TINY_MODEL):
         return home_of(base_model) or base_model
-    if path.exists():
-        if not (path / "config.json").is_file():
+    if os.path.exists(path):
+        if not os.path.isfile(path / "config.json"):
             raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
+        check_files(path)
         return str(path)
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
@@ -92,10 +97,34 @@ def digest_of(base_model: str) -> str:
     return digest.hexdigest()
 
 
+def check_files(folder) -> None:
+    """Raise UserError for a pipe or a device in a folder: reading it might never end."""
+    for file in map(str, Path(folder).rglob("*")):
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            raise UserError(f"{file!r} is a pipe or a device, not a file: give a folder with files alone.")
+
+
+def check_finite(model, name: str) -> None:
+    """Raise UserError where a weight is not finite; of those in 4 bit nothing can be told."""
+    for place, weights in model.named_parameters():
+        if weights.is_floating_point() and weights.element_size() > 1 and weights.numel():
+            if not torch.stack(torch.aminmax(weights.detach())).isfinite().all():
+                large = ", or too large for float16" * (weights.dtype == torch.float16)
+                raise UserError(
+                    f"The model {name!r} holds a value that is not finite (in {place}): its weights are "
+                    f"damaged{large}; fetch them again, or choose another model."
+                )
+
+
 def load_config(base_model: str):
     """Load a model's configuration, and nothing else of it."""
     with explain_model(base_model):
-        return AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
+        for name, most in _SIZES.items():
+            size = getattr(config.get_text_config(), name, 1)
+            if isinstance(size, int) and not 1 <= size <= most:
+                raise ValueError(f"its config.json says {name} is {size}")
+    return config
 
 
 def load_tokenizer(base_model: str):
@@ -116,7 +145,13 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     with explain_model(base_model):
-        model = AutoModelForCausalLM.from_pretrained(locate(base_model), **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            locate(base_model), output_loading_info=True, **options
+        )
+        if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
+            raise ValueError(
+                f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
+            )
     if four_bit and device == "cpu":
         # A copy, else what stays in 16 bit keeps the whole file mapped, with the pages read while quantising.
         # Nothing is cast (peft.prepare_model_for_kbit_training would: 2 GiB more on Llama-3-8B).
@@ -133,6 +168,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     if not takes_sdpa(model):
         model.set_attn_implementation("eager")
     model.config.use_cache = False
+    check_finite(model, base_model)
     return model
 
 
@@ -229,23 +265,34 @@ def load_finished(
         dtype: of the weights.
         merge: fold the adapter into the base weights, also where training had them in 4 bit.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = expanded(folder)
+    if not os.path.isdir(folder):
         given = f"There is no finished model at {str(folder)!r}"
         raise UserError(f"{given}; give the model/ folder of a finished run.")
-    with explain_model(str(folder)):
+    check_files(folder)
+    with explain_model(str(folder), "bring the run's model/ back whole, with the base model that it names"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not (folder / "adapter_config.json").is_file():
-        return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
-    if not (folder / "adapter_model.safetensors").is_file():
-        why = "has no weights in safetensors, the only format this kit loads"
-        raise UserError(f"The adapter in {str(folder)!r} {why}.")
-    peft = import_peft()
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model = peft.PeftModel.from_pretrained(load_base(base, dtype=dtype, device=device), folder)
-    model = (model.merge_and_unload() if merge else model).eval()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        if not (folder / "adapter_config.json").is_file():
+            return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
+        model = _load_adapter(folder, dtype, device)
+        model = (model.merge_and_unload() if merge else model).eval()
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        check_finite(model, str(folder))
     return model, tokenizer
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype, device: str):
+    """Load an adapter over its base; ValueError where the two do not fit, which peft would pass over."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # never a pickle beside it
+        saved = set(file.keys())
+    peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
+    kind, named = (config.get(name) for name in ("peft_type", "base_model_name_or_path"))
+    if kind != "LORA" or not isinstance(named, str):
+        raise ValueError(f"its config names {kind!r} over {named!r}, not LORA over a model")
+    model = peft.PeftModel.from_pretrained(load_base(named, dtype=dtype, device=device), folder)
+    if other := saved ^ peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+        raise ValueError(f"{len(other)} weights are its own or the model's alone, as {min(other)}")
+    return model
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from .errors import UserError
+from .errors import UserError, without_secrets
 
 
 def _setting(default, help, low=None, high=None, choices=()):
@@ -127,6 +127,13 @@ class Settings:
     liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
 
     def __post_init__(self):
+        for name in (f.name for f in dataclasses.fields(self) if f.type is str):
+            value = str(getattr(self, name))
+            if without_secrets(value) != value and not os.path.exists(value):  # a folder may be called so
+                raise UserError(
+                    f"{name} holds a token, a password or a signed address, and settings are written down: "
+                    "leave it out; the hub's token belongs in HF_TOKEN, and a file is given by its path."
+                )
         if self.max_prompt_tokens >= self.max_tokens:
             given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
             why = "prompt plus answer must be longer than the prompt alone"

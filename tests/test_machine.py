@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,28 @@ def test_a_driver_that_torch_cannot_use_is_one_sentence_unless_the_gpu_is_hidden
             this_machine()
     else:
         assert this_machine().device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "flags,dtype",
+    [
+        ("fpu avx512_bf16 sse", torch.bfloat16), ("amx_tile amx_bf16", torch.bfloat16),
+        ("Features : fp asimd bf16", torch.bfloat16), ("fpu avx2 avx512f", torch.float32),
+        ("", torch.float32),
+    ],
+)  # fmt: skip
+def test_a_cpus_number_format_is_what_its_flags_say_and_no_timing(monkeypatch, flags, dtype):
+    monkeypatch.setattr(machine, "product_rate", lambda *given: pytest.fail("timed"))
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: set(flags.split()))
+    here = machine.Machine("cpu", "CPU", 8.0)
+    found, why = machine.pick_precision("auto", here)
+    assert found == dtype and why.startswith(str(dtype)[6:]) and "this CPU" in why
+    assert [machine.pick_precision("auto", here)[0] for _ in range(3)] == [dtype] * 3
+
+
+def test_a_system_that_does_not_list_its_cpus_flags_gives_none(monkeypatch):
+    monkeypatch.setattr(machine, "Path", lambda name: Path("/no/such/file"))
+    assert machine._cpu_flags() == set()
 
 
 # Running out.

@@ -2,6 +2,9 @@
 place."""
 
 import importlib
+import io
+import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +13,7 @@ import pytest
 import lazyorpo_lib
 from lazyorpo_lib import __main__ as terminal
 from lazyorpo_lib.__main__ import COMMANDS, main
-from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.errors import UserError, say
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -49,6 +52,106 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(words):
         started.stdout.close()  # before anything is written, as `| head -0`
         assert started.stderr.read() == ""
     assert started.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-16"])
+@pytest.mark.parametrize("words", [["--help"], ["chta"]])
+def test_any_encoding_of_the_console_will_do(encoding, words):
+    command = [sys.executable, "-m", "lazyorpo_lib", *words]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == (2 if words == ["chta"] else 0)
+    assert "Traceback" not in (done.stdout + done.stderr).decode(encoding, "replace")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirections")
+@pytest.mark.parametrize("where", [">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "<&-"])
+@pytest.mark.parametrize("word,status", [("--version", 0), ("chta", 2)])
+def test_a_console_that_is_closed_or_full_changes_no_status(where, word, status):
+    shell = f"{sys.executable} -m lazyorpo_lib {word} {where}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+RUN = """
+import sys
+from lazyorpo_lib import __main__ as terminal
+def run(words):
+    for text in ("one", "\u6f22\u5b57\u2026", "three"):
+        print(text, flush=True)
+        print(text, file=sys.stderr, flush=True)
+        print("noted", file=open(sys.argv[1], "a"))
+    return 0
+terminal.main = run
+terminal.console()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_run_whose_reader_or_terminal_has_gone_goes_on_to_its_end(tmp_path, encoding):
+    command = [sys.executable, "-c", RUN, str(tmp_path / "notes")]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, start_new_session=True
+    ) as started:
+        started.stdout.close()
+        started.stderr.close()
+    assert started.returncode == 0 and (tmp_path / "notes").read_text() == "noted\n" * 3
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env, start_new_session=True) as started:
+        os.close(theirs)
+        os.close(ours)
+    assert started.returncode == 0 and (tmp_path / "notes").read_text() == "noted\n" * 6
+
+
+class Gone(io.StringIO):
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+
+def test_what_is_said_stops_nothing_and_no_terminal_obeys_it(monkeypatch, capsys):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Gone(), closed, None, narrow):
+        monkeypatch.setattr(sys, "stdout", stream)
+        say("\u6f22\x1b[2J")
+    assert narrow.buffer.getvalue() == b"?\\x1b[2J\n"
+
+
+def test_an_unexpected_error_of_the_command_line_shows_no_token(tmp_path):
+    token = "hf_" + "AbCdEfGh" * 4
+    address = f"https://me:{token}@host/x?anything=abcd"
+    code = f"from lazyorpo_lib import __main__ as m; m.main = lambda w: {{}}[{address!r}]; m.console()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "KeyError: 'https://(token left out)@host/x?(token" in done.stderr
+    assert token not in done.stderr
+
+
+# --settings FILE
+
+
+def test_a_file_of_settings_is_a_runs_own_and_flags_beside_it_win(tmp_path, monkeypatch):
+    seen, file = [], tmp_path / "settings.json"
+    monkeypatch.setattr(terminal, "resolve", lambda layers, **more: seen.append(layers) or 1 / 0)
+    kept = {"version": "0", "settings": {"epochs": 2.0, "seed": 1}, "sources": {}}
+    file.write_text(json.dumps(kept))
+    with pytest.raises(ZeroDivisionError):
+        main(["--settings", str(file), "--seed", "9"])
+    assert [values for _, values in seen[0]] == [{}, kept["settings"], {"seed": 9}]
+
+
+@pytest.mark.parametrize("content", [None, "folder", "pipe", "", "{", "[]", "{}", '{"settings": 3}', "\xff"])
+def test_a_file_that_holds_no_settings_is_one_sentence(tmp_path, content):
+    file = tmp_path / "settings.json"
+    if content == "folder":
+        file.mkdir()
+    elif content == "pipe":
+        os.mkfifo(file)
+    elif content is not None:
+        file.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="holds no settings: give the settings.json of a run"):
+        main(["--settings", str(file)])
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_2():

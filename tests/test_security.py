@@ -6,14 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lazyorpo_lib import model
+from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.demo.model import write_tiny
-from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.errors import UserError, printable, without_secrets
+from lazyorpo_lib.settings import FIELDS, Settings
 from tests import audit
 from tests.conftest import PLANTED, booby_trap, files_holding
 from tests.hub import serve
@@ -67,6 +70,91 @@ def test_code_in_a_model_folder_is_never_run(tiny, file):
         except UserError as error:
             assert "\n" not in str(error)
     assert not (tiny / "sprung").exists()
+
+
+# What lets somebody in, and around it what may be said.
+SECRETS = [
+    (PLANTED, PLANTED),
+    (f"owner/name:{PLANTED}", PLANTED),
+    ("hf_PLANTEDsecret", "PLANTEDsecret"),
+    (f"https://user:{PLANTED}@host/pairs.jsonl", PLANTED),
+    ("https://user:s3cret/p@ss@host/pairs.jsonl", "s3cret/p@ss"),
+    ("user:s3cretpass@host.org/pairs.jsonl", "s3cretpass"),
+    ("https://host/pairs.jsonl?X-Amz-Expires=9&X-Amz-Signature=f00ba4", "f00ba4"),
+    ("s3://AKIAIOSFODNN7EXAMPLE:wJalrXUtnFEMI@bucket/pairs", "wJalrXUtnFEMI"),
+    ("host/pairs.jsonl?sig=f00ba4", "f00ba4"),
+    ("sk-proj-abcdefghij0123456789", "abcdefghij0123456789"),
+    ("kept in the environment 0815", "environment 0815"),
+]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv("MY_DATABASE_PASSWORD", "kept in the environment 0815")
+
+
+@pytest.mark.parametrize("value,secret", SECRETS)
+def test_a_secret_is_told_by_no_error_and_leaving_it_out_twice_changes_nothing(value, secret, environment):
+    said = str(UserError(f"Dataset {value!r} cannot be read: 401 for url {value}."))
+    assert secret not in said and said.startswith("Dataset '") and without_secrets(said) == said
+    assert secret not in str(UserError(KeyError(value)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/data/hf_models_cache/tiny", "HuggingFaceH4/ultrafeedback_binarized:train_prefs", "max_tokens=2048",
+     "C:\\pairs\\x@2.jsonl", "prompt=question,chosen=best", "https://huggingface.co/me/x", "12:30:45 token"],
+)  # fmt: skip
+def test_ordinary_texts_are_said_as_they_are(text):
+    assert without_secrets(text) == text == str(UserError(text))
+
+
+@pytest.mark.parametrize("door", ["flag", "env", "file", "python"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_secret_in_any_setting_is_refused_and_repeated_by_no_door(
+    name, door, environment, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAZYORPO_MAX_STEPS", "1")
+    for value, secret in SECRETS:
+        flags = [f"--{name.replace('_', '-')}", value] if door == "flag" else []
+        if door == "env":
+            monkeypatch.setenv(f"LAZYORPO_{name.upper()}", value)
+        elif door == "file":
+            (tmp_path / "settings.json").write_text(json.dumps({"settings": {name: value}}))
+            flags = ["--settings", "settings.json"]
+        with pytest.raises(UserError, match=name) as error:
+            if door == "python" and FIELDS[name].type is str:
+                Settings(**{name: value})
+            else:
+                main([*flags, f"--{name.replace('_', '-')}", value] if door == "python" else flags)
+        assert secret not in str(error.value) and secret not in str(capsys.readouterr())
+    assert {file.name for file in tmp_path.iterdir()} <= {"settings.json"}
+
+
+@pytest.mark.parametrize("piece", ["a:", "://", "sk-", "token=", "://?", "a@b:", "bearer "])
+def test_no_text_takes_long_to_clear_of_secrets(piece):
+    began = time.monotonic()
+    without_secrets(piece * 20_000)
+    assert time.monotonic() - began < 10
+
+
+def test_a_folder_that_is_there_may_be_called_as_a_token_is(tmp_path):
+    (tmp_path / "hf_Llama3Converted").mkdir()
+    assert Settings(base_model=str(tmp_path / "hf_Llama3Converted"), output_dir="hf_finetuned")
+
+
+def test_control_sequences_are_written_in_letters_and_ordinary_text_is_not_changed():
+    evil = "a\x1b[2J\x1b]0;title\x07b\x9b31m\rc\x08\u202ed\ud800"
+    assert printable(evil) == r"a\x1b[2J\x1b]0;title\x07b\x9b31m\rc\x08\u202ed\ud800"
+    for fine in (
+        "two\nlines\tand a tab\r\n",
+        "na\u00efve \u6f22\u5b57 \U0001f469\u200d\U0001f680",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    ):
+        assert printable(fine) == fine
+    with pytest.raises(UserError, match=r"x\\x1b\[2Jy"):
+        raise UserError("x\x1b[2Jy")
 
 
 @pytest.mark.slow

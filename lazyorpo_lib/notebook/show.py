@@ -7,6 +7,7 @@ datasets are escaped. It computes nothing that `run` does not know, and writes n
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ..errors import printable
 from ..model import load_config
 from ..plan import planner
 
@@ -26,7 +27,7 @@ class Shown:
     """Hold something to look at: `_repr_html_` for notebooks, `str` for everything else."""
 
     def __init__(self, text: str, html: str = ""):
-        self.text, self.html = text, html or escape(text)
+        self.text, self.html = printable(text), printable(html or escape(text))
 
     def __repr__(self) -> str:
         return self.text

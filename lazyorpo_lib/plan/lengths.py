@@ -5,8 +5,8 @@ It downloads no dataset and chooses no budget.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from ..errors import expanded
 from ..model import load_tokenizer
 from ..orpo import data
 from ..orpo.batching import EncodedPair
@@ -79,7 +79,7 @@ def preset_lengths(dataset: str, settings: Settings) -> Lengths:
 
 def lengths_of(settings: Settings) -> Lengths:
     """Measure the settings' pairs where they are on this machine, else tell what is known of them."""
-    if not Path(settings.dataset).expanduser().is_file():
+    if not expanded(settings.dataset).is_file():
         return preset_lengths(settings.dataset, settings)
     tokenizer = load_tokenizer(settings.base_model)
     prepare_tokenizer(tokenizer)

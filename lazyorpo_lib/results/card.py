@@ -6,14 +6,16 @@ is escaped, local paths and tokens are left out. It computes no figure, loads no
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from markupsafe import Markup
 
+from ..errors import printable, without_secrets
 from ..folder import read_json, read_rows
 from ..settings import DEFAULTS
 from . import reading
@@ -25,7 +27,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_PATH = re.compile(
     r"""(['"])(?:~|[A-Z]:)?[\\/].*?\1|(?<![\w/.])(?:~|[A-Z]:)?[\\/][\w.~][^\s'"),;]*""", re.I
 )
-_TOKEN = re.compile(r"\bhf_\w{8,}")
+# A licence in a card's front matter: its line, and those of a list under it.
+_LICENCE = re.compile(r"---[ \t]*\n(?:(?!---).*\n)*?(license:.*(?:\n(?!---)[ \t-].*)*)")
 
 
 def write_card(folder: Path, repo: str = "") -> str:
@@ -55,7 +58,7 @@ def write_card(folder: Path, repo: str = "") -> str:
         repo=_hub_id(repo or values["hub_repo"]),
         version=settings.get("version", ""),
     )
-    return _TOKEN.sub("hf_(token left out)", text).encode("utf-8", "backslashreplace").decode()
+    return printable(without_secrets(text))
 
 
 # Text that cannot act as anything else.
@@ -64,7 +67,7 @@ def write_card(folder: Path, repo: str = "") -> str:
 def inline(value) -> str:
     """Put any text on one line of plain text, also inside a table: what could be Markdown or HTML becomes an
     entity, which CommonMark never reads as structure."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in without_secrets(value)).split())
     return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
@@ -97,7 +100,7 @@ def spread(figure: dict, when: str, form: str = ".3f") -> str:
 def _hub_id(name: str) -> str:
     """Give `name` (of a dataset: without split) where it is a hub id, else nothing."""
     name = name.split(":")[0]
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else ""
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else ""
 
 
 def public_name(name: str) -> str:
@@ -123,16 +126,19 @@ def _licence(name: str, kind: str) -> str:
     """Give the licence that a card already on this machine states, or nothing: the hub is not asked."""
     if kind == "dataset" and name == "demo":
         return "apache-2.0"
-    found = Path(name).expanduser() / "README.md" if kind == "model" else None
+    found = os.path.join(os.path.expanduser(name), "README.md") if kind == "model" else None
     if repo := _hub_id(name):
         found = try_to_load_from_cache(repo, "README.md", repo_type=kind)
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+    if not isinstance(found, str) or not os.path.isfile(found):
         return ""
+    with open(found, "rb") as file:  # somebody else's text: a bomb or a thousand brackets are not unpacked
+        front = _LICENCE.match(file.read(2**16).decode("utf-8", "replace").replace("\r", ""))
     try:
-        stated = (metadata_load(found) or {}).get("license", "")
-    except (ValueError, yaml.YAMLError):  # somebody else's broken front matter states no licence
+        stated = yaml.safe_load(front[1][:200])["license"] if front else ""
+    except (ValueError, yaml.YAMLError, RecursionError):  # broken, it states no licence
         return ""
-    return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated or "")
+    names = stated if isinstance(stated, list) else [stated]
+    return ", ".join(name for name in names if isinstance(name, str))
 
 
 def _title(values: dict) -> str:

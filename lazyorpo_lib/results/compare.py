@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, expanded, explain_disk
 from ..folder import read_json, read_rows
 from . import card, live
 from .evaluate import interval
-from .share import folder_of_run
+from .share import explain_run, folder_of_run
 
 WHERE = ("output_dir", "resume", "hub_repo", "preset")  # settings that say nothing of how two runs differ
 FIGURES = ("accuracy", "log_odds_ratio", "nll")
@@ -29,6 +29,14 @@ def compare(folders, picture=None) -> dict:
     if len(folders) < 2:
         raise UserError(f"{len(folders)} run was given to compare: give two folders or more.")
     runs = dict(zip(_names(folders), folders, strict=True))
+    picture = picture and expanded(picture)
+    place = picture.parent if picture else Path()
+    with explain_run(", ".join(map(str, folders))), explain_disk(place, "compare again"):
+        return _compared(runs, picture)
+
+
+def _compared(runs: dict[str, Path], picture) -> dict:
+    folders = list(runs.values())
     values = [read_json(folder / "settings.json")["settings"] for folder in folders]
     differ = {
         name: [v.get(name) for v in values]

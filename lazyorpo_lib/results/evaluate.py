@@ -4,6 +4,7 @@ It trains nothing, draws nothing, writes no file and asks no judge. One model is
 with the adapter switched off. `kept` is the content of a run's held_out.json.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,11 +26,12 @@ def keep_held_out(kept: dict, when: str, *, columns, table, answers, prompts, ch
 
     Args:
         columns: names of the table's columns. table: sums of each held-out pair, (pairs, columns).
-        prompts: of the first pairs, texts. answers: to these prompts.
+        prompts: of the first pairs, texts. answers: to these prompts; None where memory ran out.
         chosen_shorter: whether chosen has fewer tokens than rejected, (pairs,).
     """
     fixed = {"columns": list(columns), "prompts": list(prompts), "chosen_shorter": list(chosen_shorter)}
-    return kept | fixed | {when: {"pairs": [list(row) for row in table], "answers": list(answers)}}
+    rows = [[value if math.isfinite(value) else None for value in row] for row in table]
+    return kept | fixed | {when: {"pairs": rows, "answers": list(answers)}}
 
 
 def held_out_results(kept: dict, dataset: str) -> dict:
@@ -43,18 +45,18 @@ def held_out_results(kept: dict, dataset: str) -> dict:
         return {}
     figures = changes(*(measures(kept, when) for when in WHEN))
     results = {f"accuracy_{when}": figures["accuracy"][when] for when in WHEN}
-    results |= {"verdict": verdict(figures), "held_out": figures}
+    results |= {"verdict": verdict(figures, kept["after"]), "held_out": figures}
     if dataset == "demo":
         results |= {f"habit_{when}": habit_share(kept[when]["answers"]) for when in WHEN}
     return results
 
 
 def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
-    """List held-out prompts with both models' answers, [{"prompt", "base", "tuned"}]; [] where one lacks."""
+    """List held-out prompts with both models' answers, [{"prompt", "base", "tuned"}], where both answered."""
     if not set(WHEN) <= kept.keys():
         return []
     rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
-    return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows]
+    return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows if None not in row]
 
 
 def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -87,7 +89,7 @@ def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict
     """
     out = {}
     for name in before:
-        spoken = ~np.isnan(before[name])
+        spoken = np.isfinite(before[name] + after[name])
         if not spoken.any():
             continue
         b, a = before[name][spoken], after[name][spoken]
@@ -99,21 +101,55 @@ def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict
     return out
 
 
-def verdict(figures: dict[str, dict]) -> str:
-    """Put the held-out result into one sentence; `figures` are `changes`."""
+def verdict(figures: dict[str, dict], after: dict | None = None) -> str:
+    """Put the held-out result into one sentence: `figures` are `changes`, `after` what was kept then."""
     c = figures["accuracy"]
     low, high = c["change_interval"]
-    noise = "within the noise of so few pairs: hold out more, or train longer"
+    said = "more than noise"
+    if why := broken(figures, after or {}):
+        said = f"no gain all the same, for {why}: try a lower learning_rate or or_weight"
+    elif not c["more_than_noise"]:
+        said = "within the noise of so few pairs: hold out more, or train longer"
     return (
         f"Held-out accuracy {c['before']:.0%} -> {c['after']:.0%} on {c['pairs']} pairs "
-        f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): "
-        f"{'more than noise' if c['more_than_noise'] else noise}."
+        f"(change {c['change']:+.0%}, 95 % interval {low:+.0%} to {high:+.0%}): {said}."
     )
 
 
-def habit_share(texts: Sequence[str]) -> float:
+def broken(figures: dict[str, dict], after: dict) -> str:
+    """Say why no gain may be told of a model whose likelihoods or answers fell to pieces; "" of a sound one.
+
+    A nll that more than doubled, and a nat more, is that of a model which no longer knows its language: from
+    2.5 to 6 nats, where guessing among 32,000 tokens has 10.
+    """
+    if any(None in row for row in after.get("pairs", ())):
+        return "its loss is no longer a number"
+    nll = figures.get("nll", {"before": 0.0, "after": 0.0})
+    if nll["after"] > 2 * nll["before"] + 1:
+        return f"its nll went from {nll['before']:.3g} to {nll['after']:.3g} nats per token"
+    texts = [text for text in after.get("answers", ()) if text is not None]
+    idle = sum(map(_says_nothing, texts))
+    if idle > len(texts) / 2:
+        return f"{idle} of its {len(texts)} answers are empty or one piece again and again"
+    return ""
+
+
+def _says_nothing(text: str) -> bool:
+    """Tell whether an answer is empty, or, a long one from its middle on, one piece again and again."""
+    text = text.removesuffix("…").strip()
+    part = text[len(text) // 2 :] if len(text) > 15 else text
+    sizes = range(1, min(24, len(part) // 3) + 1) if len(text) > 3 else ()
+    return not text or any(part[n:] == part[:-n] for n in sizes)
+
+
+def habit_share(texts: Sequence[str | None]) -> float:
     """Give the share of answers with the demo set's habit: one line, then one that begins with "Why:"."""
+    texts = [text for text in texts if text is not None]
     return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
+
+
+def _refuse(why: str) -> None:
+    raise UserError(f"Out of memory in answering a single prompt ({why}); lower max_prompt_tokens.")
 
 
 def answers(
@@ -126,7 +162,8 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
     streamer=None,
-) -> list[str]:
+    note: Callable[[str], None] = _refuse,
+) -> list[str | None]:
     """Generate greedy answers, in the order of the prompts.
 
     Args:
@@ -136,13 +173,11 @@ def answers(
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
-
-    Raises:
-        UserError: memory runs out on a single prompt.
+        note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
     """
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
-    texts: dict[int, str] = {}
+    texts: dict[int, str | None] = dict.fromkeys(range(len(prompts)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
@@ -150,18 +185,16 @@ def answers(
     while waiting:
         some = waiting.pop()
         rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
-        if not message:
-            texts |= {i: _text(tokenizer, row, end_ids) for i, row in zip(some, rows, strict=True)}
-            on_batch(len(some))
-        elif len(some) > 1:
+        if message and len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
-        else:
-            raise UserError(
-                f"Out of memory in answering a single prompt ({message}); lower max_prompt_tokens."
-            )
+            continue
+        if message:
+            note(message)
+        texts |= zip(some, (_text(tokenizer, row, end_ids) for row in rows or ()), strict=False)
+        on_batch(len(some))
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
-    return [texts[i] for i in range(len(prompts))]
+    return list(texts.values())
 
 
 def cache_bytes(config, itemsize: int) -> int:

@@ -58,6 +58,8 @@ def watch(run, step: int) -> None:
         return
     prompts = [run.eval_pairs[i].prompt for i in range(min(3, len(run.eval_pairs)))]
     for pair, text in zip(run.texts, _answer(run, prompts), strict=False):
+        if text is None:
+            continue
         question = pair.prompt[-1]["content"]
         if run.main:
             row = {"step": step, "prompt": question, "answer": text}
@@ -71,14 +73,14 @@ def end_ids(run) -> list[int]:
     return sorted({run.train_pairs[0].chosen[-1]} | ({own} if own is not None else set()))
 
 
-def _answer(run, prompts, on_batch=lambda done: None) -> list[str]:
+def _answer(run, prompts, on_batch=lambda done: None) -> list[str | None]:
     # Weights in float32 would give a cache in float32.
     with run.trainer.accelerator.autocast() if run.method == "full" else contextlib.nullcontext():
-        return evaluate.answers(
-            run.trainer.model,
-            run.tokenizer,
-            prompts,
-            max_tokens=run.settings.answer_tokens,
-            end_ids=end_ids(run),
-            on_batch=on_batch,
-        )
+        lacking, options = [], dict(max_tokens=run.settings.answer_tokens, end_ids=end_ids(run))
+        options |= dict(on_batch=on_batch, note=lacking.append)
+        texts = evaluate.answers(run.trainer.model, run.tokenizer, prompts, **options)
+    if lacking:
+        note = f"out of memory: {len(lacking)} of {len(prompts)} answers are left out ({lacking[0]})"
+        run.trainer.oom_notes.append(note)
+        run.show(f"{note.capitalize()}; a lower answer_tokens needs less.")
+    return texts

@@ -21,6 +21,7 @@ from matplotlib.patches import BoxStyle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..errors import expanded, say
 from ..folder import read_rows, write_atomically
 from ..session import duration, in_notebook
 from . import reading
@@ -205,15 +206,15 @@ def _last_step(rows) -> int:
 
 def show_progress(folder) -> None:
     """Show from its history how far the run in this folder is, after a lost tab or in a second kernel."""
-    path = Path(folder) / "history.jsonl"
+    path = expanded(folder) / "history.jsonl"
     rows = read_rows(path)
     if not rows:
-        print(f"No step is logged in {folder} yet.")
+        say(f"No step is logged in {folder} yet.")
         return
     if display := _kernel_display():
         display(_bundle(draw(rows, title=Path(folder).name)), raw=True, metadata=METADATA)
     age = duration((time.time() - path.stat().st_mtime) / 60)
-    print(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows).capitalize()}.")
+    say(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows).capitalize()}.")
 
 
 def _kernel_display():

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from functools import partial
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,26 +18,39 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TextStreamer
 
 from .. import marker
-from ..errors import UserError, around, dissect
+from ..errors import UserError, around, dissect, expanded, explain_disk, say, without_secrets
 from ..folder import read_json
 from ..machine import pick_precision, this_machine
-from ..model import causal_lm, load_finished, save_model
+from ..model import causal_lm, check_files, load_finished, save_model
 from ..orpo.encoding import Encoder, Unusable
 from . import card
 from .evaluate import answers
 
+_TORN = set("LookupError TypeError AttributeError ValueError ArithmeticError TemplateError".split())
+
 
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
     """Give the folder of a run as a path; UserError where it is none, or has no `needed` yet."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     name = repr(str(folder))
-    if not (folder / "settings.json").is_file():
+    if not os.path.isfile(folder / "settings.json"):
         raise UserError(
             f"{name} is not the folder of a run (it has no settings.json): give one that a run wrote."
         )
-    if not (folder / needed).exists():
+    if not os.path.exists(folder / needed):
         raise UserError(f"The run in {name} has no {needed} yet: let it end, or run it again to go on.")
+    check_files(folder)
     return folder
+
+
+@around
+def explain_run(error: Exception, folder) -> str:
+    """Say that what a run left is not what a run leaves: something else has changed or torn it."""
+    kinds, _, text = dissect(error)
+    if not kinds & _TORN:
+        return ""
+    why = f"its files are damaged, or of another version of the kit ({text})"
+    return f"The run in {str(folder)!r} cannot be read: {why}; bring them back, or run it anew."
 
 
 def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
@@ -51,16 +64,17 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
         the folder: safetensors, tokenizer, chat template, generation settings.
     """
     folder = folder_of_run(run_folder, "model")
-    out = Path(out or folder / "merged").expanduser().resolve()
-    base = Path(read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", ""))
-    if base.is_dir() and base.resolve().is_relative_to(out):
-        over = f"over {str(base)!r}, from which it is made"
-        raise UserError(f"The merged model would be written {over}: give another folder.")
-    marker.check(out, "merged model")
-    dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
-    merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
-    merged.config.use_cache = True  # training had it off
-    save_model(merged, tokenizer, out, base_model="")
+    out = expanded(out or folder / "merged").resolve()
+    with explain_run(folder), explain_disk(out, "merge again"):
+        base = read_json(folder / "model" / "adapter_config.json").get("base_model_name_or_path", "")
+        if os.path.isdir(base) and Path(base).resolve().is_relative_to(out):
+            over = f"over {base!r}, from which it is made"
+            raise UserError(f"The merged model would be written {over}: give another folder.")
+        marker.check(out, "merged model")
+        dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
+        merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
+        merged.config.use_cache = True  # training had it off
+        save_model(merged, tokenizer, out, base_model="")
     return out
 
 
@@ -71,25 +85,28 @@ def export_gguf(run_folder) -> str:
         what was written; where llama.cpp's converter is neither on the PATH nor in a clone here, the commands
         that do it, without its own requirements: they would replace torch and transformers by older ones.
     """
-    folder = folder_of_run(run_folder, "model")
-    merged = folder / "merged" if (folder / "merged").is_dir() else merge(folder)
+    merged = merge(run_folder)  # anew: an older one may be of a run that went on since
+    out = merged.with_name(f"{merged.name}.gguf")
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
-    command = [sys.executable, script, str(merged), "--outtype", "q8_0", "--outfile", f"{merged}.gguf"]
+    command = [sys.executable, script, str(merged), "--outtype", "q8_0", "--outfile"]
     if not Path(script).is_file():
         return f"""\
-llama.cpp's converter is not here; these commands fetch it and write {merged}.gguf:
+llama.cpp's converter is not here; these commands fetch it and write {out}:
 git clone --depth 1 https://github.com/ggml-org/llama.cpp
 {sys.executable} -m pip install gguf sentencepiece
-{shlex.join(command)}"""
-    if marker.marked(folder):
-        marker.take(folder, "run", f"{merged.name}.gguf")
-    elif os.path.lexists(f"{merged}.gguf"):
-        raise UserError(f"{merged}.gguf is there already, and not by this kit: move it away first.")
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        words = " ".join(done.stderr.split()[-30:])
-        raise UserError(f"{script} failed ({words}): see what it needs, or take a newer llama.cpp.")
-    return f"{merged}.gguf is written."
+{shlex.join([*command, str(out)])}"""
+    if marker.marked(out.parent):
+        marker.take(out.parent, "run", out.name)
+    elif os.path.lexists(out):
+        raise UserError(f"{out} is there already, and not by this kit: move it away first.")
+    with explain_disk(out.parent, "again"), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        draft = os.path.join(scratch, out.name)
+        done = subprocess.run([*command, draft], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            words = " ".join(done.stderr.split()[-30:])
+            raise UserError(f"{script} failed ({words}): see what it needs, or take a newer llama.cpp.")
+        os.replace(draft, out)
+    return f"{out} is written."
 
 
 # Talk.
@@ -106,7 +123,7 @@ def reply(
         max_tokens: longest answer, tokens.
 
     Raises:
-        UserError: the chat template takes no such turns.
+        UserError: the chat template takes no such turns, or memory runs out.
     """
     config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
@@ -125,7 +142,8 @@ def reply(
     return text.removesuffix("…")
 
 
-_say = partial(print, end="", flush=True)
+def _say(piece: object) -> None:
+    say(piece, end="")
 
 
 def ask(run, question: str) -> None:
@@ -134,7 +152,7 @@ def ask(run, question: str) -> None:
         kind = dict(dtype=run.dtype, device=run.machine.device)
         run.model, run.tokenizer = load_finished(run.folder / "model", **kind)
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
-    print()
+    say()
 
 
 def chat(run_folder) -> list[dict]:
@@ -143,7 +161,7 @@ def chat(run_folder) -> list[dict]:
     dtype, _ = pick_precision("auto", machine)
     model, tokenizer = load_finished(folder / "model", dtype=dtype, device=machine.device)
     messages = []
-    print(f"{folder.name} on {machine.name}. /new begins a new talk, /exit ends.")
+    say(f"{folder.name} on {machine.name}. /new begins a new talk, /exit ends.")
     while True:
         try:
             text = input("\nYou: ").strip()
@@ -161,7 +179,7 @@ def chat(run_folder) -> list[dict]:
                 messages = [*talk, {"role": "assistant", "content": answer}]
             except UserError as error:
                 _say(error)
-            print()
+            say()
 
 
 # To the hub.
@@ -181,7 +199,8 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)
-    files = _files_to_push(folder, made.repo_id)
+    with explain_run(folder):
+        files = _files_to_push(folder, made.repo_id)
     with _explain_push(repo):
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         api.create_commit(made.repo_id, operations, commit_message="A run of LazyORPO")
@@ -208,7 +227,7 @@ def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     }
     if summary := read_json(folder / "summary.json"):
         summary["why"] = card.without_paths(summary["why"])
-        files["summary.json"] = json.dumps(summary, indent=1).encode()
+        files["summary.json"] = without_secrets(json.dumps(summary, indent=1)).encode()
     files["README.md"] = card.write_card(folder, repo).encode()
     if config := read_json(folder / "model" / "adapter_config.json"):
         config["base_model_name_or_path"] = card.public_name(config["base_model_name_or_path"])

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from ..folder import read_json
 from ..settings import Settings
 from .runs import prepare_home, run_apart, write_up
@@ -48,8 +49,11 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         name = " ".join(f"{k}={v:g}" for k, v in values.items())
         folder = home / name.replace(" ", "-")
         run_apart(dataclasses.replace(short, output_dir=str(folder), **values), show)
-        held = read_json(folder / "summary.json")["held_out"]
-        runs.append({"trial": name} | values | {gain: held[of]["change"] for of, gain in GAINS.items()})
+        held = read_json(folder / "summary.json").get("held_out", {})
+        if held.keys() >= GAINS.keys():  # else its loss is no longer a number
+            runs.append({"trial": name} | values | {gain: held[of]["change"] for of, gain in GAINS.items()})
+    if not runs:
+        raise UserError(f"The loss of every trial is no longer a number: lower learning_rate, {r:g}.")
     return write_up(home, "trial", runs, {gain: gain for gain in GAINS.values()}, recommend(runs))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UserError
 from ..folder import read_json
 from ..results import card
-from ..results.evaluate import changes, measures
+from ..results.evaluate import broken, changes, measures
 from ..settings import Settings
 from .runs import prepare_home, run_apart, write_up
 
@@ -82,6 +82,8 @@ def _figures(stages: list[Path]) -> dict[str, float]:
     """Give a recipe's quality after the last stage, and its cost over all of them (of memory the largest)."""
     summaries = [read_json(folder / "summary.json") for folder in stages]
     last = summaries[-1]
+    if not last.get("held_out", {}).keys() >= QUALITY.keys():
+        raise UserError(f"The loss of {stages[-1]} is no longer a number: lower the learning rate.")
     figures = {name: last["held_out"][name]["after"] for name in QUALITY}
     figures |= {name: last[name] for name in HABIT if name in last}
     peaks = [summary["planned_against_measured"]["peak_gib"][1] for summary in summaries]
@@ -96,8 +98,14 @@ def _verdict(folders: dict[str, list[Path]], other: str) -> str:
         sides = [measures(read_json(folder / "held_out.json"), "after") for folder in folders[recipe]]
         return {name: np.concatenate([side[name] for side in sides]) for name in QUALITY}
 
+    def fallen(folder):
+        kept = read_json(folder / "held_out.json")
+        return broken(changes(measures(kept, "before"), measures(kept, "after")), kept["after"])
+
     figures = changes(pooled(other), pooled("ORPO"))
     noise = {True: "more than noise", False: "within the noise"}
+    if why := next(filter(None, map(fallen, folders["ORPO"])), ""):
+        noise[True] = f"no gain all the same, for of ORPO's model {why}"
     parts = [
         f"{name} {card.spread(f, 'change', '+.3f')}, {noise[f['more_than_noise']]}"
         for name, f in figures.items()

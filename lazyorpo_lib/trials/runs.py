@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import run
-from ..errors import UserError
+from ..errors import UserError, explain_disk, without_secrets
 from ..folder import folder_of, read_json, write_atomically
 from ..marker import take
 from ..results import card, live, share
@@ -68,7 +68,8 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _in_process(settings: Settings, merge: str | None) -> None:
-    with open(Path(settings.output_dir) / "log.txt", "a", buffering=1, encoding="utf-8") as log:
+    path = Path(settings.output_dir) / "log.txt"
+    with open(path, "a", buffering=1, encoding="utf-8", errors="replace") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 if merge and not Path(settings.base_model).is_dir():
@@ -78,7 +79,7 @@ def _in_process(settings: Settings, merge: str | None) -> None:
                 print(error)
                 sys.exit(2)
             except Exception:
-                traceback.print_exc()
+                print(without_secrets(traceback.format_exc()))
                 sys.exit(1)
 
 
@@ -98,9 +99,10 @@ def write_up(home: Path, key: str, runs: list[dict], words: dict[str, str], rest
             seen[heading].append(one[name])
     rows = [[kind, *map(_range, seen.values())] for kind, seen in values.items()]
     text = "\n\n".join([card.table([key, *figures.values()], rows), *rest["said"]]) + "\n"
-    write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
-    write_atomically(home / f"{home.name}.md", text.encode())
-    live.draw_trials(values, home / f"{home.name}.png")
+    with explain_disk(home, "run this again"):
+        write_atomically(home / f"{home.name}.json", json.dumps({"runs": runs} | rest, indent=1).encode())
+        write_atomically(home / f"{home.name}.md", text.encode())
+        live.draw_trials(values, home / f"{home.name}.png")
     return home
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from lazyorpo_lib.folder import read_rows
@@ -161,6 +162,22 @@ def test_no_other_cell_assigns_a_setting():
                 for a in n.names
             }
             assert cell == "params" or not (stored | imported) & FIELDS.keys(), cell
+
+
+@pytest.mark.parametrize("fault", ["no parent", "not ours to read", "gone"])
+@pytest.mark.parametrize("path", [MAIN, VERSUS], ids=lambda path: path.stem)
+def test_the_first_cell_needs_no_parent_process(path, fault, monkeypatch):
+    def fails(process, *given):
+        raise {"gone": psutil.ZombieProcess}.get(fault, psutil.AccessDenied)(process.pid)
+
+    here = psutil.Process()
+    monkeypatch.setattr(psutil.Process, "parent", lambda process: None if fault == "no parent" else here)
+    monkeypatch.setattr(psutil.Process, "cmdline", fails)
+    monkeypatch.setattr(psutil.Process, "parents", lambda process: [p for p in [process.parent()] if p])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cell, seen = code_of(path)["setup"].split("from lazyorpo_lib")[0], {}
+    exec(cell, seen)
+    assert seen["opened"] == [] and Path.cwd() in seen["homes"]
 
 
 # Run on the tiny model, each in a kernel of its own.

@@ -236,3 +236,11 @@ def test_a_saved_form_stays_small(form):
     Panel({})
     state = str(ipywidgets.Widget.get_manager_state())
     assert 10_000 < len(state) < 100_000
+
+
+def test_a_secret_typed_into_the_panel_is_not_kept_with_the_notebook():
+    space = {}
+    panel = Panel(space)
+    panel.edit("dataset", "https://me:s3cretpass@host/pairs?sig=f00ba4")
+    shown = repr(space) + panel.table() + repr(panel.inputs and {n: w.value for n, w in panel.inputs.items()})
+    assert "s3cretpass" not in shown and "f00ba4" not in shown and "(token left out)" in shown

@@ -78,3 +78,11 @@ def test_the_files_of_a_run_are_listed_with_the_way_to_load(tmp_path):
     shown = show.files(SimpleNamespace(folder=tmp_path))
     assert "model/ | 1.0 MiB" in shown.text and ".lock" not in shown.text
     assert f"load_finished({str(tmp_path / 'model')!r})" in shown.text
+
+
+def test_control_sequences_of_answers_are_shown_in_letters():
+    rows = [{"prompt": "p", "base": "\x1b[2Jb", "tuned": "t\u202e\x9b31m"}]
+    shown = show.answers(SimpleNamespace(answers=lambda: rows))
+    for text in (shown.text, shown.html):
+        assert r"\x1b[2Jb" in text and not set(text) & set("\x1b\u202e\x9b")
+    assert "\x1b" not in show.pair(a_run(chosen="\x1b[2J")).text

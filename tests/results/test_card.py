@@ -1,6 +1,7 @@
 """card.py: the hub's front matter, honest figures, and texts that stay texts."""
 
 import json
+import time
 
 import pytest
 import yaml
@@ -209,6 +210,62 @@ def test_licence_is_told_only_where_a_card_at_hand_states_it(tmp_path):
     assert front_matter(text)["license"] == "mit" and "Licence of the data: apache-2.0" in text
     (base / "README.md").write_text("---\nlicense: [mit\n---\n# broken\n")
     assert "license" not in front_matter(card.write_card(run))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        f"{BOMB}license: *i\n",
+        f"license: mit\n{BOMB}",
+        "license: " + "[" * 3000 + "\n",
+        "x: " + "[" * 100_000 + "\n",
+        "license: [&a [x, x, x, x], &b [*a, *a, *a, *a], &c [*b, *b, *b, *b], [*c, *c, *c, *c]]\n",
+        "license:\n" + "- mit\n" * 100_000,
+        "license: !!python/object/apply:os.system [echo]\n",
+        "license: {a: b}\n",
+        "\x00\x01: \xff\n",
+        "x: " + "y" * 2**24 + "\n",
+    ],
+)
+def test_front_matter_of_any_kind_costs_no_time_and_no_memory(tmp_path, front):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(f"---\n{front}---\n# Base\n", encoding="latin-1")
+    run, began = write_run(tmp_path, settings={"base_model": str(base)}), time.monotonic()
+    text = card.write_card(run)
+    assert time.monotonic() - began < 2 and len(text) < 10_000
+    assert front_matter(text).get("license") in (None, "mit")
+
+
+@pytest.mark.parametrize(
+    "front,licence",
+    [("license: apache-2.0\r\nx: 1\r\n", "apache-2.0"), ("tags:\n- a\nlicense: 'mit'  # so\n", "mit"),
+     ("license:\n- mit\n- cc-by-4.0\ntags: [x]\n", "mit, cc-by-4.0"), ("license: [mit, gpl]\n", "mit, gpl"),
+     ("license_name: own\n", ""), ("about:\n  license: mit\n", ""), ("x: 1\n---\nlicense: mit\n", "")],
+)  # fmt: skip
+def test_a_stated_licence_is_read_in_every_form(tmp_path, front, licence):
+    (tmp_path / "README.md").write_bytes(f"---\n{front}---\n# Base\n".encode())
+    assert card._licence(str(tmp_path), "model") == licence
+
+
+def test_what_an_older_run_wrote_down_of_a_secret_is_shown_in_no_card(tmp_path):
+    token, address = "hf_" + "AbCdEfGh12345678", "https://me:s3cretpass@host/x?X-Signature=f00ba4"
+    for value in (token, f"me/{token}", address):
+        settings = {
+            name: value
+            for name, default in DEFAULTS.items()
+            if isinstance(default, str) and name != "objective"
+        }
+        summary = {"why": value, "finished": False, "device": value, "verdict": value, "layout": value}
+        answers = {"pairs": [], "answers": [f"{value} it is"]}
+        held_out = {"prompts": [value], "before": answers, "after": answers}
+        text = card.write_card(write_run(tmp_path, settings=settings, summary=summary, held_out=held_out))
+        assert not any(part in text for part in (token, "s3cretpass", "f00ba4"))
 
 
 def test_the_example_code_is_python(tmp_path):

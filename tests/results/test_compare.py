@@ -76,6 +76,23 @@ def test_settings_of_a_run_that_no_longer_exist_are_shown_too(copy):
     assert compare([a, copy("b")])["settings"]["gone"] == [1, None]
 
 
+@pytest.mark.parametrize(
+    "place", ["/proc/compare.png", "/dev/null/compare.png", "no/such/folder/compare.png"]
+)
+def test_a_picture_that_cannot_be_written_is_one_sentence(copy, place):
+    with pytest.raises(UserError, match="cannot be used|can be written"):
+        compare([copy("a"), copy("b")], place)
+
+
+def test_a_full_disk_under_the_picture_is_one_sentence(copy, tmp_path, monkeypatch):
+    def fails(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(live, "write_atomically", fails)
+    with pytest.raises(UserError, match="Nothing more can be written to .*No space left.*compare again"):
+        compare([copy("a"), copy("b")], tmp_path / "compare.png")
+
+
 def test_one_run_and_a_folder_that_is_no_run_are_told(copy, tmp_path):
     with pytest.raises(UserError, match="1 run was given"):
         compare([copy("a")])

@@ -65,6 +65,65 @@ def test_the_verdict_says_whether_the_change_is_more_than_noise(gained, words):
     assert words in evaluate.verdict(figures) and "on 40 pairs" in evaluate.verdict(figures)
 
 
+def measured(nll=2.0, answers=("Blue, since light scatters.",) * 3, pairs=40, accuracy=1.0):
+    row = [3 * nll, 3.0, 1.0, 0.5, accuracy]
+    return {"pairs": [row] * pairs, "answers": list(answers)}
+
+
+def told(before, after):
+    one = {"columns": COLUMNS, "prompts": ["Why?"] * len(after["answers"]), "chosen_shorter": [True] * 40}
+    kept = one | {"before": before, "after": after}
+    return evaluate.held_out_results(json.loads(json.dumps(kept, allow_nan=False)), "owner/pairs")
+
+
+@pytest.mark.parametrize(
+    "after,said",
+    [
+        (measured(nll=100.0), "its nll went from 2 to 100 nats"),
+        (measured(nll=5.1), "its nll went from 2 to 5.1 nats"),
+        (measured(answers=["", " ", "Blue."]), "2 of its 3 answers are empty or"),
+        (measured(answers=["…", "", ""]), "3 of its 3 answers"),
+        (measured(answers=["cccccccc…", "the the the the the the…", "!!!!!!!!"]), "3 of its 3 answers"),
+        (
+            measured(answers=["Sure: " + "no no " * 20, "I don't know.\n" * 9, "漢" * 30]),
+            "3 of its 3 answers",
+        ),
+    ],
+)
+def test_a_verdict_never_tells_a_gain_of_a_model_that_fell_to_pieces(after, said):
+    verdict = told(measured(accuracy=0.0), after)["verdict"]
+    assert "more than noise" not in verdict and said in verdict and "lower learning_rate" in verdict
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        measured(nll=4.9),  # worse, and yet a model
+        measured(answers=["Blue.", "", "Why: light scatters in air."]),
+        measured(answers=["42", "Yes.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"]),
+        measured(answers=["- one\n- two\n- three\n- four", "def f():\n    return 1", "10000"]),
+        measured(answers=[]),
+    ],
+)
+def test_a_sound_model_keeps_its_verdict(after):
+    assert "more than noise" in told(measured(accuracy=0.0), after)["verdict"]
+
+
+def test_figures_that_are_not_numbers_are_kept_as_none_and_told(tmp_path):
+    nan, inf, rows = float("nan"), float("inf"), {}
+    for when, bad in (("before", 1.0), ("after", nan)):
+        table = [[bad, 3.0, inf if bad != bad else 1.0, 0.5, 1.0], [3.0, 3.0, 1.0, 0.5, 0.0]]
+        one = {"columns": COLUMNS, "answers": [], "prompts": [], "chosen_shorter": [True, False]}
+        rows = evaluate.keep_held_out(rows, when, table=table, **one)
+    kept = json.loads(json.dumps(rows, allow_nan=False))
+    assert kept["after"]["pairs"][0] == [None, 3.0, None, 0.5, 1.0]
+    results = json.loads(json.dumps(evaluate.held_out_results(kept, "demo"), allow_nan=False))
+    assert "no longer a number" in results["verdict"] and results["held_out"]["nll"]["pairs"] == 1
+    kept["after"]["pairs"] = [[None, None, None, None, 0.0]] * 2
+    results = evaluate.held_out_results(kept, "demo")
+    assert "no longer a number" in results["verdict"] and "nll" not in results["held_out"]
+
+
 def test_the_habit_is_one_line_and_then_one_reason():
     texts = ["Blue.\nWhy: Light scatters.", "Blue.", "Blue.\nWhy: a\nWhy: b", "Why: x", "Blue.\n\nWhy: x"]
     assert evaluate.habit_share(texts) == 1 / 5 and evaluate.habit_share([]) == 0
@@ -140,6 +199,24 @@ def test_out_of_memory_halves_the_batch_of_answers_and_changes_none(tuned, monke
     most = 0
     with pytest.raises(UserError, match="answering a single prompt .*lower max_prompt_tokens"):
         evaluate.answers(*tuned, PROMPTS, **options)
+
+
+def test_what_cannot_be_answered_is_left_out_with_a_note(tuned, monkeypatch):
+    generate, notes, done = evaluate._generate, [], []
+    expected = evaluate.answers(*tuned, PROMPTS, max_tokens=6, end_ids=[2])
+
+    def limited(model, tokenizer, prompts, given):
+        if max(map(len, prompts)) > 10:
+            raise torch.OutOfMemoryError("injected")
+        return generate(model, tokenizer, prompts, given)
+
+    monkeypatch.setattr(evaluate, "_generate", limited)
+    options = dict(max_tokens=6, end_ids=[2], note=notes.append, on_batch=done.append)
+    found = evaluate.answers(*tuned, PROMPTS, **options)
+    assert found == [expected[0], None, *expected[2:]] and notes == ["injected"] and sum(done) == 4
+    kept = {"prompts": list("abcd"), "before": {"answers": expected}, "after": {"answers": found}}
+    assert [row["prompt"] for row in evaluate.answers_side_by_side(kept)] == ["a", "c", "d"]
+    assert evaluate.habit_share([None, "Blue.\nWhy: x"]) == 1
 
 
 def test_answers_are_batched_by_the_bytes_of_their_cache(tuned, monkeypatch):

@@ -1,12 +1,16 @@
 """share.py: the merged model is the tuned one, the talk goes as in training, a push is whole."""
 
 import base64
+import errno
 import io
 import json
+import os
+import shutil
 import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from lazyorpo_lib import model
@@ -15,6 +19,7 @@ from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.marker import MARKER
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.results import share
+from lazyorpo_lib.results.compare import compare
 from lazyorpo_lib.run import execute
 from lazyorpo_lib.settings import Settings, resolve
 from tests.hub import serve
@@ -195,6 +200,128 @@ def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
     assert heard == [["one"], ["one", "yes", "bad"], ["one", "yes", "two"], ["three"]]
     assert [turn["content"] for turn in talk] == ["three", "yes"]
     assert capsys.readouterr().out.count("Model: yes") == 3
+
+
+def test_an_export_is_of_the_model_as_it_is_now_and_never_of_an_older_merged_one(copy, monkeypatch, tmp_path):
+    folder = copy("a")
+    share.merge(folder)
+    (folder / "model").unlink()
+    shutil.copytree(copy("b") / "model", folder / "model")  # the run went on
+    file = folder / "model" / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"))
+    assert "git clone" in share.export_gguf(folder)
+    assert (logits(folder / "merged") - logits(folder / "model")).abs().max() < 1e-5
+
+
+def test_a_converter_that_fails_half_way_leaves_what_was_there(copy, tmp_path, monkeypatch):
+    folder, tools = copy("a"), tmp_path / "tools"
+    monkeypatch.setenv("PATH", str(tools))
+    tools.mkdir()
+    converter = tools / "convert_hf_to_gguf.py"
+    converter.write_text("import sys\nopen(sys.argv[-1], 'w').write('whole')")
+    converter.chmod(0o755)
+    share.export_gguf(folder)
+    converter.write_text("import sys\nopen(sys.argv[-1], 'w').write('half')\nraise OSError(28, 'No space')")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="No space"):
+        share.export_gguf(folder)
+    assert (folder / "merged.gguf").read_text() == "whole" and sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("writes", ["tokenizer", "generation settings", "weights"])
+def test_a_disk_that_fails_while_merging_is_one_sentence_and_leaves_nothing_half(
+    copy, tmp_path, monkeypatch, fault, writes
+):
+    folder, out = copy("a"), tmp_path / "out"
+
+    def fails(*given, **more):
+        raise OSError(fault, os.strerror(fault))
+
+    where = {
+        "tokenizer": "transformers.PreTrainedTokenizerFast.save_pretrained",
+        "generation settings": "transformers.GenerationConfig.save_pretrained",
+        "weights": "transformers.LlamaForCausalLM.save_pretrained",
+    }
+    monkeypatch.setattr(where[writes], fails)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"can be written to .*out.*{os.strerror(fault)}.*merge again"):
+        share.merge(folder, out)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("out", ["/proc/nothing/merged", "/dev/null/merged", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_sentence(copy, out):
+    with pytest.raises(UserError, match="cannot be"):
+        share.merge(copy("a"), out)
+
+
+def test_nobodys_home_is_the_folder_of_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a home that is not there: write the folder out"):
+        share.chat("~nobody-of-this-name/run")
+
+
+DAMAGED = (
+    "",
+    "{",
+    '{"set',
+    "{}",
+    "[]",
+    "null",
+    '"text"',
+    '{"settings": 3}',
+    '{"held_out": 7, "precision": []}',
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("name", ["settings.json", "summary.json", "held_out.json", "data_report.json"])
+def test_a_run_whose_files_are_empty_half_or_others_is_used_or_refused_in_one_sentence(
+    hub, copy, name, content
+):
+    folder, other = copy("a"), copy("b")
+    (folder / name).write_text(content)
+    for use in (
+        lambda: share.merge(folder),
+        lambda: share.push(folder, "me/tuned"),
+        lambda: compare([folder, other]),
+        lambda: compare([other, folder]),
+    ):
+        try:
+            use()
+        except UserError as error:
+            assert "\n" not in str(error) and str(folder) in str(error) and "JSON" not in type(error).__name__
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["summary.json", "held_out.json", "history.jsonl", "live.png", "README.md"])
+def test_a_pipe_in_the_folder_of_a_run_is_refused_and_not_waited_for(copy, name):
+    folder, other = copy("a"), copy("b")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for use in (share.merge, share.chat, lambda f: share.push(f, "a/b"), lambda f: compare([other, f])):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            use(folder)
+
+
+def test_an_answer_is_printed_without_what_a_terminal_would_obey(run, monkeypatch, capsys):
+    evil = ["\x1b[2J", "\x1b]52;c;aGk=\x07", "fine \u6f22\n", "\x9b31m\r"]
+
+    def answer(tuned, tokenizer, messages, on_text):
+        for piece in evil:
+            on_text(piece)
+        if len(messages) > 1:
+            raise UserError("no \x1b[2J")
+        return "".join(evil)
+
+    monkeypatch.setattr(share, "reply", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    share.chat(run)
+    share.ask(types.SimpleNamespace(folder=run, model=None, tokenizer=None), "one")
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\x9b\r") and out.count("fine \u6f22\n") == 3
 
 
 # To the hub.

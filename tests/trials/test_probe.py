@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.trials.probe import probe, recommend
+from lazyorpo_lib.trials.runs import write_up
 from tests.trials.test_recipes import read, tiny
 
 
@@ -55,3 +57,33 @@ def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_fr
     assert out["recommended"] == {"or_weight": 0.9, "learning_rate": 3e-3}
     assert "Recommended: --or-weight 0.9 --learning-rate 0.003" in (home / "probe.md").read_text()
     assert (home / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trial_whose_loss_is_no_number_recommends_nothing(tmp_path, monkeypatch):
+    def run(settings, show):
+        Path(settings.output_dir).mkdir(parents=True)
+        figures = {"accuracy": {"change": 0.0}}
+        if settings.learning_rate < limit:
+            figures |= {name: {"change": 0.1} for name in ("log_odds_ratio", "nll")}
+        Path(settings.output_dir, "summary.json").write_text(json.dumps({"held_out": figures}))
+
+    monkeypatch.setattr("lazyorpo_lib.trials.probe.run_apart", run)
+    limit = 5e-3
+    home = probe(tiny(tmp_path / "a", learning_rate=3e-3), steps=5)
+    assert len(read(home, "probe.json")["runs"]) == 4
+    limit = 0
+    with pytest.raises(UserError, match="no longer a number: lower learning_rate"):
+        probe(tiny(tmp_path / "b", learning_rate=3e-3), steps=5)
+
+
+@pytest.mark.parametrize("failing", ["probe.json", "probe.md", "probe.png"])
+def test_a_full_disk_under_what_a_probe_writes_is_one_sentence(tmp_path, monkeypatch, failing):
+    def write(path, data):
+        if path.name == failing:
+            raise OSError(28, "No space left on device", str(path))
+
+    for module in ("trials.runs", "results.live"):
+        monkeypatch.setattr(f"lazyorpo_lib.{module}.write_atomically", write)
+    (tmp_path / "probe").mkdir()
+    with pytest.raises(UserError, match="Nothing more can be written to .*probe.*run this again"):
+        write_up(tmp_path / "probe", "trial", [{"trial": "a", "x": 1.0}], {"x": "x"}, {"said": []})
