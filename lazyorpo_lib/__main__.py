@@ -18,6 +18,7 @@ from pathlib import Path
 from . import __version__
 from .errors import UserError, expanded, without_secrets
 from .notebook.setup import check_requirements
+from .session import Stop
 from .settings import FIELDS, coerce, from_environment, resolve
 
 
@@ -193,7 +194,8 @@ def console() -> None:
     sys.stdin.reconfigure(errors="replace")
     sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
     try:
-        sys.exit(main(sys.argv[1:]))
+        with Stop().listening():
+            sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"lazyorpo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,9 +6,8 @@ The run stays on the local disk, since Drive can drop; what is complete is copie
 import shutil
 from pathlib import Path
 
-from .errors import UserError
-from .folder import writing
-from .marker import MARKER, is_whole, marked, remove, replacing, take
+from .errors import UserError, say
+from .marker import MARKER, is_whole, marked, remove, replacing, take, writing
 
 
 def drive_folder(name: str) -> Path | None:
@@ -24,7 +23,7 @@ def drive_folder(name: str) -> Path | None:
     except Exception as error:  # refused, closed, not on Colab: the run goes on without it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         why = f"save_to is drive, but Google Drive could not be mounted ({reason})"
-        print(f"{why}: everything stays on local disk.")
+        say(f"{why}: everything stays on local disk.")
         return None
 
 
@@ -47,7 +46,7 @@ def mirror(source: Path, target: Path) -> bool:
                 remove(old)
     except (OSError, UserError) as error:
         reason = getattr(error, "strerror", None) or error
-        print(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
+        say(f"Could not copy to {target} ({reason}); the run goes on, its files are in {source}.")
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""What a run leaves behind: its folder's name, its lock, JSON lines, atomic writes.
+"""What a run leaves behind: its folder's name, its lock, JSON and JSON lines.
 
-What is written is on the disk before its name appears. Whose a file is, and what may go, is in marker.py.
+How files are written, whose they are, and what may go, is in marker.py.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import UserError
+from .errors import UserError, expanded
+from .marker import unwritable, write_atomically
 from .settings import Settings
 
 # What a run writes into its folder, checkpoints apart.
@@ -43,7 +44,7 @@ def fingerprint(settings: Settings) -> str:
 def folder_of(settings: Settings) -> Path:
     """Name the run's folder, which need not be there yet."""
     if settings.output_dir != "auto":
-        folder = Path(settings.output_dir).expanduser()
+        folder = expanded(settings.output_dir)
     else:
         homes = [Path("/workspace"), Path("/content")]  # RunPod's volume; Colab
         home = next((h / "lazyorpo" for h in homes if os.access(h, os.W_OK)), Path("lazyorpo_runs"))
@@ -60,7 +61,7 @@ def folder_of(settings: Settings) -> Path:
 
 def keep_base_apart(base_model: str, folder: Path) -> None:
     """Refuse a base model in the folder that is going to be written over."""
-    base = Path(base_model).expanduser()
+    base = expanded(base_model)
     if base.exists() and base.resolve().is_relative_to(folder):
         where = f"which lies in the run's own folder {folder}"
         raise UserError(f"base_model is {base_model!r}, {where}: choose another output_dir.")
@@ -162,6 +163,8 @@ def read_json(path) -> dict:
         UserError: it is damaged, as by a failing disk, or cannot be read.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
+            raise ValueError
         found = json.loads(Path(path).read_bytes()) if os.path.lexists(path) else {}
     except OSError as error:
         raise UserError(
@@ -181,41 +184,3 @@ def truncate_after(path, step: int) -> None:
     if os.path.exists(path):
         kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(kept).encode())
-
-
-def flush(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk itself before anything that comes after."""
-    if not path.is_dir():
-        with open(path, "r+b" if os.name == "nt" else "rb") as file:
-            os.fsync(file.fileno())
-        return
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some volumes flush none
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Give a file to write; a kill or a power cut leaves the old content or the new. No link is followed."""
-    path, no_link = Path(path), getattr(os, "O_NOFOLLOW", 0)
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | no_link, 0o666)) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    flush(path.parent)
-
-
-def write_atomically(path, data: bytes) -> None:
-    """Write a whole file, as `writing` does."""
-    with writing(path) as file:
-        file.write(data)
-
-
-def unwritable(folder: Path, error: OSError) -> UserError:
-    """Say that a folder cannot be written, and why."""
-    return UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.")

@@ -1,4 +1,4 @@
-"""Whose a file is: the marker of each folder that the kit writes, and all deleting.
+"""Whose a file is: the marker of each folder that the kit writes; whole files alone, and all deleting.
 
 A marker names the kit's own files. A folder without one is written into only while it is empty; a name in it
 that is not listed is somebody else's and stays; links are never followed. The only module that deletes; it
@@ -14,11 +14,52 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
-from .errors import UserError
-from .folder import flush, read_json, unwritable, write_atomically
+from .errors import UserError, expanded
 
 MARKER = ".lazyorpo.json"
 DRAFT = "draft"  # what a folder is until it is complete: nobody else writes there, so it goes as a whole
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """Say that a folder cannot be written, and why."""
+    return UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder.")
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk itself before anything that comes after."""
+    if not path.is_dir():
+        with open(path, "r+b" if os.name == "nt" else "rb") as file:
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some volumes flush none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Give a file to write; a kill or a power cut leaves the old content or the new. No link is followed."""
+    path, no_link = Path(path), getattr(os, "O_NOFOLLOW", 0)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags | no_link, 0o666)) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            draft.unlink()
+            raise
+    os.replace(draft, path)
+    flush(path.parent)
+
+
+def write_atomically(path, data: bytes) -> None:
+    """Write a whole file, as `writing` does."""
+    with writing(path) as file:
+        file.write(data)
 
 
 def marked(folder: Path) -> dict | None:
@@ -46,7 +87,7 @@ def check(folder: Path, what: str) -> dict:
         why = f"{', '.join(other[:3])}{' …' if len(other) > 3 else ''}, which this kit did not write"
         way_out = "choose a new or an empty folder"
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if {"fingerprint", "sources"} <= read_json(folder / "settings.json").keys():
+            if {"fingerprint", "sources"} <= json.loads((folder / "settings.json").read_bytes()).keys():
                 why = f"a run of an earlier version, or one that was copied without its hidden file {MARKER}"
                 way_out = "copy the folder whole, or choose another one"
     elif found and found["what"] != what:
@@ -72,7 +113,7 @@ def take(folder, what: str, *names: str) -> Path:
     Raises:
         UserError: somebody else's file is there, under one of `names` or without a marker; or no right to.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         found = check(folder, what)
         for path in (folder / name for name in names):

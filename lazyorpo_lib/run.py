@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from . import __version__, drive, marker, model
 from . import folder as folders
-from .errors import UserError, explain_disk
+from .errors import UserError, explain_disk, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
@@ -49,7 +49,7 @@ class Run(Staged):
         "finish": (),
     }
 
-    def __init__(self, settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print):
+    def __init__(self, settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = say):
         self.given, self.settings, self.sources = settings, settings, sources
         self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes the first one writes and shows
         self.show = show if self.main else lambda text: None
@@ -114,7 +114,7 @@ class Run(Staged):
     def _write(self, name: str, content: dict) -> None:
         if self.main:
             with explain_disk(self.folder):
-                folders.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+                marker.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _read(self, name: str) -> dict:
         return folders.read_json(self.folder / name)
@@ -245,7 +245,8 @@ class Run(Staged):
             planner.measured_lengths(self.train_pairs),
             dict(dtype=self.dtype, cards=cards, begun=begun),
         )
-        plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
+        with explain_model(self.settings.base_model):
+            plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")
         if not plan.method.fits:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
@@ -346,7 +347,7 @@ class Run(Staged):
             return summary
         about = self.folder / "README.md"
         if anew or not about.exists():  # a kill may have come before
-            folders.write_atomically(about, card.write_card(self.folder).encode())
+            marker.write_atomically(about, card.write_card(self.folder).encode())
         marker.settle(self.folder)
         if self.finished:
             checkpoints.remove(self.folder)
@@ -387,7 +388,7 @@ class Run(Staged):
         return evaluate.answers_side_by_side(self._read("held_out.json"))
 
 
-def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = print) -> Run:
+def execute(settings: Settings, sources: dict[str, str], *, show: Callable[[str], None] = say) -> Run:
     """Carry out a whole run, from the first stage to the last."""
     run = Run(settings, sources, show=show)
     for carry_out in (run.open, run.load_pairs, run.load_model, run.train):

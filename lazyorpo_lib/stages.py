@@ -11,6 +11,10 @@ from .errors import UserError, explain_disk
 from .session import Stopped
 
 
+class NotYet(UserError, AttributeError):
+    """What is asked for is made by a stage that has not been carried out."""
+
+
 class Staged:
     """Has stages, methods with `stage` around them, a `folder` and a `stop`.
 
@@ -23,9 +27,7 @@ class Staged:
     def __getattr__(self, name: str):
         for maker, made in self.MAKES.items():
             if name in made:
-                raise UserError(
-                    f"run.{maker}() comes first: run the cell that calls it, then this one again."
-                )
+                raise NotYet(f"run.{maker}() comes first: run the cell that calls it, then this one again.")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def begin_stage(self) -> None:

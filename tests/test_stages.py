@@ -123,6 +123,10 @@ def rows_file(path: Path, word: str) -> Path:
     return path
 
 
+def test_what_no_stage_has_made_yet_is_not_there(tmp_path):
+    assert not hasattr(quiet(tmp_path), "model") and not hasattr(quiet(tmp_path), "no such thing")
+
+
 def test_data_that_change_after_the_end_are_told_and_the_reports_stay(tmp_path):
     own, said = rows_file(tmp_path / "own.jsonl", "Yes"), []
     given = tiny(tmp_path / "run", **SMALL | {"dataset": str(own)})

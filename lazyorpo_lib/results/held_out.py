@@ -8,6 +8,7 @@ import json
 from functools import partial
 
 from .. import folder as folders
+from .. import marker
 from ..model import adapters_off
 from ..orpo.loss import TERMS
 from ..session import Stopped, progress_bar
@@ -49,7 +50,7 @@ def measure(run, when: str) -> None:
             prompts=[pair.prompt[-1]["content"] for pair in run.texts[: len(prompts)]],
             chosen_shorter=[len(pair.chosen) < len(pair.rejected) for pair in pairs],
         )
-        folders.write_atomically(path, json.dumps(kept, indent=1).encode())
+        marker.write_atomically(path, json.dumps(kept, indent=1).encode())
 
 
 def watch(run, step: int) -> None:

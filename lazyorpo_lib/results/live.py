@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..errors import expanded, say
-from ..folder import read_rows, write_atomically
+from ..folder import read_rows
+from ..marker import write_atomically
 from ..session import duration, in_notebook
 from . import reading
 

@@ -105,6 +105,7 @@ git clone --depth 1 https://github.com/ggml-org/llama.cpp
         if done.returncode:
             words = " ".join(done.stderr.split()[-30:])
             raise UserError(f"{script} failed ({words}): see what it needs, or take a newer llama.cpp.")
+        marker.flush(Path(draft))
         os.replace(draft, out)
     return f"{out} is written."
 

@@ -17,8 +17,8 @@ import torch
 
 from .. import run
 from ..errors import UserError, explain_disk, without_secrets
-from ..folder import folder_of, read_json, write_atomically
-from ..marker import take
+from ..folder import folder_of, read_json
+from ..marker import take, write_atomically
 from ..results import card, live, share
 from ..settings import Settings
 
@@ -54,7 +54,10 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     try:
         process.join()
     except KeyboardInterrupt:
-        (folder / "STOP").touch()  # it ends its step and saves
+        if os.name == "nt":  # which kills what it is asked to end
+            (folder / "STOP").touch()
+        else:
+            process.terminate()  # it ends its step and saves
         process.join()
     if not _is_finished(folder):
         log = folder / "log.txt"
@@ -78,6 +81,9 @@ def _in_process(settings: Settings, merge: str | None) -> None:
             except UserError as error:
                 print(error)
                 sys.exit(2)
+            except KeyboardInterrupt as stopped:
+                print(stopped)
+                sys.exit(130)
             except Exception:
                 print(without_secrets(traceback.format_exc()))
                 sys.exit(1)

@@ -84,7 +84,7 @@ FORKS = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() 
 @pytest.mark.parametrize("cuda,kind", [(True, "spawn"), (False, FORKS)])
 def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, monkeypatch, cuda, kind):
     class Process:
-        started = 0
+        started, asked = 0, False
 
         def __init__(self, target, args):
             self.folder = Path(args[0].output_dir)
@@ -92,8 +92,11 @@ def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, 
         def start(self):
             Process.started += 1
 
+        def terminate(self):
+            self.asked = True
+
         def join(self):
-            if not (self.folder / "STOP").exists():
+            if not self.asked:
                 raise KeyboardInterrupt
             (self.folder / "log.txt").write_text("Stopped at step 1.\n")
 
