@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
