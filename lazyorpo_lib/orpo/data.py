@@ -36,6 +36,7 @@ PROMPTS = ("conversations", "prompt", "instruction", "question", "query", "input
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"))
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
+LONGEST = 2**16  # characters of a text in dropped.jsonl
 FIRST_ROWS = 100  # one of so many must be in a known shape
 MAPPING = "set columns to 'prompt=…,chosen=…,rejected=…' (and ',system=…') with this dataset's column names"
 
@@ -328,11 +329,13 @@ class Report:
 
 
 def json_safe(value, depth: int = 50):
-    """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named."""
+    """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named, what
+    is longer than LONGEST cut."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        cut = f"… ({len(value):,} characters)" * (len(value) > LONGEST)
+        return value[:LONGEST].encode("utf-8", "backslashreplace").decode() + cut
     if isinstance(value, bytes | bytearray):
-        return value.decode("utf-8", "backslashreplace")
+        return json_safe(value.decode("utf-8", "backslashreplace"))
     is_int = isinstance(value, int) and abs(value) < 2**63
     if value is None or is_int or isinstance(value, float) and math.isfinite(value):
         return value

@@ -5,6 +5,7 @@ list. A hub dataset comes through `datasets`, with its cache; no code of a datas
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, dissect, explain_hub
+from . import limits
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
+_UNREADABLE = OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, limits.OverLimit
 ENDINGS = ".jsonl, .json, .csv (or one of these with .gz) or .parquet"
 
 
@@ -36,7 +39,7 @@ class Rows:
         try:
             for index, row in enumerate(itertools.islice(self.read(), self.max_rows or None)):
                 yield index, row
-        except (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error) as error:
+        except _UNREADABLE as error:
             fault = f"cannot be read after {index + 1} rows: {dissect(error)[-1]}"
             raise UserError(f"Dataset {self.name} {fault}; mend it or fetch it again.") from error
         if index < 0:
@@ -59,6 +62,8 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
     if os.path.isdir(path):
         raise UserError(f"Dataset {dataset!r} is a folder: name one file in it, {ENDINGS}.")
     if os.path.exists(path):
+        if not os.path.isfile(path):  # reading a pipe or a device would wait for ever, or never end
+            raise UserError(f"Dataset {dataset!r} is a pipe, a device or a socket: give a file, {ENDINGS}.")
         if not reader:
             raise UserError(f"Dataset {dataset!r} has an unknown ending: give a file that is {ENDINGS}.")
         return Rows(dataset, lambda: reader(path), max_rows)
@@ -70,26 +75,63 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
 
 
 def _open(path):
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+    """Open a file for reading bytes; an archive of it gives no more than it may unpack to."""
+    if path.suffix.lower() != ".gz":
+        return open(path, "rb")
+    return io.BufferedReader(_Unpacked(gzip.open(path), limits.unpacked(path.stat().st_size)))
+
+
+class _Unpacked(io.RawIOBase):
+    """What an archive unpacks to, up to a limit."""
+
+    def __init__(self, file, most):
+        self.file, self.left, self.most = file, most, most
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self.file.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise ValueError(f"it unpacks to more than {self.most // limits.MIB:,} MiB, against its own size")
+        return count
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def _lines(readline):
+    """Give what `readline(size)` gives, numbered from 1, up to a line that is too long for a row."""
+    for number in itertools.count(1):
+        if not (line := readline(limits.ROW + 1)):
+            return
+        yield number, line
+        if len(line) > limits.ROW:
+            raise ValueError(f"line {number} is longer than {limits.ROW // limits.MIB} MiB, the most for a row")
 
 
 def _json_rows(path):
     """Read a JSON list, or one JSON value a line: its first character tells."""
     with _open(path) as file:
         first = True
-        for number, line in enumerate(file, 1):
+        for number, line in _lines(file.readline):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if first and line.lstrip().startswith(b"["):
-                yield from _json(line + file.read(), number)
-            elif line.strip():
+                yield from _json(line + file.read(limits.WHOLE), number)
+            elif line.strip() and len(line) <= limits.ROW:
                 yield _json(line.rstrip(), number)
                 first = False
 
 
 def _json(data, number):
     """Read the value in `data`, which starts on line `number`."""
+    if len(data) > limits.WHOLE:
+        raise ValueError(f"a JSON list may have {limits.WHOLE // limits.MIB} MiB: write an object on each line")
     try:
-        return json.loads(data.decode())
+        with limits.memory() if len(data) > limits.ROW else contextlib.nullcontext():
+            return json.loads(data.decode())
     except UnicodeDecodeError as error:
         line, fault = number + data.count(b"\n", 0, error.start), "is not UTF-8 text"
     except json.JSONDecodeError as error:
@@ -100,9 +142,9 @@ def _json(data, number):
 
 
 def _csv_rows(path):
-    csv.field_size_limit(2**31 - 1)  # a cell may hold a megabyte; 128 KiB is allowed by default
+    csv.field_size_limit(limits.ROW)  # 128 KiB are allowed by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, strict=True)
+        table = csv.DictReader((line for _, line in _lines(file.readline)), strict=True)
         try:
             if len(names := table.fieldnames or []) == 1 and re.search(r"[;\t|]", names[0]):
                 why = "and columns must be separated by commas"
@@ -116,11 +158,28 @@ def _parquet_rows(path):
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            batches = file.iter_batches(batch_size=64, use_threads=False)
+            while True:
+                with limits.memory():  # a kilobyte of it may hold a gigabyte
+                    batch = next(batches, None)
+                    columns = [] if batch is None else list(map(_cells, batch.columns))
+                if batch is None:
+                    return
+                sizes = map(batch.slice, range(len(batch)), itertools.repeat(1))
+                if batch.nbytes > limits.ROW and max(one.nbytes for one in sizes) > limits.ROW:
+                    raise ValueError(f"a row has more than {limits.ROW // limits.MIB} MiB, the most for a row")
+                names = batch.schema.names
+                yield from (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
+
+
+def _cells(column):
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # times that Python has no number for, as after the year 9999
+        return [None] * len(column)
 
 
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
