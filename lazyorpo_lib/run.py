@@ -22,7 +22,7 @@ from .errors import UserError, explain_disk
 from .fast.layouts import PairScorer
 from .machine import allocated_gib, check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
-from .orpo.encoding import Encoder, PairFile, Subset, encode_rows, prepare_tokenizer
+from .orpo.encoding import Encoder, PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
@@ -97,6 +97,7 @@ class Run:
         self.finished = bool(folders.read_json(self.folder / "summary.json").get("finished"))
         self.record = {"version": __version__, "fingerprint": folders.fingerprint(settings)}
         self.record |= {"settings": dataclasses.asdict(settings), "sources": self.sources, "chosen": chosen}
+        self.record["clock"] = older.get("clock", self.started)  # what a chat template is told as the time
         self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
@@ -120,7 +121,7 @@ class Run:
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
         limits = dict(max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong)
-        self.encoder = Encoder(self.tokenizer, **limits)
+        self.encoder = Encoder(self.tokenizer, **limits, clock=self.record["clock"])
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         draft = self.folder / "dropped.jsonl.tmp" if self.main else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
@@ -133,7 +134,7 @@ class Run:
                 for pair, encoded in encoded_pairs:
                     bar.update()
                     pairs.append(encoded)
-                    digest.update(repr(encoded).encode())
+                    digest.update(pair.as_bytes())
                     yield pair
 
             encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
@@ -193,6 +194,7 @@ class Run:
         if device == "cuda":  # FSDP takes each process's part from the CPU: one may not hold the whole
             device = "cpu" if self.sharded else f"cuda:{accelerator.local_process_index}"
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
+        check_model(self.train_pairs.dataset, self.model)
         self.trainer = OrpoTrainer(
             self.model,
             s,

@@ -55,6 +55,17 @@ class Pair:
     chosen: str
     rejected: str
     shape: str = field(default="", compare=False)
+    chosen_with: dict = field(default_factory=dict)  # its reasoning_content and tool_calls
+    rejected_with: dict = field(default_factory=dict)
+    tools: tuple = ()
+
+    def answers(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
+        """Give the text of either answer with what comes beside it, the chosen one first."""
+        return (self.chosen, self.chosen_with), (self.rejected, self.rejected_with)
+
+    def as_bytes(self) -> bytes:
+        """Give all that the model will read and score of it, whatever a template makes of that."""
+        return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
 
 
 class BadRow(Exception):

@@ -1,7 +1,7 @@
 """Limits of time and memory on what strangers wrote: templates, archives, tables.
 
-Time is kept by a second thread, which raises in the first one as soon as that runs Python again; memory by the
-address space that the system allows the process, where it keeps such a limit (Linux). Nothing is judged here.
+Time is kept by a second thread, which raises in the first one as soon as that runs Python again; memory by
+the address space that the system allows the process, where it keeps such a limit (Linux). It judges nothing.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import ctypes
 import threading
 
 MIB = 2**20
-ROW = 4 * MIB  # bytes of one row, a million tokens of English; what a tokenizer needs of memory is 150 times it
+ROW = 4 * MIB  # bytes of one row: a million tokens of English, for which a tokenizer takes 150 times as much
 WHOLE = 256 * MIB  # bytes of a file that is read as one value
 MEMORY = 1024 * MIB  # bytes that one step of reading or of writing a template may add
 
@@ -19,7 +19,7 @@ class OverLimit(BaseException):
 
 
 def unpacked(packed: int) -> int:
-    """Give the bytes that an archive of `packed` bytes may unpack to; text packs to a tenth, a bomb to less."""
+    """Give the bytes that an archive of `packed` bytes may unpack to; text packs to a tenth or so."""
     return max(WHOLE, 100 * packed)
 
 

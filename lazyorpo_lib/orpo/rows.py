@@ -23,6 +23,7 @@ from . import limits
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
 _UNREADABLE = OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, limits.OverLimit
+_MOST = f"{limits.ROW // limits.MIB} MiB, the most for a row"
 ENDINGS = ".jsonl, .json, .csv (or one of these with .gz) or .parquet"
 
 
@@ -94,7 +95,9 @@ class _Unpacked(io.RawIOBase):
         count = self.file.readinto(buffer)
         self.left -= count
         if self.left < 0:
-            raise ValueError(f"it unpacks to more than {self.most // limits.MIB:,} MiB, against its own size")
+            raise ValueError(
+                f"it unpacks to more than {self.most // limits.MIB:,} MiB, too much for its size"
+            )
         return count
 
     def close(self):
@@ -109,7 +112,7 @@ def _lines(readline):
             return
         yield number, line
         if len(line) > limits.ROW:
-            raise ValueError(f"line {number} is longer than {limits.ROW // limits.MIB} MiB, the most for a row")
+            raise ValueError(f"line {number} is longer than {_MOST}")
 
 
 def _json_rows(path):
@@ -128,7 +131,8 @@ def _json_rows(path):
 def _json(data, number):
     """Read the value in `data`, which starts on line `number`."""
     if len(data) > limits.WHOLE:
-        raise ValueError(f"a JSON list may have {limits.WHOLE // limits.MIB} MiB: write an object on each line")
+        most = f"{limits.WHOLE // limits.MIB} MiB"
+        raise ValueError(f"a JSON list may have {most}: write one object on each line")
     try:
         with limits.memory() if len(data) > limits.ROW else contextlib.nullcontext():
             return json.loads(data.decode())
@@ -168,7 +172,7 @@ def _parquet_rows(path):
                     return
                 sizes = map(batch.slice, range(len(batch)), itertools.repeat(1))
                 if batch.nbytes > limits.ROW and max(one.nbytes for one in sizes) > limits.ROW:
-                    raise ValueError(f"a row has more than {limits.ROW // limits.MIB} MiB, the most for a row")
+                    raise ValueError(f"a row is longer than {_MOST}")
                 names = batch.schema.names
                 yield from (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
     except pyarrow.ArrowException as error:
