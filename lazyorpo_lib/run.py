@@ -151,6 +151,8 @@ class Run:
         self._check_data(digest.hexdigest())
         self._write("data_report.json", data_report(self, pairs, digest.hexdigest()))
         self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
+        for note in self.report.notes():
+            self.show(note)
         return self.report
 
     def _check_data(self, digest: str) -> None:

@@ -35,7 +35,7 @@ def cleaned(raw, **options):
 
 SHAPES = {
     "prompt inside both message lists": (
-        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A(" Yes \n")],
+        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A("Yes")],
          "rejected": [U("Hi"), A("Hello"), U("Why?"), A("No")]},
         "messages", [U("Hi"), A("Hello"), U("Why?")],
     ),
@@ -145,7 +145,8 @@ def test_columns_map_anything():
 
 
 @pytest.mark.parametrize(
-    "columns", ["prompt", "prompt=q", "prompt=q,chosen=,rejected=w", "prompt=q,chosen=b,rejected=w,x=y",
+    "columns", ["prompt", "prompt=", "margin=wide", "prompt=q,chosen=,rejected=w",
+        "prompt=q,chosen=b,rejected=w,x=y",
         "a=b=c",
                 "prompt=q,chosen=b,rejected=w,", "prompt=q,prompt=q,chosen=b,rejected=w", ";"],
 )  # fmt: skip
@@ -162,7 +163,7 @@ def test_mapped_column_that_does_not_exist_names_those_that_do():
 
 
 def test_unknown_shape_names_the_columns_and_the_way_out():
-    with pytest.raises(UserError, match="'text', 'label'; set columns to 'prompt=…"):
+    with pytest.raises(UserError, match="'text', 'label'; a row needs a prompt, a better answer"):
         cleaned([{"text": "Why?", "label": 1}] * 300)
     with pytest.raises(UserError, match="rows are not objects"):
         cleaned([1, None, "text"])
@@ -180,12 +181,15 @@ REASONS = [
     (GOOD | {None: ["a cell too many"]}, "malformed"),
     (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"),
     (GOOD | {"prompt": 1.5}, "malformed"),
-    (GOOD | {"chosen": ["Yes"]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
-    (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "malformed"),
+    (GOOD | {"chosen": [5]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
+    (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "image_part"),
+    (GOOD | {"prompt": [turn("user", ["Why?", {"type": "input_audio"}])]}, "audio_part"),
+    (GOOD | {"prompt": [turn("user", [{"type": "hologram"}])]}, "unknown_part"),
+    (GOOD | {"chosen": "[{'role': 'user', 'content': "}, "messages_as_text"),
     ({}, "unknown_shape"), ({"chosen": "Yes", "rejected": "No"}, "unknown_shape"),
     ({"prompt": "Why?"}, "unknown_shape"),
     (GOOD | {"chosen": [turn("narrator", "Yes")]}, "unknown_role"),
-    (GOOD | {"prompt": [turn("tool", "x")]}, "unknown_role"),
+    (GOOD | {"prompt": [turn("tool", "x")]}, "no_user_turn"),
     (GOOD | {"chosen": "\ud800"}, "invalid_text"), (GOOD | {"prompt": "Why \udfff?"}, "invalid_text"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": [U("Why so?"), A("No")]}, "prompts_differ"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": "No", "prompt": "Why?"}, "prompts_differ"),
@@ -200,7 +204,8 @@ REASONS = [
     (GOOD | {"chosen": ""}, "empty_answer"), (GOOD | {"chosen": None}, "empty_answer"),
     (GOOD | {"chosen": []}, "empty_answer"),
     (GOOD | {"rejected": float("nan")}, "empty_answer"), (GOOD | {"rejected": [A(" ")]}, "empty_answer"),
-    (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes, I  do"}, "identical_answers"),
+    (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes,\n I do\n"}, "identical_answers"),
+    (GOOD | {"rejected": "[{'role': 'user', 'content': 'Hm"}, "messages_as_text"),
 ]  # fmt: skip
 
 
