@@ -150,7 +150,7 @@ class Run:
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
         self._check_data(digest.hexdigest())
         self._write("data_report.json", data_report(self, pairs, digest.hexdigest()))
-        self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
+        self.show(f"{str(self.report).capitalize()}. {data.about_split(train, tested)}")
         for note in self.report.notes():
             self.show(note)
         return self.report

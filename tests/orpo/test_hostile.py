@@ -39,8 +39,8 @@ def read_alone(path):
 
 BOMBS = {
     "one line.jsonl.gz": (b'{"prompt": "' + b"a" * MUCH, "line 1 is longer than 4 MiB"),
-    "one cell.csv.gz": (b'prompt,chosen\n"' + b"a\n" * (MUCH // 2), "field larger than field limit"),
-    "one header.csv.gz": (b"a," * (MUCH // 2), "longer than 4 MiB|field"),
+    "one cell.csv.gz": (b'prompt,chosen\n"' + b"a\n" * (MUCH // 2), "unpacks to more than 256 MiB"),
+    "one header.csv.gz": (b"a," * (MUCH // 2), "unpacks to more than 256 MiB"),
     "a list.json.gz": (b"[" + b"[]," * (MUCH // 3), "a JSON list may have 256 MiB|unpacks to more than"),
     "small lists.json.gz": (b"[" + b"[]," * (50 * 2**20) + b"[]]", "1,024 MiB of memory at once"),
 }
@@ -62,6 +62,15 @@ def test_an_archive_may_unpack_to_a_hundred_times_its_size_and_no_more(tmp_path,
     monkeypatch.setattr(limits, "WHOLE", 2**19)
     with pytest.raises(UserError, match="unpacks to more than 0 MiB"):
         list(open_rows(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_a_cell_or_a_line_of_a_table_that_is_longer_than_a_row_may_be_is_one_sentence(tmp_path):
+    path = tmp_path / "a.csv"
+    head = b"prompt,chosen\n"
+    for content in (head + b'"' + b"a\n" * 2**22 + b'",b', head + b"a" * 2**23, b"a," * 2**22):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="longer than 4 MiB|field larger than field limit"):
+            list(open_rows(str(path)))
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
