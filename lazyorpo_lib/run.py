@@ -7,7 +7,6 @@ computed and where it is written; the parts do the computing.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import about_training, data_report, summarise
+from .results.words import BagOfWords, said
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
 
@@ -116,7 +116,7 @@ class Run:
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
         if not self.record:
             self.open()
-        s, pairs, digest = self.settings, PairFile(), hashlib.sha256()
+        s, pairs, words = self.settings, PairFile(), BagOfWords()
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
@@ -134,7 +134,7 @@ class Run:
                 for pair, encoded in encoded_pairs:
                     bar.update()
                     pairs.append(encoded)
-                    digest.update(pair.as_bytes())
+                    words.add(pair.chosen, pair.rejected)
                     yield pair
 
             encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
@@ -148,11 +148,11 @@ class Run:
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
-        self._check_data(digest.hexdigest())
-        self._write("data_report.json", data_report(self, pairs, digest.hexdigest()))
+        self.style, digest = words.accuracy(train, tested), self.report.digest.hexdigest()
+        self._check_data(digest)
+        self._write("data_report.json", data_report(self, pairs, digest))
         self.show(f"{str(self.report).capitalize()}. {data.about_split(train, tested)}")
-        for note in self.report.notes():
-            self.show(note)
+        self.show("\n".join(filter(None, [said(self.style), *self.report.notes()])))
         return self.report
 
     def _check_data(self, digest: str) -> None:

@@ -146,6 +146,9 @@ class Report:
     columns: dict = field(default_factory=dict)  # {column: what it was taken for}, of what was kept
     unused: dict = field(default_factory=dict)  # {column: None}
     templated: int = 0
+    digest: object = field(
+        default_factory=hashlib.sha256
+    )  # of the texts that are kept, by whoever encodes them
     said: dict = field(default_factory=dict)  # sentences of whoever read the rows
 
     @property
@@ -251,7 +254,7 @@ def held_out_of(total: int, eval_pairs: int | str) -> int:
 def about_split(train: Sequence, held_out: Sequence) -> str:
     """Say how many pairs train and are held out, and how well an accuracy on these is known."""
     points = (
-        f"; an accuracy on them is known to about ±{98 / math.sqrt(len(held_out)):.0f} points"
+        f"; an accuracy on them is known to about ±{min(50, 98 / math.sqrt(len(held_out))):.0f} points"
         if held_out
         else ""
     )

@@ -223,6 +223,7 @@ def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> t
             if isinstance(encoded, str):
                 report.drop(pair.index, encoded, pair)
             else:
+                report.digest.update(pair.as_bytes())
                 yield pair, encoded
         if 2 * encoder.cut > report.kept:
             given = f"max_tokens is {encoder.max_tokens} and overlong is truncate"
