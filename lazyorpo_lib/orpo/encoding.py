@@ -242,8 +242,7 @@ def check_model(pairs: PairFile, model) -> None:
     if pairs.highest >= vocabulary:
         why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"
         raise UserError(f"base_model does not go with its tokenizer: {why}; choose another base_model.")
-    places = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)
-              and re.search("pos|wpe", name)]  # fmt: skip
+    places = [part.weight for name, part in model.named_modules() if _is_place(name, part)]
     places += [table for name, table in model.named_buffers() if name.endswith("embed_positions")]
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     learned = min([len(table) for table in places] + ([most] if places and most else []), default=0)
@@ -252,3 +251,9 @@ def check_model(pairs: PairFile, model) -> None:
     if learned and longest > learned:
         why = f"a pair has {longest:,} tokens, but the model knows {learned:,} positions"
         raise UserError(f"base_model cannot read every pair: {why}; set max_tokens to {learned}.")
+
+
+def _is_place(name: str, part) -> bool:
+    """Tell whether a module holds learned positions of text, not those of pictures or sounds."""
+    learned = isinstance(part, torch.nn.Embedding) and re.match("pos|wpe|embed_pos", name.rpartition(".")[2])
+    return bool(learned) and not re.search("vis|image|audio|patch", name)

@@ -38,9 +38,12 @@ def missing(value) -> bool:
 def read(cell):
     """Give what a text holds that is a list or an object as JSON or as Python writes it; else the cell."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):
+        ways = (json.loads, ast.literal_eval)[
+            : 1 if len(cell) > 2**20 else 2
+        ]  # which takes 100 bytes for one
+        for parse in ways:
             try:
-                found = read(cell.strip())
+                found = parse(cell.strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
             return found if isinstance(found, list | dict) else cell
@@ -83,6 +86,8 @@ def _unmapped(cell):
 
 
 def _are_messages(found) -> bool:
+    if isinstance(found, dict) and str(found.get("role", found.get("from"))).lower() in ("user", "human"):
+        return False  # an answer, or a question, about a message
     items = [found] if isinstance(found, dict) else found
     names = [{"role", "content"}, {"from", "value"}]
     return all(isinstance(item, dict) and any(pair <= item.keys() for pair in names) for item in items)

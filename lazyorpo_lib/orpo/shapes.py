@@ -176,6 +176,13 @@ def _winner(row: _Row, sides) -> int:
             row.mark(name, "label")
             votes.append(vote)
             break
+    flags = {core(s, {"winner", "model"}): name for s, name in names.items() if s.startswith("winner_")}
+    for side in (
+        [*tokens, "tie"] if set(tokens) <= flags.keys() else ()
+    ):  # winner_model_a: 1, winner_model_b: 0
+        if side in flags and str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"):
+            votes.append(tokens.index(side) if side in tokens else side)
+        row.used |= {flags[side]: "label"} if side in flags else {}
     if not votes:
         raise BadRow("label_unclear" if labels or any(scores) else "unknown_shape")
     if "tie" in votes:
@@ -259,7 +266,9 @@ def _prompt(row: _Row) -> tuple[str, object]:
     before = set(row.used)
     cell = row.take("prompt", *tables.PROMPTS)
     name = next((n for n, part in row.used.items() if part == "prompt" and n not in before), "")
-    inner = next((n for n in ("messages", "prompt") if n in cell), None) if isinstance(cell, dict) else None
+    is_message = isinstance(cell, dict) and {"role", "from"} & cell.keys()
+    inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
+    inner = next((n for n in inside if n in cell), None) if isinstance(cell, dict) else None
     if inner:
         row.unknown |= {
             f"{name}.{n}" for n, c in cell.items() if n not in (inner, "tools") and not missing(c)

@@ -161,7 +161,7 @@ class Template:
     # A pair.
 
     def _pair(self, pair):
-        sides = [{"role": "assistant", "content": text} | more for text, more in pair.answers()]
+        sides = [_lone({"role": "assistant", "content": text} | more) for text, more in pair.answers()]
         form, before, after = self._around(pair.prompt, pair.tools)
         if any(map(self._is_rich, sides)):
             if found := self._rich(form, sides, pair.tools, before, after):
@@ -273,6 +273,14 @@ class Template:
             return body.removesuffix(after) + self._end(after)
         specials = list(self.special.finditer(body))
         return body[: specials[-1].end()] if specials else body.rstrip() + self._end("")
+
+
+def _lone(side) -> dict:
+    """Give an answer whose reasoning stands in its text and in a field with the text alone."""
+    found = _THOUGHT.fullmatch(side["content"]) if "reasoning_content" in side else None
+    if found and found[1].strip() != side["reasoning_content"].strip():
+        raise Unusable("reasoning")  # which of the two?
+    return {name: part for name, part in side.items() if not (found and name == "reasoning_content")}
 
 
 def tried(write, *given):

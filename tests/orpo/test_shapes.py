@@ -144,6 +144,22 @@ ROWS = {
         "model_b": "m2",
         "winner": "m2",
     },
+    "flags": {
+        "prompt": "Why?",
+        "response_a": "No",
+        "response_b": "Yes",
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+        "winner_tie": 0,
+    },
+    "WebGPT": {
+        "question": {"dataset": "own", "id": "x", "full_text": "Why?"},
+        "answer_0": "No",
+        "answer_1": "Yes",
+        "score_0": -1.0,
+        "score_1": 1.0,
+        "tokens_0": {"prefix": [1]},
+    },
     "a winner by its letter": {"prompt": "Why?", "response_a": "Yes", "response_b": "No", "winner": "A"},
     "a winner by its column": {"prompt": "Why?", "Answer 1": "No", "Answer 2": "Yes", "label": "answer_2"},
     "a chosen side": {"prompt": "Why?", "response_a": "No", "response_b": "Yes", "chosen": "B"},
@@ -389,3 +405,29 @@ def test_names_are_folded_alike_however_they_are_written():
         fold(name) for name in ("chosen response", "Chosen-Response", "chosenResponse", " CHOSEN_RESPONSE ")
     } == {"chosen_response"}
     assert fold("Response1") == fold("response_1") == "response_1"
+
+
+def test_an_answer_that_is_about_messages_stays_text():
+    about = '{"role": "user", "content": "Hi"}'
+    pair = to_pair(
+        0, {"prompt": "Write a message as JSON.", "chosen": about, "rejected": '{"role": "admin"}'}
+    )
+    assert (pair.chosen, pair.rejected) == (about, '{"role": "admin"}')
+
+
+DEEP = ["[" * 10**5, '{"role":' * 10**5, "[" + "-" * 10**5 + "1]", '[{"role": ' + "[" * 10**6]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=range(4))
+def test_text_that_is_nested_deep_is_text_or_refused(text):
+    for row in (
+        {"prompt": "Why?", "chosen": text, "rejected": "No"},
+        GOOD_AND | {"tools": text, "history": text},
+    ):
+        try:
+            to_pair(0, row)
+        except BadRow as bad:
+            assert str(bad) in ("messages_as_text", "malformed")
+
+
+GOOD_AND = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}

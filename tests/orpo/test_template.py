@@ -1,8 +1,11 @@
 """Templates of the shapes that public models have: no text of a pair is lost, none is there twice."""
 
+import itertools
+import random
 import re
 
 import pytest
+import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -231,6 +234,49 @@ def test_tools_and_what_they_answered_are_read():
     assert "of a “city”" in prompt and SPELLED in prompt and '{"rain": "4 mm"}' in prompt
 
 
+# ---- the rule, over talks of every kind
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_a_kept_pair_every_text_is_read_or_scored_once(shape):
+    rng, count, tokenizer = random.Random(shape), itertools.count(), tokenizer_of(SHAPES[shape])
+    encoder = Encoder(tokenizer, max_prompt_tokens=3000, max_tokens=6000)
+
+    def text():
+        outer = rng.choice(["", "", " ", "\n", "    "])
+        return f"{outer}text {next(count)} end{rng.choice(['', ' ', chr(10)])}"
+
+    def pair(index):
+        roles = rng.choice(
+            ["user", "system user", "user assistant user", "user user", "system user assistant user"]
+        )
+        prompt = [said(role, text()) for role in roles.split()]
+        more = [{}, {}]
+        for side in more:
+            side |= {"reasoning_content": text().strip()} if rng.random() < 0.3 else {}
+        answers = [
+            text() if rng.random() < 0.8 else f"<think>\n{text().strip()}\n</think>\n\n{text()}" for _ in more
+        ]
+        return Pair(index, tuple(prompt), *answers, chosen_with=more[0], rejected_with=more[1])
+
+    kept = 0
+    for made, found in encoder.encode(map(pair, range(300))):
+        if isinstance(found, str):
+            assert found in ("prompt_text_lost", "template_refuses", "reasoning")
+            continue
+        kept += 1
+        prompt = tokenizer.decode(found.prompt)
+        for turn in made.prompt:
+            assert prompt.count(turn["content"].strip()) == 1
+        for ids, (answer, more) in zip(found[2:], made.answers(), strict=True):
+            spoken = tokenizer.decode(ids)
+            for part in [*re.findall(r"text \d+ end", answer), *more.values()]:
+                assert spoken.count(part) == 1
+            assert (prompt + spoken).count("</think>") <= 1 + prompt[: prompt.rindex("end")].count("</think>")
+            assert spoken.endswith(("<|im_end|>", "<|return|>"))
+    assert kept > (20 if shape == "last turn alone" else 100)
+
+
 # ---- an answer is never changed
 
 
@@ -287,6 +333,8 @@ def test_pairs_beyond_a_models_positions_or_tokens_are_one_sentence(gpt2):
         check_model(filed([1] * 20, [2], [2] * 13), gpt2)
     with pytest.raises(UserError, match="writes token 200, but the model has 200"):
         check_model(filed([1], [200], [2]), gpt2)
+    gpt2.vision = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(4, 8)})
+    check_model(filed([1] * 20, [199] * 12, [2]), gpt2)
     small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     rotary = transformers.LlamaConfig(vocab_size=200, max_position_embeddings=32, **small)
     check_model(filed([1] * 99, [2], [3]), transformers.LlamaForCausalLM(rotary))
