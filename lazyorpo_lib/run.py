@@ -143,8 +143,8 @@ class Run:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
             raise UserError(
-                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): see "
-                f"{self.folder / 'dropped.jsonl'}."
+                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): "
+                f"{self.report.way_out()}see {self.folder / 'dropped.jsonl'}."
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)

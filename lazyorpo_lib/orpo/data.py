@@ -29,6 +29,13 @@ from .messages import BadRow as BadRow
 from .rows import open_rows as open_rows
 from .shapes import Pair, spread, to_pair
 
+TEMPLATE = "choose a base_model whose chat template has a place for that"
+WAYS_OUT = {  # what to do about rows that were dropped for such a reason
+    "overlong": "raise max_tokens and max_prompt_tokens, or set overlong=truncate",
+    **dict.fromkeys("tools tool_calls reasoning prompt_text_lost template_refuses".split(), TEMPLATE),
+    "prompts_differ": "let both answers follow the same conversation",
+    "messages_as_text": "export the lists of messages as .jsonl or .parquet",
+}
 MOST_COLUMNS = 500  # names that are told
 TEMPLATED = re.compile(  # what the templates of others leave in a text
     r"<\|im_(start|end)\|>|<\|(start|end)_header_id\|>|<\|eot_id\|>|<(start|end)_of_turn>|\[/INST\]|<</SYS>>"
@@ -190,6 +197,11 @@ class Report:
             "not_used": self.not_used(),
             "templated": self.templated,
         }
+
+    def way_out(self) -> str:
+        """Say what to do about the commonest reason for a drop."""
+        reasons = [reason for reason, _ in self.dropped.most_common(1)]
+        return "".join(f"{WAYS_OUT[reason]}; " for reason in reasons if reason in WAYS_OUT)
 
     def not_used(self) -> list[str]:
         """List the columns, and fields of messages, of kept rows that went nowhere."""

@@ -27,7 +27,7 @@ from ..folder import write_atomically
 from . import files, limits
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
-PLACES = ("", "/content", "/content/drive", "/content/drive/MyDrive", "/kaggle/input", "/workspace")
+PLACES = ("", "/", "/content", "/content/drive", "/content/drive/MyDrive", "/kaggle/input", "/workspace")
 DOWNLOAD = 2048 * limits.MIB
 _UNREADABLE = OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, limits.OverLimit
 _UNREADABLE += zipfile.BadZipFile, KeyError, RuntimeError  # a zip that is locked, a sheet without its parts

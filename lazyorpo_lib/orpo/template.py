@@ -26,7 +26,7 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-SECONDS = 20  # for all that is written of 64 pairs
+SECONDS = 10  # for all that is written of 64 pairs
 THINKING = {
     "enable_thinking": True,
     "thinking": True,

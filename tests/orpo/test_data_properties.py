@@ -1,7 +1,7 @@
 """Whatever the rows hold: nothing raises out of cleaning, every row is accounted for, and what is kept
 round-trips.
 
-30,100 generated cases; with PROPERTY_SCALE=10 in the environment ten times as many.
+27,100 generated cases; with PROPERTY_SCALE=10 in the environment ten times as many.
 """
 
 import datetime

@@ -6,7 +6,7 @@ import pytest
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.columns import fold
-from lazyorpo_lib.orpo.data import clean
+from lazyorpo_lib.orpo.data import Report, clean
 from lazyorpo_lib.orpo.shapes import BadRow, to_pair
 
 
@@ -431,3 +431,10 @@ def test_text_that_is_nested_deep_is_text_or_refused(text):
 
 
 GOOD_AND = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
+
+
+def test_the_commonest_reason_for_a_drop_has_its_way_out():
+    report = Report(read=9)
+    report.dropped.update(duplicate=1, reasoning=5, overlong=3)
+    assert report.way_out() == "choose a base_model whose chat template has a place for that; "
+    assert Report().way_out() == ""
