@@ -58,9 +58,10 @@ def memory(most: int = MEMORY):
 
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        now = min([used + most, *(limit for limit in before if limit != resource.RLIM_INFINITY)])
-        resource.setrlimit(resource.RLIMIT_AS, (now, before[1]))
+        found = resource.getrlimit(resource.RLIMIT_AS)
+        now = min([used + most, *(limit for limit in found if limit != resource.RLIM_INFINITY)])
+        resource.setrlimit(resource.RLIMIT_AS, (now, found[1]))
+        before = found
     try:
         yield
     except MemoryError:

@@ -96,7 +96,7 @@ def _found(dataset: str) -> Path | None:
 def _near(dataset: str) -> str:
     """Say which files are near by, those with the most similar names first."""
     found = {}
-    for place in map(Path, PLACES):
+    for place in (Path(place) for place in PLACES if place != "/"):
         with contextlib.suppress(OSError):
             listed = itertools.islice(itertools.chain(place.glob("*.*"), place.glob("*/*.*")), 1000)
             found |= {str(path): path.name for path in listed if files.reader_of(path)}

@@ -360,3 +360,16 @@ def test_a_text_that_no_limit_could_hold_is_not_even_tokenized(monkeypatch):
     monkeypatch.setattr(encoder, "_ids", lambda *given, **named: pytest.fail("it was"))
     ((_, found),) = encoder.encode([Pair(0, (said("user", "Hi"),), "a" * 10**5, "b")])
     assert found == "overlong"
+
+
+def test_the_digest_is_of_the_texts_and_not_of_what_a_clock_wrote():
+    rows = [(n, {"prompt": f"Why {n}?", "chosen": "Because.", "rejected": "No."}) for n in range(3)]
+
+    def read(clock, rows=rows):
+        encoder = Encoder(tokenizer_of(SHAPES["date"]), max_prompt_tokens=200, max_tokens=400, clock=clock)
+        pairs, report = encode_rows(rows, encoder)
+        return [encoded for _, encoded in pairs], report.digest.hexdigest()
+
+    (first, one), (second, other) = read(10**9), read(10**9 + 3 * 86400)
+    assert one == other and [pair.prompt for pair in first] != [pair.prompt for pair in second]
+    assert read(10**9, [(n, row | {"chosen": "So."}) for n, row in rows])[1] != one
