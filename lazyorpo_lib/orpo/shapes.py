@@ -346,6 +346,8 @@ def _checked(pair: Pair) -> Pair:
             json.dumps([pair.prompt, pair.answers(), pair.tools], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise BadRow("invalid_text") from None
+    except (TypeError, ValueError, RecursionError):  # tools or calls that are no JSON
+        raise BadRow("malformed") from None
     if not pair.prompt or missing(pair.prompt[-1]["content"]) and pair.prompt[-1]["role"] != "tool":
         raise BadRow("empty_prompt")
     if pair.prompt[-1]["role"] not in ("user", "tool") or not any(t["role"] == "user" for t in pair.prompt):

@@ -289,6 +289,8 @@ def tried(write, *given):
         return write(*given)
     except Unusable as why:
         return str(why)
+    except RecursionError:  # tools that are nested deeper than anybody reads
+        return "template_refuses"
 
 
 def _merged(messages) -> list[dict]:

@@ -430,6 +430,18 @@ def test_text_that_is_nested_deep_is_text_or_refused(text):
             assert str(bad) in ("messages_as_text", "malformed")
 
 
+DEEP_CALL = json.loads('{"a":' * 900 + "1" + "}" * 900)
+
+
+@pytest.mark.parametrize("arguments", [{(1, 2): 3}, {b"a": 1}, DEEP_CALL], ids=range(3))
+def test_a_call_that_is_no_json_is_a_reason(arguments):
+    call = [{"function": {"name": "f", "arguments": arguments}}]
+    row = GOOD_AND | {"chosen": [turn("assistant", "Yes", tool_calls=call)]}
+    for said in (row, row | {"chosen": [turn("assistant", "Yes", tool_calls=str(call))]}):
+        _, report, dropped = cleaned([GOOD_AND | {"prompt": "Hm?"}, said])
+        assert report.read == 2 and report.kept + len(dropped) == 2
+
+
 GOOD_AND = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
 
 

@@ -228,6 +228,14 @@ def test_a_template_without_tools_refuses_them_by_name(shape):
     assert written(shape, "Rain?", tools=TOOL) == "tools"
 
 
+def test_a_call_that_is_nested_deep_is_refused():
+    deep = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": deep}}]}
+    assert written("tools", "Rain?", chosen_with=call) in ("template_refuses", "tool_calls")
+
+
 def test_tools_and_what_they_answered_are_read():
     result = said("tool", '{"rain": "4 mm"}', name="weather")
     prompt, *_ = written("tools", "Rain?", said("assistant", "", **CALL), result, tools=TOOL)
