@@ -6,7 +6,6 @@ computed and where it is written; the parts do the computing.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -21,13 +20,14 @@ from .errors import UserError, explain_disk, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
-from .orpo.encoding import Encoder, PairFile, Subset, encode_rows, prepare_tokenizer
+from .orpo.encoding import Encoder, PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import Spent, about_training, data_report, summarise
+from .results.words import BagOfWords, said
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
 from .stages import Staged, stage
@@ -43,7 +43,7 @@ class Run(Staged):
 
     MAKES = {
         "open": ("machine", "dtype", "finished", "record"),
-        "load_pairs": ("tokenizer", "encoder", "report", "train_pairs", "eval_pairs", "texts"),
+        "load_pairs": ("tokenizer", "encoder", "report", "train_pairs", "eval_pairs", "texts", "style"),
         "load_model": ("model", "trainer", "plan", "method"),
         "train": ("plot", "spent", "stopped", "interrupted"),
         "finish": (),
@@ -106,6 +106,7 @@ class Run(Staged):
             self.record |= {name: older[name] for name in ("version", "base") if name in older}
         if self.record["version"] != __version__:
             self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
+        self.record["clock"] = older.get("clock") or time.time()  # what a chat template is told as the time
         self._write("settings.json", self.record)
         if self.finished:
             folders.release(self.folder)
@@ -126,16 +127,16 @@ class Run(Staged):
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
         if "record" not in vars(self):
             self.open()
-        s, pairs, digest = self.settings, PairFile(), hashlib.sha256()
+        s, pairs, words = self.settings, PairFile(), BagOfWords()
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
-        limits = dict(max_prompt_tokens=s.max_prompt_tokens, max_tokens=s.max_tokens, overlong=s.overlong)
-        self.encoder = Encoder(self.tokenizer, **limits)
+        limits = {name: getattr(s, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
+        self.encoder = Encoder(self.tokenizer, **limits, clock=self.record["clock"])
         rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
         draft = self.folder / "dropped.jsonl.tmp" if self.main and not self.finished else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
-        with open(draft, "w", encoding="utf-8") as dropped, bar:
+        with open(draft, "w", encoding="utf-8", errors="backslashreplace") as dropped, bar:
 
             def write(row: dict) -> None:
                 dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -144,26 +145,29 @@ class Run(Staged):
                 for pair, encoded in encoded_pairs:
                     bar.update()
                     pairs.append(encoded)
-                    digest.update(repr(encoded).encode())
+                    words.add(pair.chosen, pair.rejected)
                     yield pair
 
             encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
             train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
-        digest = digest.hexdigest()
+        digest = self.report.digest.hexdigest()
         older = self._read("data_report.json").get("digest")
         anew = self._keep_to("dataset", s.dataset, older, digest) and self.main
         if anew:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
             raise UserError(
-                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): see "
-                f"{self.folder / 'dropped.jsonl'}."
+                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): "
+                f"{self.report.way_out()}see {self.folder / 'dropped.jsonl'}."
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
+        self.style = words.accuracy(train, tested)
         if anew:
             self._write("data_report.json", data_report(self, pairs, digest))
-        self.show(f"{str(self.report).capitalize()}. {len(train):,} to train on, {len(tested):,} held out.")
+        self.show(f"{str(self.report).capitalize()}. {data.about_split(train, tested)}")
+        for note in filter(None, [said(self.style), *self.report.notes()]):
+            self.show(note)
         return self.report
 
     def _keep_to(self, what: str, name: str, older: str | None, now: str) -> bool:
@@ -222,6 +226,7 @@ class Run(Staged):
         if device == "cuda":  # FSDP takes each process's part from the CPU: one may not hold the whole
             device = "cpu" if self.sharded else f"cuda:{accelerator.local_process_index}"
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
+        check_model(self.train_pairs.dataset, self.model)
         self.trainer = OrpoTrainer(
             self.model,
             s,
@@ -332,8 +337,7 @@ class Run(Staged):
         self.trainer.carried = self.spent.totals()
 
     def _mirror(self) -> None:
-        """Copy what is complete to Google Drive, where that was chosen; training stays on the local disk."""
-        if self.drive:
+        if self.drive:  # training stays on the local disk
             drive.mirror(self.folder, self.drive)
 
     # The end.
@@ -355,8 +359,7 @@ class Run(Staged):
         repo = self.settings.hub_repo
         if self.finished and repo not in ("", summary.get("pushed_to")):
             self.show(f"Pushed to {share.push(self.folder, repo)} (private unless it existed).")
-            summary["pushed_to"] = repo
-            self._write("summary.json", summary)
+            self._write("summary.json", summary | {"pushed_to": repo})
         folders.release(self.folder)  # who only looks at it holds up nobody
         return summary
 

@@ -33,7 +33,9 @@ class Settings:
         "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
     )
     dataset: str = _setting(
-        "demo", "pairs: demo, a hub id (id:split, id:config:split) or a .jsonl/.json/.csv/.parquet file"
+        "demo",
+        "pairs: demo, a hub id (id:split, id:config:split), a file (.jsonl, .csv, .parquet, .xlsx …), its "
+        "https address, or in a notebook a list of dicts or a DataFrame",
     )
     epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
     learning_rate: float = _setting(
@@ -65,7 +67,7 @@ class Settings:
         "drop truncate", "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)"
     )
     columns: str = _setting(
-        "", "column mapping, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
+        "", "which column is what, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
     )
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", 1, 65536)
     tokens_per_batch: int = _setting(
@@ -91,7 +93,9 @@ class Settings:
         0.0, "stop and save after this many minutes of training; 0: no limit", 0, 10**6
     )
     max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", 0, 10**9)
-    eval_pairs: int = _setting(64, "pairs held out for evaluation; 0: none", 0, 10**6)
+    eval_pairs: int = _setting(
+        "auto", "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6
+    )
     eval_every_steps: int = _setting(
         0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", 0, 10**8
     )
@@ -159,7 +163,7 @@ PRESETS = {
     "colab-t4": dict(
         base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora",
         learning_rate=5e-5, or_weight=0.25, max_pairs=6000, max_tokens=1024, max_prompt_tokens=512,
-        warmup_steps=10, eval_pairs=64, save_every_steps=50,
+        warmup_steps=10, save_every_steps=50,
     ),
     "phi2-article": dict(
         base_model="microsoft/phi-2", dataset="argilla/dpo-mix-7k", method="full", epochs=1.0,

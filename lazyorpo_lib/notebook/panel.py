@@ -4,10 +4,15 @@ The only module that imports ipywidgets; where that is absent or broken the pane
 its source. It starts no training, and knows no type and no limit: `settings.coerce` does.
 """
 
+import contextlib
 from collections.abc import Callable
 from html import escape
+from pathlib import Path
 
 from ..errors import UserError, without_secrets
+from ..marker import write_atomically
+from ..orpo.files import reader_of
+from ..orpo.rows import ENDINGS, written
 from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
 
 try:
@@ -100,6 +105,9 @@ class Panel:
     def _changed_in_cell(self) -> dict:
         """Give the cell's values that are not defaults. An edit gives way to a later change of the cell."""
         edits, seen, changed = self.memory["edits"], self.memory["seen"], {}
+        if not isinstance(rows := self.namespace.get("dataset", ""), str | Path):
+            with contextlib.suppress(UserError):  # `coerce` says what it must be
+                self.namespace["dataset"] = written(rows)  # dataset = my_rows
         for name in FIELDS.keys() & self.namespace.keys():
             now, default = _mark(name, self.namespace[name]), _mark(name, DEFAULTS[name])
             if seen.get(name, default) != now:
@@ -141,8 +149,29 @@ class Panel:
             groups.set_title(i, title)
         button = w.Button(description="Reset", tooltip="Forget the edits made here")
         button.on_click(lambda _: self.reset())
+        upload = w.FileUpload(description="Upload pairs", multiple=False)
+        upload.observe(lambda change: self.take_upload(change["new"]), names="value")
         self._refresh()
-        return w.VBox([rows(FIRST), groups, self.status, button])
+        return w.VBox([rows(FIRST), groups, self.status, upload, button])
+
+    def take_upload(self, value) -> None:
+        """Write an uploaded file beside the notebook and make it the dataset.
+
+        Args:
+            value: what FileUpload has: ({"name", "content"}, …) in ipywidgets 8, {name: {"content"}} in 7.
+        """
+        files = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
+        for name, file in files:
+            path = Path(Path(name.replace("\\", "/")).name)
+            if not reader_of(path):
+                why = f"The upload {path.name!r} is no table of pairs: give a file that is {ENDINGS}."
+            elif path.exists() and path.read_bytes() != bytes(file["content"]):
+                why = f"A file {path.name!r} is here already, and is another one: rename the one you upload."
+            else:
+                write_atomically(path, bytes(file["content"]))
+                self.edit("dataset", path.name)
+                continue
+            self.status.value = f'<b style="color:#D55E00">{escape(why)}</b>'
 
     def _make(self, kind, **options):
         """Make a widget that shares its style, as its layout: each of them is saved with the notebook."""

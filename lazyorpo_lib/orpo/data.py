@@ -1,21 +1,16 @@
-"""Preference rows of any common shape -> clean pairs; every dropped row counted and kept.
+"""Rows -> clean pairs; every dropped row counted and kept, every column that was not used named.
 
-`open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs, `split_held_out` parts them. No
-tokenizer: what is too long in tokens is for the caller to `report.drop`. Nothing is repaired: a row is kept,
-but for white space around its answers, or dropped with a reason. Text is never parsed as JSON.
+`open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs (see shapes.py), `split_held_out`
+parts them. No tokenizer: what is too long, or lost in a template, is for the caller to drop. Nothing is
+repaired: a row is kept as it is, or dropped with a reason.
 
-Where the prompt may be; none of this has to be said (`Pair.shape` names what was found):
-- messages: inside `chosen` and `rejected`, which are message lists; it wins over any prompt column
-- transcript: inside both answers, each a `\\n\\nHuman: … \\n\\nAssistant: …` text (Anthropic HH)
-- conversations: a list of the turns so far
-- prompt, instruction, question, query, input: text or messages; `input`, `context` go below all but `prompt`
-Messages are role/content or from/value. A `system` or `system_prompt` column is used where they have no
-system turn. Answers are text, one message or a list of them, called as in ANSWERS, the better one first.
-
-Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), prompts_differ,
-empty_prompt, no_user_turn (the prompt does not end with the user), no_answer (a side does not end with the
-assistant), empty_answer, identical_answers (white space apart), duplicate (the same pair was kept before),
-contradiction (the same answers are also ranked the other way round: all go). The caller adds its own.
+Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), messages_as_text
+(a list of messages as text that cannot be read), image_part, audio_part, video_part, file_part, document_part
+and unknown_part (of a content that is a list), label_unclear (which of two answers is better), tie,
+prompts_differ, empty_prompt, no_user_turn (the prompt ends neither with the user nor with what a tool said),
+no_answer (a side does not end with the assistant), empty_answer, identical_answers (white space around them
+apart), duplicate (the same pair was kept before), contradiction (the same answers are also ranked the other
+way round: all go). The caller adds its own.
 """
 
 import dataclasses
@@ -27,37 +22,27 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from ..errors import UserError
+from .columns import advise, at, parse_columns
+from .messages import BadRow as BadRow
 from .rows import open_rows as open_rows
+from .shapes import Pair, spread, to_pair
 
-PROMPTS = ("conversations", "prompt", "instruction", "question", "query", "input")
-ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"))
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
+TEMPLATE = "choose a base_model whose chat template has a place for that"
+WAYS_OUT = {  # what to do about rows that were dropped for such a reason
+    "overlong": "raise max_tokens and max_prompt_tokens, or set overlong=truncate",
+    **dict.fromkeys("tools tool_calls reasoning prompt_text_lost template_refuses".split(), TEMPLATE),
+    "prompts_differ": "let both answers follow the same conversation",
+    "messages_as_text": "export the lists of messages as .jsonl or .parquet",
+}
+MOST_COLUMNS = 500  # names that are told
+TEMPLATED = re.compile(  # what the templates of others leave in a text
+    r"<\|im_(start|end)\|>|<\|(start|end)_header_id\|>|<\|eot_id\|>|<(start|end)_of_turn>|\[/INST\]|<</SYS>>"
+    r"|<\|(user|assistant|system|end|endoftext|end_of_text)\|>|<｜(User|Assistant)｜>"
+)
+LONGEST = 2**16  # characters of a text in dropped.jsonl
 FIRST_ROWS = 100  # one of so many must be in a known shape
-MAPPING = "set columns to 'prompt=…,chosen=…,rejected=…' (and ',system=…') with this dataset's column names"
-
-
-class Message(TypedDict):
-    role: str  # system, user or assistant
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt, ending with a user turn, and its two answers."""
-
-    index: int  # the row's number in the dataset, from 0
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    shape: str = field(default="", compare=False)
-
-
-class BadRow(Exception):
-    """A row that cannot be a pair; its text is the reason."""
 
 
 def clean(
@@ -81,12 +66,12 @@ def clean(
     """
     if iter(rows) is rows:
         raise TypeError("rows are read twice: pass something that can be iterated again")
-    mapping, report = parse_columns(columns), Report(on_drop=on_drop)
+    mapping, report = parse_columns(columns), Report(on_drop=on_drop, said=getattr(rows, "notes", {}))
     return _keep(rows, mapping, _contradicted(rows, mapping), report), report
 
 
 def _judged(rows, mapping):  # (index, row, pair, ""), or (index, row, None, reason)
-    for index, row in rows:
+    for index, row in spread(rows, mapping):
         try:
             pair, reason = to_pair(index, row, mapping), ""
         except BadRow as bad:
@@ -126,12 +111,12 @@ def _check_shape(first, mapping):
     names = list(dict.fromkeys(name for row, _ in rows for name in row))
     named = ", ".join(repr(json_safe(name)) for name in names[:40])
     found = f"the columns found are {named or 'none, for its rows are not objects'}"
-    for name, column in mapping.items():
-        if column not in names:
-            raise UserError(f"columns says {name}={column}, but {found}; {MAPPING}.")
-    if all(reason == "unknown_shape" for _, reason in rows):
+    for name, path in mapping.items():
+        if name != "margin" and rows and all(at(row, path) is None for row, _ in rows):
+            raise UserError(f"columns says {name}={path}, but {found}: write one of these.")
+    if all(reason in ("unknown_shape", "label_unclear") for _, reason in rows):
         start = f"None of the first {len(first)} rows is a pair of a known shape"
-        raise UserError(f"{start}: {found}; {MAPPING}.")
+        raise UserError(f"{start}: {found}; {advise(rows)}.")
 
 
 def _hash(text):
@@ -140,141 +125,17 @@ def _hash(text):
 
 def _digest(pair):
     """Give the prompt with its two answers in either order as 16 bytes; and which of the two orders it is."""
-    chosen, rejected = _hash(pair.chosen).hex(), _hash(pair.rejected).hex()
+    sides = [_hash(text.strip() + repr(more or "")).hex() for text, more in pair.answers()]
     turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
-    return _hash("".join([*sorted((chosen, rejected)), *turns])), chosen < rejected
+    return _hash("".join([*sorted(sides), *turns, repr(pair.tools or "")])), sides[0] < sides[1]
 
 
 def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[Pair]:
     """Give the rows with these indexes as pairs, in that order; reads the rows up to the last of them."""
     wanted, mapping = set(indexes), parse_columns(columns)
-    found = ((index, to_pair(index, row, mapping)) for index, row in rows if index in wanted)
+    found = ((i, to_pair(i, row, mapping)) for i, row in spread(rows, mapping) if i in wanted)
     pairs = dict(itertools.islice(found, len(wanted)))
     return [pairs[index] for index in indexes]
-
-
-def parse_columns(columns: str) -> dict[str, str]:
-    """Read "prompt=a,chosen=b,rejected=c[,system=d]"; "" is {}, all else a UserError."""
-    mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
-    known = mapping.keys() <= {"prompt", "chosen", "rejected", "system"} <= mapping.keys() | {"system"}
-    if columns.strip() and not (known and len(mapping) == columns.count("=") == columns.count(",") + 1):
-        why = "which is no mapping of prompt, chosen and rejected"
-        raise UserError(f"columns is {columns!r}, {why}: {MAPPING}.")
-    return mapping
-
-
-# ---- one row -> one pair
-
-
-def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
-    """Turn a row of any shape into a pair; `columns` as from `parse_columns`. Raises BadRow(reason)."""
-    if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than columns
-        raise BadRow("malformed")
-    if columns:
-        row = {name: row[column] for name, column in columns.items() if column in row}
-    names = next((names for names in ANSWERS if names[0] in row and names[1] in row), None)
-    if names is None:
-        raise BadRow("unknown_shape")
-    answers = [row[name] for name in names]
-    shape, given = _given(row)
-    if all(map(_is_transcript, answers)) and (not given or _is_transcript(row[shape])):
-        inside, sides = "transcript", [_transcript(text) for text in answers]
-    else:
-        inside, sides = "messages", [_turns(answer, "assistant") for answer in answers]
-    if not all(sides):
-        raise BadRow("empty_answer")
-    if any(side[-1]["role"] != "assistant" for side in sides):
-        raise BadRow("no_answer")
-    head, other = sides[0][:-1], sides[1][:-1]
-    if head != other:
-        raise BadRow("prompts_differ")
-    if not head and not any(name in row for name in PROMPTS):
-        raise BadRow("unknown_shape")
-    shape = inside if any(turn["role"] == "user" for turn in head) else shape
-    chosen, rejected = (side[-1]["content"].strip() for side in sides)
-    return _checked(Pair(index, _joined(row, head, given), chosen, rejected, shape))
-
-
-def _given(row):
-    """Give the name of the prompt column and its turns, whatever the answers may hold themselves."""
-    name = next((name for name in PROMPTS if not _missing(row.get(name))), "")
-    turns = _turns(row.get(name), "user")
-    if name in PROMPTS[2:] and turns:
-        below = [row.get(extra) for extra in ("input", "context") if extra != name]
-        below = [text for text in below if isinstance(text, str) and text.strip()]
-        turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *below])
-    return name, turns
-
-
-def _joined(row, head, given):
-    """Join the turns inside the answers, the prompt column and the system column; nothing twice."""
-    system = next((row[name] for name in ("system", "system_prompt") if not _missing(row.get(name))), None)
-    system = _turns(system, "system") or [turn for turn in given[:1] if turn["role"] == "system"]
-    turns = head + given
-    if any(turn["role"] == "user" for turn in head):
-        turns = given if given[-len(head) :] == head else head
-    if not any(turn["role"] == "system" for turn in turns):
-        turns = system + turns
-    return tuple(turn for turn in turns if turn["role"] != "system" or turn["content"].strip())
-
-
-def _checked(pair):
-    try:
-        "".join([pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)]).encode()
-    except UnicodeEncodeError:
-        raise BadRow("invalid_text") from None
-    if not pair.prompt or not pair.prompt[-1]["content"].strip():
-        raise BadRow("empty_prompt")
-    if pair.prompt[-1]["role"] != "user":
-        raise BadRow("no_user_turn")
-    if not pair.chosen or not pair.rejected:
-        raise BadRow("empty_answer")
-    if pair.chosen.split() == pair.rejected.split():
-        raise BadRow("identical_answers")
-    return pair
-
-
-def _missing(value):
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or isinstance(value, float) and math.isnan(value)
-
-
-def _turns(cell, role):
-    """Give a cell as messages: text is one turn of `role`, unless it is the prompt of a transcript."""
-    if _missing(cell):
-        return []
-    if isinstance(cell, str):
-        if role == "user" and _is_transcript(cell) and cell.rstrip().endswith("\n\nAssistant:"):
-            return _transcript(cell)[:-1]
-        return [Message(role=role, content=cell)]
-    if not isinstance(cell, dict | list | tuple):
-        raise BadRow("malformed")
-    return [_message(item) for item in ([cell] if isinstance(cell, dict) else cell)]
-
-
-def _message(item):
-    if not isinstance(item, dict):
-        raise BadRow("malformed")
-    # a table that mixes both styles holds all four names in each message, two of them null
-    role = item["role"] if item.get("role") is not None else item.get("from")
-    content = item["content"] if item.get("content") is not None else item.get("value")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRow("malformed")
-    if role.strip().lower() not in ROLES:
-        raise BadRow("unknown_role")
-    return Message(role=ROLES[role.strip().lower()], content=content)
-
-
-def _is_transcript(cell):
-    return isinstance(cell, str) and cell.lstrip().startswith("Human:") and "\n\nAssistant:" in cell
-
-
-def _transcript(text):
-    _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
-    who = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [Message(role=who[name], content=said.strip()) for name, said in turns]
 
 
 # ---- the account of what was read
@@ -289,6 +150,13 @@ class Report:
     dropped: Counter = field(default_factory=Counter)
     shapes: Counter = field(default_factory=Counter)
     longer: int = 0
+    columns: dict = field(default_factory=dict)  # {column: what it was taken for}, of what was kept
+    unused: dict = field(default_factory=dict)  # {column: None}
+    templated: int = 0
+    digest: object = field(
+        default_factory=hashlib.sha256
+    )  # of the texts that are kept, by whoever encodes them
+    said: dict = field(default_factory=dict)  # sentences of whoever read the rows
 
     @property
     def kept(self) -> int:
@@ -303,6 +171,11 @@ class Report:
         """Put a pair into the figures of what is kept; -1 takes it out again."""
         self.shapes[pair.shape] += sign
         self.longer += sign * (len(pair.chosen) > len(pair.rejected))
+        texts = (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt))
+        self.templated += sign * any(map(TEMPLATED.search, texts))
+        if len(self.columns) + len(self.unused) < MOST_COLUMNS:
+            self.columns |= pair.used
+            self.unused |= dict.fromkeys(pair.unused)
 
     def drop(self, index: int, reason: str, row) -> None:
         """Count a dropped row and hand it to `on_drop`. A `Pair` had been kept, and goes after all."""
@@ -320,7 +193,36 @@ class Report:
             "dropped": dict(self.dropped.most_common()),
             "chosen_longer": self.chosen_longer,
             "shapes": {shape: rows for shape, rows in self.shapes.items() if rows},
+            "columns": json_safe(self.columns),
+            "not_used": self.not_used(),
+            "templated": self.templated,
         }
+
+    def way_out(self) -> str:
+        """Say what to do about the commonest reason for a drop."""
+        reasons = [reason for reason, _ in self.dropped.most_common(1)]
+        return "".join(f"{WAYS_OUT[reason]}; " for reason in reasons if reason in WAYS_OUT)
+
+    def not_used(self) -> list[str]:
+        """List the columns, and fields of messages, of kept rows that went nowhere."""
+        return [json_safe(name) for name in self.unused if name not in self.columns]
+
+    def notes(self) -> list[str]:
+        """Say what was taken for what, what was not, and what looks wrong: one sentence each."""
+        parts: dict[str, list] = {"prompt": [], "chosen": [], "rejected": []}
+        for column, part in self.columns.items():
+            parts.setdefault(part, []).append(repr(json_safe(column)))
+        taken = "; ".join(f"{part} from {' and '.join(names[:9])}" for part, names in parts.items() if names)
+        said = [*self.said, *([f"Columns: {taken}."] if taken else [])]
+        if names := self.not_used():
+            more = f" and {len(names) - 20} more" * (len(names) > 20)
+            said.append(f"Not used: {', '.join(map(repr, names[:20]))}{more}.")
+        if self.templated:
+            why = (
+                "went through a chat template before, and is read as plain text: give the messages themselves"
+            )
+            said.append(f"{self.templated:,} of {self.kept:,} pairs hold text that {why}.")
+        return said
 
     def __str__(self) -> str:
         lost = [f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in self.dropped.most_common()]
@@ -328,16 +230,20 @@ class Report:
 
 
 def json_safe(value, depth: int = 50):
-    """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named."""
+    """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named, what
+    is longer than LONGEST cut."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        cut = f"… ({len(value):,} characters)" * (len(value) > LONGEST)
+        return value[:LONGEST].encode("utf-8", "backslashreplace").decode() + cut
     if isinstance(value, bytes | bytearray):
-        return value.decode("utf-8", "backslashreplace")
+        return json_safe(value.decode("utf-8", "backslashreplace"))
     is_int = isinstance(value, int) and abs(value) < 2**63
     if value is None or is_int or isinstance(value, float) and math.isfinite(value):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        empty = ((), {}, None)
+        value = {name: v for name, v in value.items() if v not in empty and name not in ("used", "unused")}
     if isinstance(value, dict | list | tuple | set | frozenset):
         if not depth:
             return f"<{type(value).__name__}>"
@@ -350,19 +256,36 @@ def json_safe(value, depth: int = 50):
         return f"<{type(value).__name__}>"
 
 
-def split_held_out(pairs: Iterable[Pair], eval_pairs: int, seed: int) -> tuple[list[int], list[int]]:
+def held_out_of(total: int, eval_pairs: int | str) -> int:
+    """Count the pairs of `total` that are held out: at most a fifth; "auto" stops where an accuracy is known
+    to about 5 points (385 pairs), then goes on with a hundredth, to 2,000."""
+    wanted = max(385, min(total // 100, 2000)) if eval_pairs == "auto" else eval_pairs
+    return min(wanted, total // 5)
+
+
+def about_split(train: Sequence, held_out: Sequence) -> str:
+    """Say how many pairs train and are held out, and how well an accuracy on these is known."""
+    points = (
+        f"; an accuracy on them is known to about ±{min(50, 98 / math.sqrt(len(held_out))):.0f} points"
+        if held_out
+        else ""
+    )
+    return f"{len(train):,} to train on, {len(held_out):,} held out{points}."
+
+
+def split_held_out(pairs: Iterable[Pair], eval_pairs: int | str, seed: int) -> tuple[list[int], list[int]]:
     """Give the positions in `pairs` of training and held-out pairs, both ascending; no prompt is in both.
 
     Prompts (white space apart) are held out whole, in the order of a hash of (seed, prompt), so the same ones
-    are taken whatever the order of the rows: at most `eval_pairs` pairs, and at most a fifth of all. A prompt
-    with more pairs than there is room for is passed over.
+    are taken whatever the order of the rows, as many as `held_out_of` says. A prompt with more pairs than
+    there is room for is passed over.
     """
     groups: dict[bytes, list[int]] = {}
     for position, pair in enumerate(pairs):
         turns = [(turn["role"], turn["content"].split()) for turn in pair.prompt]
         groups.setdefault(_hash(json.dumps([seed, turns])), []).append(position)
     total = sum(map(len, groups.values()))
-    room, held_out = min(eval_pairs, total // 5), set()
+    room, held_out = held_out_of(total, eval_pairs), set()
     for _, positions in sorted(groups.items()):
         if len(positions) <= room - len(held_out):
             held_out.update(positions)

@@ -1,17 +1,16 @@
 """A pair -> token ids: what the model reads, what is scored, what is cut.
 
-Scored are the tokens of each answer and the token that ends it, nothing else. The chat template is the
-tokenizer's own; a base model without one gets `DEFAULT_TEMPLATE`. It drops no pair itself (it says why one
-cannot be used), and builds no batches.
+Scored are the tokens of each answer and the token that ends it, nothing else; `template.py` writes the text.
+It drops no pair itself (it says why one cannot be used), and builds no batches.
 """
 
-import contextlib
+import itertools
 import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,22 +18,8 @@ import torch
 from ..errors import UserError
 from . import data
 from .batching import EncodedPair
-
-# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
-# and its own end token after each assistant turn. It is saved with the trained model.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-_MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
-
-
-class Unusable(Exception):
-    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
+from .template import DEFAULT_TEMPLATE, Template, tried
+from .template import Unusable as Unusable
 
 
 def prepare_tokenizer(tokenizer) -> list[str]:
@@ -68,92 +53,71 @@ class Encoder:
         tokenizer: a transformers tokenizer, after `prepare_tokenizer`.
         max_prompt_tokens, max_tokens: longest prompt, and longest prompt plus answer, in tokens.
         overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens, never its end.
+        clock: seconds since 1970 that a chat template is told as the time; None: now.
     """
 
-    def __init__(self, tokenizer, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        overlong: str = "drop",
+        clock: float | None = None,
+    ):
         self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
         # Room for one answer token and its end.
         self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.template = Template(tokenizer, clock)
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self.cut = 0  # pairs of which an answer lost more than half of its tokens
 
-    def encode(self, pairs: Iterable, chunk: int = 64) -> Iterator[tuple[object, EncodedPair | str]]:
+    def encode(self, pairs: Iterable) -> Iterator[tuple[object, EncodedPair | str]]:
         """Encode pairs in order; yields (pair, EncodedPair), or (pair, reason) where it cannot be used."""
         pairs = iter(pairs)
-        while some := list(islice(pairs, chunk)):
-            begun = [_tried(self._texts, pair) for pair in some]
-            texts = [text for found in begun if isinstance(found, list) for text in found]
-            ids = iter(self._ids(texts) if texts else [])  # of all of them in one call
-            for pair, found in zip(some, begun, strict=True):
-                if isinstance(found, list):
-                    found = _tried(self._part, pair.index, *islice(ids, len(found)))
-                yield pair, found
+        while some := _some(pairs):
+            written = self.template.write_all(some)
+            whole = [self._texts(pieces) for pieces in written]
+            ids = iter(
+                self._ids(texts) if (texts := list(itertools.chain(*whole))) else []
+            )  # all in one call
+            for pair, pieces, own in zip(some, written, whole, strict=True):
+                if own:
+                    yield pair, tried(self._part, pair.index, *islice(ids, 3))
+                else:
+                    yield pair, pieces if isinstance(pieces, str) else tried(self._join, pair.index, pieces)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Give the tokens from which the model answers `messages`, cut from the left."""
-        before, _ = self._around_answer(messages)
-        ids = self._join(messages, before) if self._mentions_special(messages) else self._ids([before])[0]
-        return self._cut_prompt(ids)
+        return self._cut_prompt(self._of_pieces(self.template.prompt(messages)))
 
-    def _texts(self, pair) -> list[str] | EncodedPair:
-        """Give the prompt, and it with either answer, as texts; or the pair, if it names special tokens."""
-        before, end = self._around_answer(pair.prompt)
-        lead = before[len(before.rstrip(" ")) :]  # "[/INST] " + "Hi": the token of "Hi" has the space
-        before = before.removesuffix(lead)
-        answers = [lead + pair.chosen, lead + pair.rejected]
-        if not self._mentions_special(pair.prompt) and not any(map(self._special.search, answers)):
-            return [before, *(before + answer + end for answer in answers)]
-        ends = self._ids([end])[0]
-        chosen, rejected = (ids + ends for ids in self._ids(answers, as_text=True))
-        return self._finish(pair.index, self._join(pair.prompt, before), chosen, rejected)
+    def _texts(self, pieces) -> list[str]:
+        """Give the prompt, and it with either answer, as texts; [] where they name special tokens, or are
+        longer than any text that could be used."""
+        if isinstance(pieces, str) or any(len(part) > 1 or part[0][1] for part in pieces):
+            return []
+        before, chosen, rejected = (part[0][0] for part in pieces)
+        if self._too_long(before, chosen, rejected):
+            return []
+        return [before, before + chosen, before + rejected]
+
+    def _too_long(self, *texts: str) -> bool:
+        return self.overlong == "drop" and sum(map(len, texts)) > 3 * self.max_tokens * self._longest_token
 
     def _part(self, index: int, prompt: list[int], *wholes: list[int]) -> EncodedPair:
         return self._finish(index, prompt, *(self._after(prompt, whole) for whole in wholes))
 
+    def _join(self, index: int, pieces) -> EncodedPair:
+        if self._too_long(*(text for part in pieces for text, _ in part)):
+            raise Unusable("overlong")
+        return self._finish(index, *map(self._of_pieces, pieces))
+
+    def _of_pieces(self, pieces) -> list[int]:
+        return [i for text, own in pieces if text for i in self._ids([text], as_text=own)[0]]
+
     def _ids(self, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
         """Give token ids without anything added; `as_text` reads names of special tokens as plain text."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
-
-    def _mentions_special(self, messages) -> bool:
-        return any(self._special.search(m["content"]) for m in messages)
-
-    def _render(self, messages) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
-
-    def _around_answer(self, messages) -> tuple[str, str]:
-        """Give what the template puts before the answer to `messages`, and what ends it."""
-        mark, text = _MARK.format("answer"), ""
-        for form in (messages, _merged(messages)):
-            # Templates raise what they like at turns they do not know; the merged form is tried next.
-            with contextlib.suppress(Exception):
-                text = text or self._render([*form, {"role": "assistant", "content": mark}])
-        if text.count(mark) != 1:
-            raise Unusable("template_refuses")
-        before, after = text.split(mark)
-        if special := self._special.search(after):
-            return before, after[: special.end()]
-        if self.tokenizer.eos_token is None:
-            raise Unusable("no_end_token")
-        return before, self.tokenizer.eos_token
-
-    def _join(self, messages, before: str) -> list[int]:
-        """Give the ids of a prompt whose texts name special tokens: only the template's own count."""
-        answer = {"role": "assistant", "content": _MARK.format("answer")}
-        for form in (messages, _merged(messages)):
-            marks = [_MARK.format(i) for i in range(len(form))]
-            marked = [m | {"content": mark} for m, mark in zip(form, marks, strict=True)]
-            try:
-                around = self._render([*marked, answer])
-            except Exception:
-                continue
-            pieces = re.split(r"(lazyorpo\d+mark)", around.split(answer["content"])[0].rstrip(" "))
-            for clean in (str, str.strip):
-                texts = dict(zip(marks, (clean(m["content"]) for m in form), strict=True))
-                filled = [(texts.get(piece, piece), piece in texts) for piece in pieces]
-                if "".join(text for text, _ in filled) == before:
-                    return [i for text, own in filled if text for i in self._ids([text], as_text=own)[0]]
-        raise Unusable("special_token_text")
 
     def _after(self, prompt: list[int], whole: list[int]) -> list[int]:
         """Give the tokens of prompt + answer that are the answer's, given the tokens of the prompt alone."""
@@ -187,23 +151,20 @@ class Encoder:
                 raise Unusable("overlong")
             prompt = self._cut_prompt(prompt)
             room = self.max_tokens - len(prompt)
+            self.cut += max(len(chosen), len(rejected)) > 2 * room
             chosen, rejected = (a if len(a) <= room else [*a[: room - 1], a[-1]] for a in (chosen, rejected))
         if chosen == rejected:
             raise Unusable("identical_after_encoding")
         return EncodedPair(index, prompt, chosen, rejected)
 
 
-def _tried(encode, *given):
-    try:
-        return encode(*given)
-    except Unusable as why:
-        return str(why)
-
-
-def _merged(messages) -> list[dict]:
-    """Join turns for templates that know no system turn, or no two turns of one role."""
-    runs = groupby(messages, lambda message: "user" if message["role"] == "system" else message["role"])
-    return [{"role": role, "content": "\n\n".join(m["content"] for m in turns)} for role, turns in runs]
+def _some(pairs, most: int = 64, characters: int = 2**20) -> list:
+    """Give the next pairs, not many and not much."""
+    some, read = [], 0
+    while len(some) < most and read < characters and (pair := next(pairs, None)):
+        some.append(pair)
+        read += len(pair.chosen) + len(pair.rejected) + sum(len(turn["content"]) for turn in pair.prompt)
+    return some
 
 
 class PairFile:
@@ -211,13 +172,15 @@ class PairFile:
 
     def __init__(self):
         self._file, self._places, self.lengths = tempfile.TemporaryFile(), array("q"), array("q")
-        self._tokens = None
+        self._tokens, self.highest = None, 0  # the highest token
 
     def append(self, pair: EncodedPair) -> None:
         sides = pair.prompt, pair.chosen, pair.rejected
         self._places.extend([pair.index, self._file.tell() // 4, *map(len, sides)])
         self.lengths.append(pair.tokens())
-        self._file.write(np.concatenate(sides).astype(np.int32).tobytes())
+        ids = np.concatenate(sides).astype(np.int32)
+        self.highest = max(self.highest, int(ids.max()))
+        self._file.write(ids.tobytes())
 
     def lengths_of_sides(self) -> dict[str, np.ndarray]:
         """Count the tokens of each pair's prompt, chosen and rejected."""
@@ -250,7 +213,8 @@ def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> t
     """Clean rows, as `data.clean` does, and encode them.
 
     Returns:
-        an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest.
+        an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest. It raises
+        UserError where the limits cut most answers down to a stump.
     """
     cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
 
@@ -259,6 +223,37 @@ def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> t
             if isinstance(encoded, str):
                 report.drop(pair.index, encoded, pair)
             else:
+                report.digest.update(pair.as_bytes())
                 yield pair, encoded
+        if 2 * encoder.cut > report.kept:
+            given = f"max_tokens is {encoder.max_tokens} and overlong is truncate"
+            raise UserError(f"{given}: that cuts more than half of most answers away; raise max_tokens.")
 
     return kept(), report
+
+
+def check_model(pairs: PairFile, model) -> None:
+    """Refuse pairs with a token, or at a position, for which a loaded model has nothing.
+
+    Raises:
+        UserError: a token beyond its embeddings, or a pair beyond the positions that it learned.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if pairs.highest >= vocabulary:
+        why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"
+        raise UserError(f"base_model does not go with its tokenizer: {why}; choose another base_model.")
+    places = [part.weight for name, part in model.named_modules() if _is_place(name, part)]
+    places += [table for name, table in model.named_buffers() if name.endswith("embed_positions")]
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = min([len(table) for table in places] + ([most] if places and most else []), default=0)
+    sides = pairs.lengths_of_sides()
+    longest = int((sides["prompt"] + np.maximum(sides["chosen"], sides["rejected"])).max(initial=0))
+    if learned and longest > learned:
+        why = f"a pair has {longest:,} tokens, but the model knows {learned:,} positions"
+        raise UserError(f"base_model cannot read every pair: {why}; set max_tokens to {learned}.")
+
+
+def _is_place(name: str, part) -> bool:
+    """Tell whether a module holds learned positions of text, not those of pictures or sounds."""
+    learned = isinstance(part, torch.nn.Embedding) and re.match("pos|wpe|embed_pos", name.rpartition(".")[2])
+    return bool(learned) and not re.search("vis|image|audio|patch", name)

@@ -1,26 +1,37 @@
-"""A file or a hub dataset -> its rows, one at a time; `data.py` judges them.
+"""A dataset's name -> its rows, one at a time; `data.py` judges them.
 
-Files are read with the standard library (parquet with pyarrow), never whole, but for a .json that is one
-list. A hub dataset comes through `datasets`, with its cache; no code of a dataset is ever run.
+A file (see files.py), a folder of files, an https address of one, what a notebook holds in a variable, or a
+hub dataset, which comes through `datasets` with its cache; no code of a dataset is ever run.
 """
 
-import codecs
+import contextlib
 import csv
-import gzip
-import io
+import difflib
+import functools
+import hashlib
 import itertools
 import json
 import os
 import re
+import tempfile
+import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import UserError, dissect, explain_hub
+from ..marker import write_atomically
+from . import files, limits
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
-ENDINGS = ".jsonl, .json, .csv (or one of these with .gz) or .parquet"
+PLACES = ("", "/", "/content", "/content/drive", "/content/drive/MyDrive", "/kaggle/input", "/workspace")
+DOWNLOAD = 2048 * limits.MIB
+_UNREADABLE = OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, limits.OverLimit
+_UNREADABLE += zipfile.BadZipFile, KeyError, RuntimeError  # a zip that is locked, a sheet without its parts
+ENDINGS = ".jsonl, .json, .csv, .tsv (or one of these with .gz, .zst, .zip), .parquet or .xlsx"
 
 
 @dataclass(frozen=True)
@@ -28,15 +39,19 @@ class Rows:
     """(index, row) tuples, read anew at each iteration. Raises UserError where the dataset cannot be read."""
 
     name: str
-    read: Callable[[], Iterable]
+    read: Callable[[Callable], Iterable]  # is given what it calls with each sentence that it has to say
     max_rows: int = 0
+    notes: dict = field(default_factory=dict)  # {what was said while reading: None}
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         index = -1
         try:
-            for index, row in enumerate(itertools.islice(self.read(), self.max_rows or None)):
+            rows = self.read(lambda sentence: self.notes.setdefault(sentence))
+            for index, row in enumerate(itertools.islice(rows, self.max_rows or None)):
                 yield index, row
-        except (OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error) as error:
+        except UserError:
+            raise
+        except _UNREADABLE as error:
             fault = f"cannot be read after {index + 1} rows: {dissect(error)[-1]}"
             raise UserError(f"Dataset {self.name} {fault}; mend it or fetch it again.") from error
         if index < 0:
@@ -44,8 +59,9 @@ class Rows:
 
 
 def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
-    """Give the rows of "demo", of a local file (ENDINGS), or of a hub dataset: "owner/name",
-    "owner/name:split" or "owner/name:config:split". Without a split: train, else the one most like it.
+    """Give the rows of "demo", of a local file (ENDINGS) or a folder of such, of an https address of one, or
+    of a hub dataset: "owner/name", "owner/name:split" or "owner/name:config:split". Without a split: train,
+    else the one most like it.
 
     Args:
         max_rows: read at most so many; 0 reads all.
@@ -53,78 +69,129 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
     Raises:
         UserError: no such dataset, or it cannot be read; a file is first opened when it is iterated.
     """
-    path = DEMO if dataset == "demo" else Path(os.path.expanduser(dataset))
-    is_packed = path.suffix.lower() == ".gz"
-    reader = READERS.get("".join(path.suffixes[-2 if is_packed else -1 :]).lower())
-    if os.path.isdir(path):
-        raise UserError(f"Dataset {dataset!r} is a folder: name one file in it, {ENDINGS}.")
-    if os.path.exists(path):
-        if not reader:
-            raise UserError(f"Dataset {dataset!r} has an unknown ending: give a file that is {ENDINGS}.")
-        return Rows(dataset, lambda: reader(path), max_rows)
-    if reader or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", dataset):
+    if re.match("https?://", dataset):
+        return _file_rows(*_fetched(dataset), max_rows)
+    path = DEMO if dataset == "demo" else _found(dataset)
+    if path is not None and path.is_dir():
+        return _folder_rows(dataset, path, max_rows)
+    if path is not None:
+        return _file_rows(dataset, path, max_rows)
+    is_file = files.reader_of(Path(dataset)) and len(dataset) < 4096
+    if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", dataset):
         ways = f"give demo, a hub id (owner/name) or a file, {ENDINGS}"
-        raise UserError(f"Dataset {dataset!r} does not exist: {ways}.")
+        raise UserError(f"Dataset {dataset!r} does not exist: {ways}{_near(dataset)}.")
     table, name = _hub_table(dataset)
-    return Rows(name, lambda: iter(table), max_rows)
+    return Rows(name, lambda say: iter(table), max_rows)
 
 
-def _open(path):
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+def _found(dataset: str) -> Path | None:
+    """Give the file or folder of that name: here, or where Colab, Drive, Kaggle and RunPod have theirs."""
+    for place in PLACES:
+        path = Path(place, os.path.expanduser(dataset))
+        if os.path.exists(path) and dataset.strip():
+            return path
+    return None
 
 
-def _json_rows(path):
-    """Read a JSON list, or one JSON value a line: its first character tells."""
-    with _open(path) as file:
-        first = True
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if first and line.lstrip().startswith(b"["):
-                yield from _json(line + file.read(), number)
-            elif line.strip():
-                yield _json(line.rstrip(), number)
-                first = False
+def _near(dataset: str) -> str:
+    """Say which files are near by, those with the most similar names first."""
+    found = {}
+    for place in (Path(place) for place in PLACES if place != "/"):
+        with contextlib.suppress(OSError):
+            listed = itertools.islice(itertools.chain(place.glob("*.*"), place.glob("*/*.*")), 1000)
+            found |= {str(path): path.name for path in listed if files.reader_of(path)}
+    if not found:
+        return ""
+    wanted = Path(dataset).name.lower()
+    near = sorted(found, key=lambda path: -difflib.SequenceMatcher(None, wanted, found[path].lower()).ratio())
+    return f"; near by are {', '.join(map(repr, near[:5]))}"
 
 
-def _json(data, number):
-    """Read the value in `data`, which starts on line `number`."""
+def _file_rows(name, path, max_rows) -> Rows:
+    if not os.path.isfile(path):  # reading a pipe or a device would wait for ever, or never end
+        raise UserError(f"Dataset {name!r} is a pipe, a device or a socket: give a file, {ENDINGS}.")
+    reader = files.reader_of(path)
+    if not reader:
+        raise UserError(f"Dataset {name!r} has an unknown ending: give a file that is {ENDINGS}.")
+    return Rows(name, lambda say: reader(path, say), max_rows)
+
+
+def _folder_rows(name, path, max_rows) -> Rows:
+    """Give the rows of all files of a folder, in the order of their names."""
+    if any((path / state).exists() for state in ("state.json", "dataset_dict.json")):
+        import datasets
+
+        table = datasets.load_from_disk(str(path))
+        table = table.get("train", next(iter(table.values()))) if isinstance(table, dict) else table
+        return Rows(name, lambda say: iter(table), max_rows)
+    parts = sorted(part for part in path.iterdir() if part.is_file() and files.reader_of(part))
+    endings = {files.ending(part) for part in parts}
+    if len(endings) != 1:
+        held = f"files of {len(endings)} kinds ({', '.join(sorted(endings))})" if endings else "no such file"
+        raise UserError(f"Dataset {name!r} is a folder with {held}: name one file in it, {ENDINGS}.")
+
+    def read(say):
+        say(f"Read {len(parts)} files of the folder, from {parts[0].name} to {parts[-1].name}.")
+        for part in parts:
+            yield from files.reader_of(part)(part, say)
+
+    return Rows(name, read, max_rows)
+
+
+@functools.lru_cache(8)
+def _fetched(address: str) -> tuple[str, Path]:
+    """Fetch a file once for this process; gives its address without what may be secret, and the file."""
+    parts = urlsplit(address)
+    name = f"{parts.scheme}://{parts.hostname}{parts.path}"
+    if parts.scheme != "https" or not files.reader_of(Path(parts.path)):
+        raise UserError(f"Dataset {name!r} must be the https address of a file that is {ENDINGS}.")
+    path = Path(tempfile.mkdtemp(prefix="lazyorpo-")) / Path(parts.path).name
     try:
-        return json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line, fault = number + data.count(b"\n", 0, error.start), "is not UTF-8 text"
-    except json.JSONDecodeError as error:
-        line, fault = number + error.lineno - 1, f"is not valid JSON at column {error.colno} ({error.msg})"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; too deep brackets
-        line, fault = number, f"cannot be parsed ({error})"
-    raise ValueError(f"line {line} {fault}, where a file must be a JSON list or one JSON object on each line")
+        with urllib.request.urlopen(address, timeout=30) as answer, open(path, "wb") as file:
+            if "html" in answer.headers.get("Content-Type", ""):
+                why = "answers with a web page: give the address of the file itself (raw, download)"
+                raise UserError(f"Dataset {name!r} {why}, or download it and give the file.")
+            while block := answer.read(2**20):
+                if file.tell() > DOWNLOAD:
+                    raise ValueError(f"it has more than {DOWNLOAD // limits.MIB:,} MiB")
+                file.write(block)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(
+            f"Dataset {name!r} cannot be fetched ({why}): download it, and give the file."
+        ) from None
+    return name, path
 
 
-def _csv_rows(path):
-    csv.field_size_limit(2**31 - 1)  # a cell may hold a megabyte; 128 KiB is allowed by default
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, strict=True)
-        try:
-            if len(names := table.fieldnames or []) == 1 and re.search(r"[;\t|]", names[0]):
-                why = "and columns must be separated by commas"
-                raise ValueError(f"its one column is called {names[0]!r}, {why}")
-            yield from table
-        except csv.Error as error:
-            raise ValueError(f"line {table.line_num} is not valid CSV ({error})") from None
+def written(value, folder: str = "") -> str:
+    """Write rows that a notebook holds (a list of dicts, a DataFrame, a `datasets.Dataset`) to a file that is
+    named after what is in it, if it is not there yet; gives its name.
 
-
-def _parquet_rows(path):
-    import pyarrow.parquet
-
+    Raises:
+        UserError: it is none of these, or holds no rows.
+    """
+    kind = type(value).__name__
+    if hasattr(value, "keys") and hasattr(value, "num_rows"):  # a DatasetDict
+        value = value["train"] if "train" in value else next(iter(value.values()))
+    if hasattr(value, "columns"):  # a DataFrame, of pandas or of polars
+        value = value.to_dicts() if hasattr(value, "to_dicts") else value.to_dict("records")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-
-
-READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-READERS |= {f"{ending}.gz": READERS[ending] for ending in (".jsonl", ".json", ".csv")}
+        rows = list(files.rows_inside(value) if isinstance(value, dict) else value)
+    except TypeError:
+        rows = []
+    if not rows or not all(isinstance(row, dict) and row for row in rows):
+        ways = "a list of dicts, a DataFrame, a Dataset or a name"
+        raise UserError(f"dataset is a {kind} without rows: give {ways}.")
+    lines = [
+        json.dumps(row, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)) for row in rows
+    ]
+    text = "".join(line + "\n" for line in lines).encode()
+    path = Path(folder, f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
+    if not path.exists():
+        write_atomically(path, text)
+    return str(path)
 
 
 def _hub_table(dataset):

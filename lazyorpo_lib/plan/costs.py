@@ -15,6 +15,7 @@ import torch
 from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
 from ..orpo.batching import EncodedPair
+from ..orpo.data import held_out_of
 from ..settings import Settings
 from .cards import rates
 from .lengths import Lengths
@@ -246,7 +247,7 @@ class Costs:
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
         evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
-        asked = evaluations * settings.eval_pairs / self.pairs
+        asked = evaluations * held_out_of(lengths.pairs * 5 // 4, settings.eval_pairs) / self.pairs
         evaluation = asked * evaluated / pair * (step - paging)
         total, passes = (steps * step + evaluation) / 60, (3 if self.full else 2) + again
         return total, (

@@ -71,7 +71,8 @@ def preset_lengths(dataset: str, settings: Settings) -> Lengths:
             kept.append((p, c, r))
     share = len(kept) / len(sample)
     kept = kept or [(settings.max_tokens // 3,) * 3]
-    pairs = max(1, round(min(pairs, settings.max_pairs or pairs) * share) - settings.eval_pairs)
+    pairs = round(min(pairs, settings.max_pairs or pairs) * share)
+    pairs = max(1, pairs - data.held_out_of(pairs, settings.eval_pairs))
     # Real data has a longer tail than the sample; no pair is longer than two answers that fill the limit.
     longest = min(round(1.25 * max(map(sum, kept))), 2 * settings.max_tokens)
     return Lengths(pairs, *(sum(x) / len(kept) for x in zip(*kept, strict=True)), longest, source)

@@ -24,7 +24,7 @@ def data_report(run, pairs, digest: str) -> dict:
     sides = pairs.lengths_of_sides().items()
     tokens = {side: {name: f(lengths).item() for name, f in figures.items()} for side, lengths in sides}
     counts = {"train": len(run.train_pairs), "held_out": len(run.eval_pairs)}
-    return run.report.as_dict() | counts | {"tokens": tokens, "digest": digest}
+    return run.report.as_dict() | counts | {"bag_of_words": run.style, "tokens": tokens, "digest": digest}
 
 
 def about_training(run) -> str:

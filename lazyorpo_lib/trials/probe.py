@@ -28,7 +28,9 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         [{"trial", "or_weight", "learning_rate", gains}], "recommended": {setting: value}, "said":
         [sentence]}; probe.md, probe.png.
     """
-    home, held_out = prepare_home(settings, "probe"), min(settings.eval_pairs or 32, 32)
+    home, held_out = prepare_home(settings, "probe"), 32
+    if settings.eval_pairs != "auto":
+        held_out = min(settings.eval_pairs or 32, 32)
     pairs_needed = 2 * (held_out + steps * settings.pairs_per_step)
     short = dataclasses.replace(
         settings,

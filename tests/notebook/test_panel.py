@@ -244,3 +244,37 @@ def test_a_secret_typed_into_the_panel_is_not_kept_with_the_notebook():
     panel.edit("dataset", "https://me:s3cretpass@host/pairs?sig=f00ba4")
     shown = repr(space) + panel.table() + repr(panel.inputs and {n: w.value for n, w in panel.inputs.items()})
     assert "s3cretpass" not in shown and "f00ba4" not in shown and "(token left out)" in shown
+
+
+PAIR = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
+
+
+def test_rows_in_a_variable_become_a_file_that_names_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = {"dataset": [PAIR]}
+    name, source = now(Panel(notebook), "dataset")
+    assert (tmp_path / name).is_file() and source == "cell" and notebook["dataset"] == name
+    notebook["dataset"] = [PAIR]  # the parameter cell is run again
+    assert now(Panel(notebook), "dataset") == (name, "cell")
+    with pytest.raises(UserError, match="must be text: .* a list of dicts or a DataFrame"):
+        Panel({"dataset": 5}).resolve()
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_an_upload_is_written_beside_the_notebook_and_set(tmp_path, monkeypatch, version):
+    monkeypatch.chdir(tmp_path)
+    panel = Panel({})
+
+    def upload(name, content):
+        file = {"name": name, "content": content}
+        panel.take_upload((file,) if version == 8 else {name: {"content": content, "metadata": {}}})
+
+    upload("../my pairs.csv", memoryview(b"prompt,chosen,rejected\n"))
+    assert now(panel, "dataset") == ("my pairs.csv", "panel")
+    assert (tmp_path / "my pairs.csv").read_bytes() == b"prompt,chosen,rejected\n"
+    upload("picture.png", b"x")
+    assert "is no table of pairs" in panel.status.value and not (tmp_path / "picture.png").exists()
+    upload("my pairs.csv", b"other")
+    assert "is here already" in panel.status.value
+    assert (tmp_path / "my pairs.csv").read_bytes() == b"prompt,chosen,rejected\n"
+    assert now(panel, "dataset") == ("my pairs.csv", "panel")

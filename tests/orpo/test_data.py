@@ -35,7 +35,7 @@ def cleaned(raw, **options):
 
 SHAPES = {
     "prompt inside both message lists": (
-        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A(" Yes \n")],
+        {"chosen": [U("Hi"), A("Hello"), U("Why?"), A("Yes")],
          "rejected": [U("Hi"), A("Hello"), U("Why?"), A("No")]},
         "messages", [U("Hi"), A("Hello"), U("Why?")],
     ),
@@ -145,7 +145,8 @@ def test_columns_map_anything():
 
 
 @pytest.mark.parametrize(
-    "columns", ["prompt", "prompt=q", "prompt=q,chosen=,rejected=w", "prompt=q,chosen=b,rejected=w,x=y",
+    "columns", ["prompt", "prompt=", "margin=wide", "prompt=q,chosen=,rejected=w",
+        "prompt=q,chosen=b,rejected=w,x=y",
         "a=b=c",
                 "prompt=q,chosen=b,rejected=w,", "prompt=q,prompt=q,chosen=b,rejected=w", ";"],
 )  # fmt: skip
@@ -162,7 +163,7 @@ def test_mapped_column_that_does_not_exist_names_those_that_do():
 
 
 def test_unknown_shape_names_the_columns_and_the_way_out():
-    with pytest.raises(UserError, match="'text', 'label'; set columns to 'prompt=…"):
+    with pytest.raises(UserError, match="'text', 'label'; a row needs a prompt, a better answer"):
         cleaned([{"text": "Why?", "label": 1}] * 300)
     with pytest.raises(UserError, match="rows are not objects"):
         cleaned([1, None, "text"])
@@ -180,12 +181,15 @@ REASONS = [
     (GOOD | {None: ["a cell too many"]}, "malformed"),
     (GOOD | {"chosen": 5}, "malformed"), (GOOD | {"chosen": b"Yes"}, "malformed"),
     (GOOD | {"prompt": 1.5}, "malformed"),
-    (GOOD | {"chosen": ["Yes"]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
-    (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "malformed"),
+    (GOOD | {"chosen": [5]}, "malformed"), (GOOD | {"chosen": [{"role": "assistant"}]}, "malformed"),
+    (GOOD | {"chosen": [turn("assistant", [{"type": "image"}])]}, "image_part"),
+    (GOOD | {"prompt": [turn("user", ["Why?", {"type": "input_audio"}])]}, "audio_part"),
+    (GOOD | {"prompt": [turn("user", [{"type": "hologram"}])]}, "unknown_part"),
+    (GOOD | {"chosen": "[{'role': 'user', 'content': "}, "messages_as_text"),
     ({}, "unknown_shape"), ({"chosen": "Yes", "rejected": "No"}, "unknown_shape"),
     ({"prompt": "Why?"}, "unknown_shape"),
     (GOOD | {"chosen": [turn("narrator", "Yes")]}, "unknown_role"),
-    (GOOD | {"prompt": [turn("tool", "x")]}, "unknown_role"),
+    (GOOD | {"prompt": [turn("tool", "x")]}, "no_user_turn"),
     (GOOD | {"chosen": "\ud800"}, "invalid_text"), (GOOD | {"prompt": "Why \udfff?"}, "invalid_text"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": [U("Why so?"), A("No")]}, "prompts_differ"),
     ({"chosen": [U("Why?"), A("Yes")], "rejected": "No", "prompt": "Why?"}, "prompts_differ"),
@@ -200,7 +204,8 @@ REASONS = [
     (GOOD | {"chosen": ""}, "empty_answer"), (GOOD | {"chosen": None}, "empty_answer"),
     (GOOD | {"chosen": []}, "empty_answer"),
     (GOOD | {"rejected": float("nan")}, "empty_answer"), (GOOD | {"rejected": [A(" ")]}, "empty_answer"),
-    (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes, I  do"}, "identical_answers"),
+    (GOOD | {"chosen": "Yes,\n I do", "rejected": " Yes,\n I do\n"}, "identical_answers"),
+    (GOOD | {"rejected": "[{'role': 'user', 'content': 'Hm"}, "messages_as_text"),
 ]  # fmt: skip
 
 
@@ -328,6 +333,22 @@ def test_at_most_a_fifth_is_held_out(count, asked, held):
     assert len(split_held_out(numbered(count, 10**6), asked, 42)[1]) == held
 
 
+@pytest.mark.parametrize(
+    ("total", "held"),
+    [(4, 0), (40, 8), (800, 160), (1925, 385), (7000, 385), (50_000, 500), (200_000, 2000), (10**7, 2000)],
+)
+def test_auto_holds_out_in_proportion(total, held):
+    assert data.held_out_of(total, "auto") == held
+    assert data.held_out_of(total, 64) == min(64, total // 5) and data.held_out_of(total, 0) == 0
+
+
+def test_how_well_an_accuracy_is_known_is_said():
+    assert data.about_split(range(640), range(160)) == (
+        "640 to train on, 160 held out; an accuracy on them is known to about ±8 points."
+    )
+    assert data.about_split(range(4), []) == "4 to train on, 0 held out."
+
+
 def test_one_prompt_for_all_leaves_nothing_to_hold_out():
     assert split_held_out(numbered(50, 1), 10, 42) == (list(range(50)), [])
 
@@ -391,17 +412,16 @@ def test_a_csv_cell_may_hold_a_megabyte(tmp_path):
         ("a.jsonl", TEXT + "\n{prompt: 1}\n", "line 5 is not valid JSON at column 2"),
         ("a.json", LIST[:-20], "after 0 rows: line [0-9]+ is not valid JSON"),
         ("a.json", LIST + "x", "line [0-9]+ is not valid JSON at column 2"),
-        ("a.json", json.dumps(GOOD, indent=1),
+        ("a.json", json.dumps(GOOD, indent=1)[:-1],
             "line 1 is not valid JSON .* must be a JSON list or one JSON object"),
         ("a.jsonl", b'{"prompt": "Why?"}\n{"prompt": "\xff"}\n', "after 1 rows: line 2 is not UTF-8 text"),
         ("a.json", b'[\n{"prompt": "\xff"}]\n', "line 2 is not UTF-8 text"),
         ("a.jsonl", TEXT.encode("utf-16"), "line 1 is not UTF-8 text"),
         ("a.jsonl", "[" * 100_000, "line 1 cannot be parsed"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 cannot be parsed"),
-        ("a.csv", TABLE.replace(",", ";"), "columns must be separated by commas"),
-        ("a.csv", TABLE.replace(",", "\t"), "columns must be separated by commas"),
         ("a.csv", TABLE + '"never closed', "after 3 rows: line 7 is not valid CSV"),
-        ("a.csv", TABLE.encode("utf-16"), "codec can't decode"),
+        ("a.csv", TABLE.encode("utf-16")[:-1], "truncated data"),
+        ("a.csv", "prompt\nприветствие".encode("cp1251"), "nothing else that can be told: save it as UTF-8"),
         ("a.parquet", "", "cannot be read after 0 rows"),
         ("a.parquet", "PAR1 but no more", "cannot be read after 0 rows"),
     ],
@@ -438,7 +458,7 @@ def test_broken_parquet_is_one_sentence(tmp_path):
 
 def test_names_that_are_no_dataset_are_refused_without_the_network(tmp_path):
     for name, sentence in [
-        ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "is a folder"),
+        ("prefs.jsonl", "does not exist"), ("fast", "does not exist"), ("", "does not exist"),
         ("a b/c", "does not exist"),
         ("a/b:c:d:e", "does not exist"), (str(tmp_path), "is a folder"), ("x" * 5000, "does not exist"),
         ("\0", "does not exist"),

@@ -20,7 +20,7 @@ NEVER_REFUSE = ("chatml", "chatml, eos of another kind", "no template", "pad is 
 REASONS = {
     "template_refuses", "no_end_token", "special_token_text", "tokens_cross_the_border", "empty_prompt",
     "overlong",
-    "identical_after_encoding",
+    "identical_after_encoding", "prompt_text_lost",
 }  # fmt: skip
 SPECIAL = [
     "</s>",

@@ -1,0 +1,140 @@
+"""Names of columns -> what each may be: tables, any letter case, paths, the user's mapping.
+
+It looks at names alone, but for the advice that is given where no row is understood.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+PARTS = "prompt chosen rejected system history tools a b winner margin".split()
+PROMPTS = (
+    "conversations conversation prompt messages instruction question query input problem user user_prompt "
+    "user_message user_input human dialog dialogue task request post context history"
+).split()
+BELOW = ("input", "context")  # go below every prompt but those of the first four names
+SYSTEMS = "system system_prompt system_message system_instruction".split()
+# The better and the worse one, as what is left of a name without the words in FILLER.
+SIDES = [pair.split("/") for pair in (
+    "chosen/rejected accepted/rejected preferred/dispreferred preferred/non_preferred preferred/rejected "
+    "selected/rejected chosen/reject accept/reject winner/loser winning/losing win/lose better/worse "
+    "best/worst good/bad positive/negative pos/neg correct/incorrect correct/wrong right/wrong "
+    "best/incorrect liked/disliked upvoted/downvoted like/dislike j/k y_w/y_l yw/yl w/l safe/unsafe"
+).split()]  # fmt: skip
+FILLER = set(
+    "response responses answer answers output outputs completion completions text texts message messages "
+    "reply replies conversation conversations sample samples summary summaries human ref generation content "
+    "option candidate assistant bot".split()
+)
+ALONE = "output response answer completion target solution messages conversations".split()
+BOTH = [tuple(pair.split("/")) for pair in "a/b 1/2 0/1 left/right first/second x/y".split()]
+LABELS = (  # whose values name a side; of the first four a number is the side's own
+    "winner better best preferred chosen choice preference label labels selected verdict vote judgement"
+).split()
+SIGNED = ("overall_preference", "preference_strength")  # below zero the first one is better, above the second
+TIES = set("tie ties tied both neither equal draw same none tie_bothbad both_bad bothbad".split())
+LISTS = "answers responses completions outputs candidates generations choices samples summaries".split()
+TEXTS = "answer response text content output completion generated_text message".split()
+SCORES = "overall_score score scores rating ratings reward rewards grade quality votes upvotes".split()
+RANKS = "rank ranks ranking rankings".split()
+
+
+@functools.lru_cache(4096)
+def fold(name: str) -> str:
+    """Give a name in small letters, its words parted by underscores: preferredOutput, Response1, human-A."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Za-z])(?=\d)", "_", name)
+    return re.sub(r"\W+|_+", "_", name.lower()).strip("_")
+
+
+def core(name: str, without=frozenset()) -> str:
+    """Give what is left of a folded name without words that say only that it is an answer."""
+    return "_".join(word for word in name.split("_") if word not in FILLER and word not in without)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the names of a row's columns say, worked out once for all rows that have the same."""
+
+    names: dict[str, str]  # {folded: as written}
+    good: dict[str, str]  # {as written: as written}: the better column for each worse one that has one
+    both: list[tuple]  # ((side, column), (side, column)): two answers with a label elsewhere
+
+    @classmethod
+    @functools.lru_cache(256)
+    def of(cls, names: tuple) -> "Layout":
+        folded = {fold(name): name for name in reversed(names) if isinstance(name, str)}
+        folded |= {name: name for name in names if isinstance(name, str) and name == fold(name)}
+        cores: dict[str, list] = {}
+        for short, name in reversed(folded.items()):
+            cores.setdefault(core(short), []).append(name)
+        good = next(([cores[c][0], cores[r][0]] for c, r in SIDES if c in cores and r in cores), None)
+        if not good:
+            bad = next((cores[r][0] for _, r in SIDES if r in cores), None)
+            alone = next((folded[name] for name in ALONE if name in folded and folded[name] != bad), None)
+            good = [alone, bad] if bad and alone else None
+        both = [
+            ((a, left), (b, right))
+            for a, b in BOTH for left in cores.get(a, ()) for right in cores.get(b, ())
+            if fold(left).removesuffix(a) == fold(right).removesuffix(b) or fold(left).startswith(a)
+        ]  # fmt: skip
+        return cls(folded, {good[1]: good[0]} if good else {}, both)
+
+
+def at(cell, path: str):
+    """Give what a path like "input.messages" or "output.0" leads to; None where it leads nowhere."""
+    if isinstance(cell, dict):
+        if path in cell:
+            return cell[path]
+        near = {fold(name): name for name in cell if isinstance(name, str)}
+        head, _, tail = path.partition(".")
+        name = head if head in cell else near.get(fold(path) if not tail else fold(head))
+        return None if name is None else at(cell[name], tail) if tail else cell[name]
+    head, _, tail = path.partition(".")
+    if isinstance(cell, list | tuple) and head.isdigit() and int(head) < len(cell):
+        return at(cell[int(head)], tail) if tail else cell[int(head)]
+    return None
+
+
+def parse_columns(columns: str) -> dict[str, str]:
+    """Read "prompt=a,chosen=b,rejected=c", of which each may be left out; "" is {}, all else a UserError."""
+    mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
+    known = mapping.keys() <= set(PARTS)
+    whole = len(mapping) == columns.count("=") == columns.count(",") + 1
+    known = known and re.fullmatch(r"\d+(\.\d+)?", mapping.get("margin", "0"))
+    if columns.strip() and not (known and whole):
+        allowed = f"write prompt=…,chosen=…,rejected=… with names of columns, or some of {', '.join(PARTS)}"
+        raise UserError(f"columns is {columns!r}, which is no mapping: {allowed}.")
+    return mapping
+
+
+def advise(rows: list[tuple[dict, str]]) -> str:
+    """Say what to do where no row is a pair; following it works."""
+    names = list(dict.fromkeys(name for row, _ in rows for name in row if isinstance(name, str)))
+    layout = Layout.of(tuple(names))
+    free = [n for n in names if any(isinstance(row.get(n), str | list | dict) and row[n] for row, _ in rows)]
+    if any(reason == "label_unclear" for _, reason in rows):
+        (_, a), (_, b) = layout.both[0] if layout.both else ((0, "a"), (0, "b"))
+        return (
+            f"which of two answers is better is not clear: write {a!r}, {b!r} or tie into the column winner"
+        )
+    if layout.good:
+        free = [name for name in free if name not in {*layout.good, *layout.good.values()}]
+        which = f"set columns to 'prompt={free[0]}' or whichever holds it" if free else "add a column prompt"
+        return f"no prompt was found, in no column of that name and not inside the answers: {which}"
+    lists = [n for n in free if any(isinstance(row.get(n), list) and are_texts(row[n]) for row, _ in rows)]
+    if lists:
+        paths = f"chosen={lists[0]}.0,rejected={lists[0]}.1"
+        return f"which answer is better is not said: set columns to '{paths}' if the first one always is"
+    if len(free) > 2:
+        return "set columns to 'prompt=…,chosen=…,rejected=…' with this dataset's column names"
+    one = "each row has one answer, and " * any(fold(name) in ALONE for name in free)
+    return (
+        f"{one}a row needs a prompt, a better answer (chosen) and a worse one (rejected): add what is missing"
+    )
+
+
+def are_texts(cell) -> bool:
+    """Tell whether a cell is a list of several texts."""
+    return isinstance(cell, list | tuple) and len(cell) > 1 and all(isinstance(text, str) for text in cell)

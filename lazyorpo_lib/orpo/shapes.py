@@ -1,0 +1,383 @@
+"""A row of any common shape -> prompt, chosen, rejected; and which of its columns was what.
+
+Columns are known by their names (`columns.py`), and by a few rules: the prompt may be inside both sides; two
+answers may have a label, a winner or a score each, which is read and never guessed; of a list of scored
+answers the best goes against the worst. Nothing is repaired: what no rule covers is a `BadRow` with its
+reason, and a column that nobody asked for is named in `Pair.unused`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from . import columns as tables
+from .columns import Layout, are_texts, at, core, fold
+from .messages import BadRow, Message, as_messages, is_transcript, missing, read, transcript
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt, ending with a user turn or what a tool said, and its two answers."""
+
+    index: int  # the row's number in the dataset, from 0
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    shape: str = field(default="", compare=False)
+    chosen_with: dict = field(default_factory=dict)  # its reasoning_content and tool_calls
+    rejected_with: dict = field(default_factory=dict)
+    tools: tuple = ()
+    used: dict = field(default_factory=dict, compare=False)  # {column: what it was taken for}
+    unused: tuple = field(default=(), compare=False)  # columns, and fields of messages, that hold something
+
+    def answers(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
+        """Give the text of either answer with what comes beside it, the chosen one first."""
+        return (self.chosen, self.chosen_with), (self.rejected, self.rejected_with)
+
+    def as_bytes(self) -> bytes:
+        """Give all that the model will read and score of it, whatever a template makes of that."""
+        return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
+
+
+class _Row:
+    """A row while it is read: its cells by folded names, the user's mapping, and what was used as what."""
+
+    def __init__(self, cells: dict, columns: dict[str, str]):
+        self.cells, self.columns, self.layout = cells, columns, Layout.of(tuple(cells))
+        self.used: dict[str, str] = {}
+        self.unknown: set[str] = set()
+
+    def take(self, part: str, *names: str):
+        """Give the first cell that holds something, of what was mapped or of columns with these names."""
+        if part in self.columns:
+            self.mark(self.columns[part], part)
+            return at(self.cells, self.columns[part])
+        for name in names:
+            column = self.layout.names.get(name, name)
+            if column not in self.used and not missing(self.cells.get(column)):
+                self.used[column] = part
+                return self.cells[column]
+        return None
+
+    def mark(self, path: str, part: str) -> None:
+        column = path if path in self.cells else path.partition(".")[0]
+        self.used[self.layout.names.get(fold(column), column)] = part
+
+    def rest(self) -> tuple[str, ...]:
+        names = [str(n) for n, cell in self.cells.items() if n not in self.used and not missing(cell)]
+        return (*names, *sorted(self.unknown))
+
+
+# ---- one row -> one pair
+
+
+def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
+    """Turn a row of any shape into a pair; `columns` as from `parse_columns`. Raises BadRow(reason)."""
+    if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than columns
+        raise BadRow("malformed")
+    row = _Row(row, columns or {})
+    answers = _answers(row)
+    name, cell = _prompt(row)
+    given = _history(row, name) + _given(row, name, cell)
+    if all(map(is_transcript, answers)) and (not given or is_transcript(cell)):
+        inside, sides = "transcript", [transcript(text) for text in answers]
+    else:
+        if is_transcript(cell):  # the space after "Assistant:" is not the answer's
+            answers = [text.removeprefix(" ") if isinstance(text, str) else text for text in answers]
+        inside, sides = "messages", [as_messages(answer, "assistant", row.unknown) for answer in answers]
+    if "prompt and chosen" in row.used.values():
+        sides[1] = sides[0][:-1] + sides[1]
+    if not all(sides):
+        raise BadRow("empty_answer")
+    if any(side[-1]["role"] != "assistant" for side in sides):
+        raise BadRow("no_answer")
+    head, other = sides[0][:-1], sides[1][:-1]
+    if head != other:
+        raise BadRow("prompts_differ")
+    if (
+        not head
+        and not given
+        and not (row.layout.names.keys() & set(tables.PROMPTS) or "prompt" in row.columns)
+    ):
+        raise BadRow("unknown_shape")
+    has_user = any(turn["role"] == "user" for turn in head)
+    prompt, tools = _joined(row, head, given, has_user), _tools(row)
+    (chosen, chosen_with), (rejected, rejected_with) = (_parted(side[-1]) for side in sides)
+    shape = inside if has_user else "prompt" if "prompt" in row.columns else fold(name)
+    more = dict(chosen_with=chosen_with, rejected_with=rejected_with, tools=tools)
+    return _checked(Pair(index, prompt, chosen, rejected, shape, **more, used=row.used, unused=row.rest()))
+
+
+def _answers(row: _Row) -> list:
+    """Give the better and the worse answer, as they stand in the row."""
+    bad, good = next(iter(row.layout.good.items()), ("", ""))
+    mapped = row.columns.keys()
+    if {"chosen", "rejected"} & mapped or good and not {"a", "b"} & mapped:
+        if not (good or {"chosen", "rejected"} <= mapped):
+            raise BadRow("unknown_shape")
+        if len(fold(str(row.cells.get(good)))) == 1 and row.layout.both:  # "chosen": "B" names a side
+            return _labelled(row)
+        found = [row.take("chosen"), row.take("rejected")]
+        for i, (part, column) in enumerate((("chosen", good), ("rejected", bad))):
+            if part not in mapped:
+                row.used[column] = part
+                found[i] = row.cells[column]
+        if fold(good) in ("messages", "conversations") and "chosen" not in mapped:
+            row.used[good] = "prompt and chosen"
+        return found
+    if row.layout.both or {"a", "b"} <= mapped:
+        return _labelled(row)
+    return _ranked(row)
+
+
+def _labelled(row: _Row) -> list:
+    """Give two answers in the order that a label, a winner or scores tell."""
+    if {"a", "b"} <= row.columns.keys():
+        sides = [("a", row.columns["a"]), ("b", row.columns["b"])]
+        found = [row.take("a"), row.take("b")]
+    else:
+        sides = next(
+            (pair for pair in row.layout.both if all(not missing(row.cells[n]) for _, n in pair)), ()
+        )
+        if not sides:
+            raise BadRow("empty_answer")
+        found = [row.cells[name] for _, name in sides]
+    first = _winner(row, sides)
+    for _, name in sides:
+        row.mark(name, "one of two answers")
+    return found if first == 0 else found[::-1]
+
+
+def _winner(row: _Row, sides) -> int:
+    """Tell which of two answers is better, 0 or 1."""
+    names, tokens = row.layout.names, [side for side, _ in sides]
+    scores = [[], []]
+    for short, name in names.items():
+        if set(short.split("_")) & set(tables.SCORES) and core(short, tables.SCORES) in tokens:
+            scores[tokens.index(core(short, tables.SCORES))].append(name)
+    votes = []
+    for a, b in zip(*scores, strict=False):
+        if all(_is_number(row.cells[name]) for name in (a, b)):
+            row.used |= {a: "score", b: "score"}
+            difference = float(row.cells[a]) - float(row.cells[b])
+            votes += [_ordered(difference, row)]
+            break
+    labels = [row.columns["winner"]] if "winner" in row.columns else []
+    labels += [
+        name
+        for s, name in names.items()
+        if s in (*tables.SIGNED, *tables.LABELS) or core(s, {"id"}) in tables.LABELS[:5]
+    ]
+    for name in labels:
+        vote = _vote(row, name, sides)
+        if vote is not None:
+            row.mark(name, "label")
+            votes.append(vote)
+            break
+    flags = {core(s, {"winner", "model"}): name for s, name in names.items() if s.startswith("winner_")}
+    for side in (
+        [*tokens, "tie"] if set(tokens) <= flags.keys() else ()
+    ):  # winner_model_a: 1, winner_model_b: 0
+        if side in flags and str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"):
+            votes.append(tokens.index(side) if side in tokens else side)
+        row.used |= {flags[side]: "label"} if side in flags else {}
+    if not votes:
+        raise BadRow("label_unclear" if labels or any(scores) else "unknown_shape")
+    if "tie" in votes:
+        raise BadRow("tie")
+    if len(set(votes)) > 1:
+        raise BadRow("label_unclear")
+    return votes[0]
+
+
+def _ordered(difference: float, row: _Row):
+    least = float(row.columns.get("margin", 0))
+    return "tie" if difference == 0 or abs(difference) < least else 0 if difference > 0 else 1
+
+
+def _vote(row: _Row, name: str, sides):
+    """Give what a label says: 0, 1, "tie"; None where its value names neither side."""
+    value, short = at(row.cells, name), fold(name)
+    tokens = [side for side, _ in sides]
+    if _is_number(value):
+        if short in tables.SIGNED:
+            return _ordered(-float(value), row)
+        is_own = core(short, {"id"}) in tables.LABELS[:5] and (tokens == ["0", "1"] or short.endswith("_id"))
+        number = f"{float(value):g}"
+        return tokens.index(number) if is_own and number in tokens else None
+    if not isinstance(value, str):
+        return None
+    said = fold(value)
+    if said in tables.TIES:
+        return "tie"
+    models = [row.cells.get(row.layout.names.get(f"model_{side}")) for side in tokens]
+    for way in (
+        [fold(column) for _, column in sides], tokens, models if models[0] != models[1] else [],
+    ):  # fmt: skip
+        for word in (value, said, core(said, {"model"})):
+            if word in way:
+                return way.index(word)
+    return None
+
+
+def _is_number(value) -> bool:
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ranked(row: _Row) -> list:
+    """Give the best and the worst of a list of answers that have scores or ranks."""
+    names = row.layout.names
+    listed = next(
+        (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple)), None
+    )
+    if listed is None:
+        raise BadRow("unknown_shape")
+    items, texts, marks, sign = row.cells[listed], [], [], 1
+    if all(isinstance(item, dict) for item in items):
+        short = [{fold(str(name)): cell for name, cell in item.items()} for item in items]
+        texts = [next((s[n] for n in tables.TEXTS if not missing(s.get(n))), None) for s in short]
+        for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
+            found = [next((s[n] for n in kinds if _is_number(s.get(n))), None) for s in short]
+            if None not in found and not marks:
+                marks, sign = found, kind
+    else:
+        texts = list(items)
+        for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
+            beside = next((names[n] for n in kinds if n in names), None)
+            found = row.cells.get(beside)
+            if isinstance(found, list | tuple) and len(found) == len(texts) and all(map(_is_number, found)):
+                marks, sign = found, kind
+                row.used[beside] = "scores" if kind == 1 else "ranks"
+    if len(marks) < 2 or None in texts:
+        raise BadRow("unknown_shape")
+    order = sorted(range(len(marks)), key=lambda i: (-sign * float(marks[i]), i))
+    if _ordered(sign * (float(marks[order[0]]) - float(marks[order[-1]])), row) != 0:
+        raise BadRow("tie")
+    row.used[listed] = "the best and the worst answer"
+    return [texts[order[0]], texts[order[-1]]]
+
+
+def _prompt(row: _Row) -> tuple[str, object]:
+    """Give the prompt's column and what it holds, out of an object with `messages` too."""
+    before = set(row.used)
+    cell = row.take("prompt", *tables.PROMPTS)
+    name = next((n for n, part in row.used.items() if part == "prompt" and n not in before), "")
+    is_message = isinstance(cell, dict) and {"role", "from"} & cell.keys()
+    inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
+    inner = next((n for n in inside if n in cell), None) if isinstance(cell, dict) else None
+    if inner:
+        row.unknown |= {
+            f"{name}.{n}" for n, c in cell.items() if n not in (inner, "tools") and not missing(c)
+        }
+        if not missing(cell.get("tools")):
+            row.cells = row.cells | {"tools": cell["tools"]}
+        cell = cell[inner]
+    return name, cell
+
+
+def _given(row: _Row, name: str, cell) -> list:
+    turns = as_messages(cell, "user", row.unknown)
+    if fold(name) not in tables.PROMPTS[:4] and turns and turns[-1]["role"] == "user":
+        below = [n for n in map(row.layout.names.get, tables.BELOW) if n and n not in row.used]
+        below = [n for n in below if isinstance(row.cells[n], str) and not missing(row.cells[n])]
+        turns[-1]["content"] = "\n\n".join([turns[-1]["content"], *(row.cells[n] for n in below)])
+        row.used |= dict.fromkeys(below, "prompt")
+    return turns
+
+
+def _history(row: _Row, prompt: str) -> list:
+    """Give the turns before the prompt: messages, or a list of [said, answered]."""
+    column = row.layout.names.get("history")
+    if (
+        column == prompt
+        or "history" not in row.columns
+        and not isinstance(read(row.cells.get(column)), list | tuple)
+    ):
+        return []
+    talk = read(row.take("history", "history")) or []
+    if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in talk):
+        said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
+        if not all(isinstance(text, str) for _, text in said):
+            raise BadRow("malformed")
+        return [Message(role=role, content=text) for role, text in said]
+    return as_messages(talk, "user", row.unknown)
+
+
+def _joined(row: _Row, head, given, has_user) -> tuple:
+    """Join the turns inside the answers, the prompt column and the system column; nothing twice."""
+    turns = head + given
+    if has_user:
+        turns = given if given[-len(head) :] == head else head
+        if (
+            turns is head
+            and given
+            and given != [turn for turn in head if turn["role"] != "system"][-len(given) :]
+        ):
+            row.used = {name: part for name, part in row.used.items() if part not in ("prompt", "history")}
+    if not any(turn["role"] == "system" for turn in turns):
+        system = [turn for turn in given[:1] if turn["role"] == "system"]
+        turns = (as_messages(row.take("system", *tables.SYSTEMS), "system", row.unknown) or system) + turns
+    return tuple(turn for turn in turns if turn["role"] != "system" or turn["content"].strip())
+
+
+def _tools(row: _Row) -> tuple:
+    column = row.columns.get("tools") or row.layout.names.get("tools", "tools")
+    tools = read(at(row.cells, column))
+    if isinstance(tools, dict):
+        tools = [tools]
+    if missing(tools) or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return ()
+    row.used[column] = "tools"
+    return tuple(tools)
+
+
+def _parted(turn) -> tuple[str, dict]:
+    return turn["content"], {name: turn[name] for name in ("reasoning_content", "tool_calls") if name in turn}
+
+
+def _checked(pair: Pair) -> Pair:
+    try:
+        "".join([pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)]).encode()
+        if pair.tools or pair.chosen_with or pair.rejected_with or any(len(turn) > 2 for turn in pair.prompt):
+            json.dumps([pair.prompt, pair.answers(), pair.tools], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("invalid_text") from None
+    except (TypeError, ValueError, RecursionError):  # tools or calls that are no JSON
+        raise BadRow("malformed") from None
+    if not pair.prompt or missing(pair.prompt[-1]["content"]) and pair.prompt[-1]["role"] != "tool":
+        raise BadRow("empty_prompt")
+    if pair.prompt[-1]["role"] not in ("user", "tool") or not any(t["role"] == "user" for t in pair.prompt):
+        raise BadRow("no_user_turn")
+    said = [(text.strip(), more) for text, more in pair.answers()]
+    if any(not text and "tool_calls" not in more for text, more in said):
+        raise BadRow("empty_answer")
+    if said[0] == said[1]:
+        raise BadRow("identical_answers")
+    return pair
+
+
+# ---- a row with several answers on a side; a row that is in no known shape
+
+
+def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, object]]:
+    """Make one row of each pair where a side is a list of texts: the first better answer against the first
+    worse one, and so on; the shorter list begins again. What is made is numbered, in place of the rows."""
+    extra = 0
+    for index, row in rows:
+        places = []
+        if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
+            bad, good = next(iter(found.items()))
+            places = [columns.get("chosen", good), columns.get("rejected", bad)]
+        lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]
+        if max(map(len, lists), default=1) == 1:
+            yield index + extra, row
+            continue
+        most = max(map(len, lists))
+        for i in range(most):
+            cells = {p: cell[i % len(cell)] for p, cell in zip(places, lists, strict=True)}
+            yield index + extra + i, row | cells
+        extra += most - 1

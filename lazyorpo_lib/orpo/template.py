@@ -1,0 +1,343 @@
+"""A pair -> the text that the chat template makes of it: prompt, answers, ends; nothing of it lost.
+
+The template is the tokenizer's own; a base model without one gets `DEFAULT_TEMPLATE`. It is a stranger's
+program, so it runs under a limit of time and memory, and reads one clock, that of the run. A plain answer is
+put where the template puts a mark; one with reasoning or tool calls is written by the template itself. Every
+message must be found in what comes before the answer: else another form of the prompt is tried, else the pair
+is refused. No token is made here.
+"""
+
+import datetime
+import json
+import re
+import time
+from collections.abc import Iterable
+
+from ..errors import UserError
+from . import limits
+
+# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
+# and its own end token after each assistant turn. It is saved with the trained model.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+SECONDS = 10  # for all that is written of 64 pairs
+THINKING = {
+    "enable_thinking": True,
+    "thinking": True,
+}  # what templates call it that do not think by themselves
+_MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
+_OPEN = re.compile(r"<think>\s*$")
+_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_SWITCHES = re.compile(r"/no_think|/think|/system_override|</?think>")  # words that templates act upon
+
+Piece = tuple[str, bool]  # a text; whether names of special tokens in it are plain text
+
+
+class Unusable(Exception):
+    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
+
+
+class Template:
+    """Writes pairs with a tokenizer's chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer that has a chat template.
+        clock: seconds since 1970 that a template is told as the time; None: now.
+    """
+
+    def __init__(self, tokenizer, clock: float | None = None):
+        self.tokenizer = tokenizer
+        self._now = datetime.datetime.fromtimestamp(clock or time.time())
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special = (special | set(tokenizer.all_special_tokens)) - {"<think>", "</think>", "", None}
+        special = sorted(special, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._knows = str(tokenizer.chat_template)
+        self._shows: dict[tuple, bool] = {}
+
+    def write_all(self, pairs: Iterable) -> list[tuple[list[Piece], ...] | str]:
+        """Write each pair as the pieces of its prompt, its chosen and its rejected answer with their ends; or
+        give the reason why it cannot be written.
+
+        Raises:
+            UserError: the template takes more time or memory than it may.
+        """
+        return self._limited(lambda: [tried(self._pair, pair) for pair in pairs])
+
+    def prompt(self, messages) -> list[Piece]:
+        """Write what the model answers from. Raises Unusable(reason)."""
+        found = self._limited(lambda: tried(self._around, messages, ()))
+        if isinstance(found, str):
+            raise Unusable(found)
+        return self._pieces(*found[:2], ())
+
+    def _limited(self, write):
+        try:
+            with limits.seconds(SECONDS), limits.memory():
+                return write()
+        except limits.OverLimit as over:
+            name = self.tokenizer.name_or_path
+            why = f"The chat template of {name!r} {over} for a few pairs: choose another base_model."
+        raise UserError(why)
+
+    def _write(self, messages, tools, **more) -> str:
+        messages = [
+            m | dict.fromkeys(("reasoning", "thinking"), m["reasoning_content"])
+            if "reasoning_content" in m
+            else m
+            for m in messages
+        ]
+        more |= {"tools": list(tools)} if tools else {}
+        text = self.tokenizer.get_chat_template(None, more.get("tools"))
+        text = _CLOCK.sub(lambda call: repr(self._now.strftime(call[2])), text)
+        return self.tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **more)
+
+    def _tries(self, messages, tools, **more) -> str:
+        """Write messages; "" where the template raises, as it likes, at what it does not know."""
+        try:
+            return self._write(messages, tools, **more)
+        except MemoryError:
+            raise
+        except Exception:
+            return ""
+
+    # What comes before an answer, and what ends it.
+
+    def _around(self, messages, tools) -> tuple[list[dict], str, str]:
+        """Give the form of the messages that the template takes whole, what it writes before the answer to
+        them, and what after it."""
+        mark, why = _MARK.format("answer"), "template_refuses"
+        for form in (list(messages), _merged(messages)):
+            text = self._tries([*form, {"role": "assistant", "content": mark}], tools)
+            if text.count(mark) != 1:
+                continue
+            before, after = text.split(mark)
+            if not (lost := _lost(before, messages, tools)) and self._shows_all(form):
+                return form, before, after
+            why = lost or "prompt_text_lost"
+        raise Unusable(why)
+
+    def _shows_all(self, form) -> bool:
+        """Tell whether the template writes every message of such a form, whatever it says."""
+        key = tuple(m["role"] for m in form)
+        if "tool" in key or any(m.keys() > {"role", "content"} for m in form):
+            return True  # such a template may want what a mark is not
+        if key not in self._shows:
+            marked = [m | {"content": _MARK.format(i)} for i, m in enumerate(form)]
+            text = self._tries([*marked, {"role": "assistant", "content": _MARK.format("answer")}], ())
+            self._shows[key] = not text or all(m["content"] in text for m in marked)
+        return self._shows[key]
+
+    def _end(self, after: str) -> str:
+        if special := self.special.search(after):
+            return after[: special.end()]
+        if self.tokenizer.eos_token is None:
+            raise Unusable("no_end_token")
+        return self.tokenizer.eos_token
+
+    def _pieces(self, form, before: str, tools) -> list[Piece]:
+        """Part a prompt into what the template wrote and what others did, whose special tokens are text."""
+        if not self.special.search(_all_text(form, tools)):
+            return [(before, False)]
+        marks = [_MARK.format(i) for i in range(len(form))]
+        marked = [m | {"content": mark} for m, mark in zip(form, marks, strict=True)]
+        answer = {"role": "assistant", "content": _MARK.format("answer")}
+        around = self._tries([*marked, answer], tools).split(answer["content"])[0]
+        pieces = re.split(r"(lazyorpo\d+mark)", around)
+        for clean in (str, str.strip):
+            texts = dict(zip(marks, (clean(m["content"]) for m in form), strict=True))
+            filled = [(texts.get(piece, piece), piece in texts) for piece in pieces]
+            if "".join(text for text, _ in filled) == before:
+                return [(text, own) for text, own in filled if text]
+        raise Unusable("special_token_text")
+
+    # A pair.
+
+    def _pair(self, pair):
+        sides = [_lone({"role": "assistant", "content": text} | more) for text, more in pair.answers()]
+        form, before, after = self._around(pair.prompt, pair.tools)
+        if any(map(self._is_rich, sides)):
+            if found := self._rich(form, sides, pair.tools, before, after):
+                return found
+        texts = [self._kept(form, side["content"], pair.tools, before, after) for side in sides]
+        return self._parted(self._pieces(form, before, pair.tools), texts, self._end(after))
+
+    def _parted(self, prompt, texts, end):
+        """Give the pieces of a pair; spaces at the end of a prompt go to the answers: "[/INST] " + "Hi", for
+        the token of "Hi" has the space."""
+        (last, own), lead = prompt[-1], ""
+        if not own:
+            lead = last[len(last.rstrip(" ")) :]
+            prompt = [*prompt[:-1], (last.removesuffix(lead), own)]
+        if len(prompt) == 1 and not any(map(self.special.search, texts)):
+            return prompt, *([(lead + text + end, False)] for text in texts)
+        return prompt, *([(lead + text, True), (end, False)] for text in texts)
+
+    def _kept(self, form, text: str, tools, before: str, after: str) -> str:
+        """Give an answer with as much of the white space around it as the template leaves."""
+        core = text.strip()
+        if core == text:
+            return text
+        start, stop = text.split(core, 1)
+        mark = _MARK.format("answer")
+        whole = self._tries([*form, {"role": "assistant", "content": start + mark + stop}], tools)
+        left, _, right = whole.partition(mark)
+        if not (left.startswith(before) and right.endswith(after)):
+            return text
+        return left[len(before) :] + core + right[: len(right) - len(after)]
+
+    # An answer with reasoning or tool calls.
+
+    def _is_rich(self, side) -> bool:
+        return side.keys() > {"role", "content"} or self._thought(side)[0] is not None
+
+    def _thought(self, side) -> tuple[str | None, str]:
+        """Give an answer's reasoning, or None, and what it says after it."""
+        if "reasoning_content" in side:
+            return side["reasoning_content"], side["content"]
+        if re.search("think>|thinking|reasoning", self._knows):
+            if found := _THOUGHT.fullmatch(side["content"]):
+                return found[1].strip("\n"), found[2].lstrip("\n")
+        return None, side["content"]
+
+    def _rich(self, form, sides, tools, before: str, after: str):
+        """Give the pieces of a pair as the template writes such answers, or as a model that thinks does; None
+        where only the text has reasoning and the template knows of none."""
+        thinks = any(self._thought(side)[0] is not None for side in sides)
+        if self.special.search(_all_text([*form, *sides], tools)):
+            raise Unusable("special_token_text")
+        for more in ({}, THINKING):
+            start = self._tries(form, tools, add_generation_prompt=True, **more)
+            if not start or thinks and start.rstrip().endswith("</think>"):
+                continue
+            heads = [start, before] if thinks else [before, start]
+            if start == self._tries(form, tools, **more):  # it knows no prompt to answer from
+                heads = [before]
+            for head in heads:
+                bodies = [self._body(head, form, side, tools, more) for side in sides]
+                if all(bodies):
+                    texts = [self._ended(body, after) for body in bodies]
+                    return self._parted([(head, False)], texts, "")
+            if "think>" in self._knows and not any("tool_calls" in side for side in sides):
+                texts = [self._spoken(start, side) for side in sides]
+                return self._parted([(start, False)], texts, self._end(after))
+        if any(side.keys() > {"role", "content"} for side in sides):
+            raise Unusable("tool_calls" if any("tool_calls" in side for side in sides) else "reasoning")
+        return None
+
+    def _body(self, head: str, form, side, tools, more) -> str:
+        """Give what the template writes of an answer after `head`, if all of it is there; else ""."""
+        reasoning, text = self._thought(side)
+        ways = [side]
+        if reasoning is not None:
+            ways.insert(0, side | {"content": text, "reasoning_content": reasoning})
+        for way in ways:
+            body = self._tries([*form, way], tools, **more)
+            if body.startswith(head):
+                body = body[len(head) :]
+                said = body.find((reasoning or "").strip())
+                blocks = body.count("</think>") - (text + (reasoning or "")).count("</think>")
+                opened = "</think>" not in body or "<think>" in body or _OPEN.search(head)
+                whole = said >= 0 and text.strip() in body[said:] and not _lost(body, [side], ())
+                if whole and opened and blocks <= 1:
+                    return body
+        return ""
+
+    def _spoken(self, start: str, side) -> str:
+        """Give an answer as a model emits it that thinks between tags; `start` may hold the first one."""
+        reasoning, text = self._thought(side)
+        opened = _OPEN.search(start)
+        if "reasoning_content" in side:
+            text = f"<think>\n{reasoning}\n</think>\n\n{text}"
+        elif reasoning is not None:
+            text = side["content"].lstrip()
+            text = text if text.startswith("<think>") else f"<think>\n{text}"
+        elif opened:
+            text = f"<think>\n\n</think>\n\n{text}"
+        if opened:
+            text = (
+                text.removeprefix(opened[0]) if text.startswith(opened[0]) else text.removeprefix("<think>")
+            )
+        return text
+
+    def _ended(self, body: str, after: str) -> str:
+        """Cut what the template writes after an answer's end."""
+        if after and body.endswith(after):
+            return body.removesuffix(after) + self._end(after)
+        specials = list(self.special.finditer(body))
+        return body[: specials[-1].end()] if specials else body.rstrip() + self._end("")
+
+
+def _lone(side) -> dict:
+    """Give an answer whose reasoning stands in its text and in a field with the text alone."""
+    found = _THOUGHT.fullmatch(side["content"]) if "reasoning_content" in side else None
+    if found and found[1].strip() != side["reasoning_content"].strip():
+        raise Unusable("reasoning")  # which of the two?
+    return {name: part for name, part in side.items() if not (found and name == "reasoning_content")}
+
+
+def tried(write, *given):
+    """Call `write`; give the reason in place of a result where it raises Unusable."""
+    try:
+        return write(*given)
+    except Unusable as why:
+        return str(why)
+    except RecursionError:  # tools that are nested deeper than anybody reads
+        return "template_refuses"
+
+
+def _merged(messages) -> list[dict]:
+    """Join turns for templates that know no system turn, or no two turns of one role."""
+    joined: list[dict] = []
+    for message in messages:
+        turn = message | {"role": "user"} if message["role"] == "system" else dict(message)
+        plain = turn.keys() == {"role", "content"} and turn["role"] != "tool"
+        if plain and joined and joined[-1].keys() == turn.keys() and joined[-1]["role"] == turn["role"]:
+            joined[-1]["content"] += "\n\n" + turn["content"]
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _leaves(value) -> list[str]:
+    """Give every name and every text of a tool or of the call of one."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if v is not None and k not in ("id", "type", "index")}
+        inner = [leaf for item in kept.values() for leaf in _leaves(item)]
+        return [k for k in value.get("properties") or value.get("arguments") or () if k in value] + inner
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value] if isinstance(value, str) and value.strip() else []
+
+
+def _lost(before: str, messages, tools) -> str:
+    """Give the reason if a text is not in what comes before the answer: its white space may be trimmed, and
+    of earlier turns of the assistant the reasoning goes; "" if all is there."""
+    texts = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            content = content.rpartition("</think>")[2]
+        texts += filter(None, map(str.strip, _SWITCHES.split(content)))
+    calls = [leaf for message in messages for leaf in _leaves(message.get("tool_calls"))]
+    named = {"prompt_text_lost": texts, "tool_calls": calls, "tools": _leaves(tools)}
+    for reason, wanted in named.items():
+        rest = before
+        for text in sorted(wanted, key=len, reverse=True):
+            spelled = text if text in rest else json.dumps(text, ensure_ascii=False)[1:-1]
+            if spelled not in rest:
+                return reason
+            if reason == "prompt_text_lost":
+                rest = rest.replace(spelled, "\0", 1)
+    return ""
+
+
+def _all_text(messages, tools) -> str:
+    return "\0".join(str(part) for message in messages for part in message.values()) + str(tools or "")
