@@ -199,8 +199,8 @@ def console() -> None:
     except UserError as error:
         print(f"lazyorpo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("lazyorpo: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"lazyorpo: {stopped or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception:
         print(without_secrets(traceback.format_exc()), file=sys.stderr)

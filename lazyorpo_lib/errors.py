@@ -29,18 +29,23 @@ _MODEL = {  # what a text of transformers holds: the end of "The model … "
         "needs code from the hub, which this kit never runs; choose one that transformers has built in"
     ),
 }
+_NAMES = "token|signature|secret|password|passwd|credential|api[_-]?key"
 _SECRETS = [  # what may be told, and after it what lets somebody in
     re.compile(pattern)
     for pattern in (
-        # A password, or a token as user.
-        r"""(://|(?<![\w/.-])[\w.-]+:(?!//))[^\s'"<>()\\]{3,2000}(?=@)""",
+        # A token as user; a password, after a user.
+        r"""(://)[^\s/'"<>()\\@]{3,2000}(?=@)""",
+        r"""(://[^\s/:'"<>()\\@]{0,200}:)[^\s'"<>()\\]{3,2000}(?=@)""",
+        r"""((?<![\w/.:-])[\w.-]{2,200}:(?!//))(?=[^\s@]{0,200}\d)[^\s'"<>()\\]{3,2000}(?=@)""",
         # An address's query, any part of which may sign it.
         r"""(://[^\s?'"<>()\\]{0,2000}\?)[^\s'"<>()\\]+""",
-        r"(?<![A-Za-z0-9])(hf_)(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{8,}\w*",
+        r"(?<![A-Za-z0-9/])(hf_)(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{8,}\w*",
         r"(?<![A-Za-z0-9])(hf_|api_org_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-|rpa_|AKIA|AIza|eyJ)"
         r"[\w.-]{0,64}?[A-Za-z0-9]{16}[\w.-]*",
-        r"""((?i:bearer\s+|authorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?))[\w.~+/=-]{8,}""",
-        r"""((?i:token|signature|\bsig|secret|password|passwd|credential|api[_-]?key)=)[^\s&'"<>()\\]+""",
+        r"""((?i:bearer\s+|authorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?))(?=\S{0,200}\d)[\w.~+/=-]{8,}""",
+        rf"""([?&](?i:\w{{0,40}}(?:{_NAMES}|sig))=)[^\s&'"<>()\\]+""",
+        rf"""(?<![A-Za-z0-9])((?i:(?:\w{{1,20}}_)?(?:{_NAMES})['"]?(?:\s*[:=]\s*|\s+is\s+)['"]?))"""
+        r"""(?=[^\s'"]{0,200}\d)[^\s&'"<>(),\\]{8,}""",
     )
 ]
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|_KEY|CREDENTIALS?)$", re.I)  # of the environment
@@ -177,7 +182,7 @@ def explain_disk(
     number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind
     number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
     home, at = os.path.abspath(folder), os.path.abspath(getattr(error, "filename", None) or "/")
-    if number in _RIGHTS and at != "/" and (at.startswith(home) or home.startswith(at)):
+    if number in _RIGHTS and at != "/" and (Path(at).is_relative_to(home) or Path(home).is_relative_to(at)):
         return f"{folder} cannot be used ({text}): give another folder, then {then}."
     if number not in _DISK and not re.search(_TORN, text):
         return ""

@@ -67,14 +67,14 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
         raise UserError(f"base_model is {base_model!r}, {where}: choose another output_dir.")
 
 
-def claim(folder: Path) -> None:
-    """Hold the folder for this process, until `release` or its end.
+def claim(folder: Path) -> bool:
+    """Hold the folder for this process, until `release` or its end; tell whether it did not hold it before.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
     if folder in _held:
-        return
+        return False
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -85,8 +85,9 @@ def claim(folder: Path) -> None:
     except PermissionError as error:
         raise unwritable(folder, error) from None
     except OSError:  # a volume without locks, as networks have: the lock is a courtesy
-        return
+        return True
     _held[folder] = lock
+    return True
 
 
 def release(folder: Path) -> None:

@@ -50,6 +50,7 @@ def writing(path):
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
+            file.close()  # Windows deletes nothing that is open
             draft.unlink()
             raise
     os.replace(draft, path)
@@ -81,6 +82,7 @@ def check(folder: Path, what: str) -> dict:
     found, why, way_out = marked(folder), "", "choose another folder"
     try:
         other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
+        other = [name for name in other if name != f"{MARKER}.tmp"]  # of a kill in the very first write
     except OSError as error:
         raise unwritable(folder, error) from None
     if other:
@@ -120,9 +122,9 @@ def take(folder, what: str, *names: str) -> Path:
             own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
             if path.is_symlink() or path.exists() and not own:
                 raise _foreign(path, "move it away, or choose another folder")
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            flush(folder.parent)
+        for place in [p for p in (*reversed(folder.parents), folder) if not p.is_dir()]:
+            place.mkdir(exist_ok=True)
+            flush(place.parent)
         files = dict.fromkeys(names) | found["files"]
         if files != found["files"] or not marked(folder):
             _mark(folder, found | {"files": files})
@@ -155,10 +157,10 @@ def _digest(file: Path) -> str:
 
 def damaged(folder: Path) -> list[str]:
     """List the files of a sealed folder that are gone, cannot be read, or do not hold what they held."""
-    found = []
-    for name, digest in (marked(folder) or {}).get("digests", {}).items():
+    found, listed = [], marked(folder) or {"files": {}}
+    for name in listed["files"]:
         try:
-            whole = _digest(folder / name) == digest
+            whole = _digest(folder / name) == listed.get("digests", {}).get(name)
         except OSError:
             whole = False
         found += [name] * (not whole)
@@ -185,6 +187,8 @@ def replacing(target: Path, what: str):
     """
     if target.is_symlink():
         raise UserError(f"{str(target)!r} is a link, and links are not followed: give the folder itself.")
+    if os.path.ismount(target):
+        raise UserError(f"{str(target)!r} is where a volume is mounted: give a folder in it.")
     draft = target.with_name(f".{target.name}.partial")
     check(target, what)
     if os.path.lexists(draft):
@@ -208,7 +212,10 @@ def put(draft: Path, target: Path, what: str) -> None:
     for name in new["files"]:
         if name not in before["files"] and os.path.lexists(target / name):
             raise _foreign(target / name, "move it away first")
+    home = marked(target.parent)
     remove(target)
+    if home and home["files"] != marked(target.parent)["files"]:  # it was listed there, and is again
+        _mark(target.parent, home)
     if not target.exists():
         draft.rename(target)
         flush(target.parent)

@@ -20,7 +20,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available, logging
+from transformers.utils import cached_file, is_liger_kernel_available, logging
 
 from . import folder as folders
 from . import marker
@@ -84,8 +84,10 @@ def digest_of(base_model: str) -> str:
     """Give a text that another model, or another version of it, would not have: the hub's, or a digest of
     the folder's config and of 64 places of each file of weights."""
     place = Path(locate(base_model))
-    if not place.is_dir():
-        return str(load_config(base_model)._commit_hash)
+    if not place.is_dir():  # the hub's cache, whose files are links to blobs that are named by their content
+        place = Path(cached_file(base_model, "config.json")).parent
+        names = [(f.name, f.resolve().name, f.stat().st_size) for f in sorted(place.glob("*.safetensors"))]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
     digest = hashlib.sha256((place / "config.json").read_bytes())
     for file in sorted(place.glob("*.safetensors")):
         size = file.stat().st_size
@@ -270,6 +272,8 @@ def load_finished(
         given = f"There is no finished model at {str(folder)!r}"
         raise UserError(f"{given}; give the model/ folder of a finished run.")
     check_files(folder)
+    if bad := [name for name in marker.damaged(folder) if name.endswith(".safetensors")]:
+        raise UserError(f"{folder} is damaged ({', '.join(bad)}): bring it back from a copy, or train anew.")
     with explain_model(str(folder), "bring the run's model/ back whole, with the base model that it names"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not (folder / "adapter_config.json").is_file():

@@ -21,7 +21,7 @@ from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
 from .orpo.encoding import Encoder, PairFile, Subset, check_model, encode_rows, prepare_tokenizer
-from .orpo.processes import make_accelerator
+from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
@@ -55,27 +55,28 @@ class Run(Staged):
         self.show = show if self.main else lambda text: None
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
         self.folder, self.drive, self.began = folders.folder_of(settings), None, None
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # which end together, after a step
-        self.stop = Stop(self.folder / "STOP", settings.max_minutes, patient=several)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes, several=several)
 
     def begin_stage(self) -> None:
         """Start the clock, and hold the folder, unless the run is finished and only looked at."""
         self.began = self.began or time.monotonic()
         if self.main and "record" in vars(self) and not self.finished:
-            folders.claim(self.folder)
+            if folders.claim(self.folder):  # somebody else may have had it meanwhile
+                self.finished = bool(self._read("summary.json").get("finished"))
 
     @stage
     def open(self) -> None:
         """Look at the machine, take the folder, and settle what `auto` means there.
 
         Raises:
-            UserError: the folder cannot be written, is in use, or holds a run with other settings; the
-                settings ask for what this machine does not have.
+            UserError: the folder is not to be had, or holds another run; the machine lacks what is asked for.
         """
         settings = self.given
         self.machine = this_machine()
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
+        check_tracker(settings.report_to)
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
             known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
@@ -83,9 +84,8 @@ class Run(Staged):
             folders.claim(self.folder)
             marker.remove(self.stop.file)  # that an earlier run did not see
             self.drive = drive.drive_folder(self.folder.name) if settings.save_to == "drive" else None
-        if self.drive and not checkpoints.complete(self.folder):
-            if not drive.mirror(self.drive, self.folder):  # what an earlier session left there
-                self.drive = None  # nor is it written to: a copy of less would take its place
+        if self.drive and not (checkpoints.complete(self.folder) or drive.mirror(self.drive, self.folder)):
+            self.drive = None  # what an earlier session left there is not written over by less
         older = self._read("settings.json")
         begun = folders.is_begun(self.folder, settings)
         # What auto chose when the run began holds to its end, also on another kind of machine.
@@ -107,9 +107,10 @@ class Run(Staged):
         if self.record["version"] != __version__:
             self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
         self.record["clock"] = older.get("clock") or time.time()  # what a chat template is told as the time
-        self._write("settings.json", self.record)
-        if self.finished:
+        if self.finished:  # its record stays as it is
             folders.release(self.folder)
+        else:
+            self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
     def _write(self, name: str, content: dict) -> None:
@@ -198,8 +199,6 @@ class Run(Staged):
                 "anew."
             )
             return
-        base = model.digest_of(self.settings.base_model)
-        self._keep_to("base model", self.settings.base_model, self.record.get("base"), base)
         model.forget_earlier_run()
         forget_peak_memory()
         # Of several processes all take the first one's plan.
@@ -214,9 +213,11 @@ class Run(Staged):
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         if s.optimizer != self.record["settings"]["optimizer"]:
             chosen["optimizer"] = s.optimizer
+        self._make_trainer()
+        base = model.digest_of(s.base_model)
+        self._keep_to("base model", s.base_model, self.record.get("base"), base)
         self.record |= {"chosen": chosen, "base": base}
         self._write("settings.json", self.record)
-        self._make_trainer()
         self.show(about_training(self))
 
     def _make_trainer(self) -> None:
@@ -227,21 +228,11 @@ class Run(Staged):
             device = "cpu" if self.sharded else f"cuda:{accelerator.local_process_index}"
         self.model = model.load_for_training(s, method=self.method, dtype=self.dtype, device=device)
         check_model(self.train_pairs.dataset, self.model)
-        self.trainer = OrpoTrainer(
-            self.model,
-            s,
-            self.train_pairs,
-            self.eval_pairs,
-            accelerator=accelerator,
-            folder=self.folder,
-            tokens_per_batch=self.plan.method.tokens_per_batch,
-            checkpointed_layers=self.plan.method.checkpointed_layers,
-            make_scorer=lambda whole: PairScorer(model.causal_lm(whole)),
-            stop=self.stop,
-            on_row=self._on_row,
-            on_step=self._on_step,
-            on_save=self._mirror,
-        )
+        plan, pairs = self.plan.method, (self.train_pairs, self.eval_pairs)
+        how = dict(tokens_per_batch=plan.tokens_per_batch, checkpointed_layers=plan.checkpointed_layers)
+        how |= dict(make_scorer=lambda whole: PairScorer(model.causal_lm(whole)), folder=self.folder)
+        how |= dict(stop=self.stop, on_row=self._on_row, on_step=self._on_step, on_save=self._mirror)
+        self.trainer = OrpoTrainer(self.model, s, *pairs, accelerator=accelerator, **how)
 
     def _plan(self) -> planner.Plan:
         config, begun = model.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
@@ -277,16 +268,16 @@ class Run(Staged):
         self.plot = LivePlot(picture, title=title, total_steps=trainer.steps)
         for row in folders.read_rows(self.folder / "history.jsonl"):
             self.plot.update(row)
-        self.spent = Spent(self.began, trainer.device)
+        self.spent, self.began = Spent(self.began, trainer.device, trainer.carried), None
         with model.without_bars(), contextlib.closing(self.plot):
             try:
                 if not trained:
                     self._train(found)
-                complete = 0 < trainer.steps <= trainer.step
-                if complete or not self.stop.hurried:
+                if "after" not in self._read("held_out.json") and not self.stop.hurried:
                     held_out.measure(self, "after")
+                complete = 0 < trainer.steps <= trainer.step and not self.stop.hurried
             except Stopped:  # what was trained is in a checkpoint
-                complete = False
+                pass
         self.stopped = trainer.stop_reason or ("" if complete else self.stop.reason)
         self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not complete)
         if self.stopped:
@@ -301,13 +292,15 @@ class Run(Staged):
         if not found and folders.read_rows(self.folder / "history.jsonl"):
             self.show("No checkpoint is there to go on from: the run begins anew.")
         if self.main:
+            for later in [c for c in checkpoints.numbered(self.folder) if checkpoints.step_of(c) > last]:
+                marker.remove(later)  # damaged, and newer than what may be kept
             for name in ("history.jsonl", "watched.jsonl"):
                 folders.truncate_after(self.folder / name, last)
             marker.remove(self.folder / ".saving")
         if found:
             self.show(f"Going on from step {last}.")
-            kept = self._read("held_out.json")
-            self._write("held_out.json", {name: part for name, part in kept.items() if name != "after"})
+        kept = self._read("held_out.json")
+        self._write("held_out.json", {name: part for name, part in kept.items() if name != "after" and found})
         return found
 
     def _train(self, found: Path | None) -> None:
@@ -318,11 +311,12 @@ class Run(Staged):
         if not found:
             held_out.measure(self, "before")
         self.bar = progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training")
-        with self.bar, self.stop.waiting(), self.spent.on("training"):
-            trainer.train()
-        last = self.folder / f"checkpoint-{trainer.step}"
-        if trainer.step >= trainer.steps and not marker.is_whole(last, "checkpoint"):
-            trainer.save(to_go_on=False)  # before the model is examined, which may fail
+        with self.bar, self.stop.waiting():
+            with self.spent.on("training"):
+                trainer.train()
+            last = self.folder / f"checkpoint-{trainer.step}"
+            if trainer.step >= trainer.steps and not marker.is_whole(last, "checkpoint"):
+                trainer.save(to_go_on=False)  # before the model is examined, which may fail
 
     def _on_row(self, row: dict) -> None:
         folders.append_row(self.folder / "history.jsonl", row)
@@ -333,7 +327,7 @@ class Run(Staged):
             pairs, memory = step * self.settings.pairs_per_step, memory_gib(self.trainer.device)
             self.bar.set_postfix_str(f"{pairs:,} pairs, {memory:.1f} GiB", refresh=False)
         self.bar.update()
-        held_out.watch(self, step)
+        self.stop.try_to(lambda: held_out.watch(self, step))
         self.trainer.carried = self.spent.totals()
 
     def _mirror(self) -> None:
@@ -365,7 +359,7 @@ class Run(Staged):
 
     def _save(self) -> dict:
         """Write the model, and then the summary that says so."""
-        self.plot.close()
+        assert self.stopped is not None  # NotYet, where training was broken off
         trainer, home = self.trainer, self.folder / "model"
         if trainer.step:
             weights = trainer.gathered_weights()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .marker import remove
@@ -29,10 +30,11 @@ class Stop:
         reason: why; empty while there is none. asked: whether somebody asked, and not the clock.
         hurried: whether the machine is being taken away (SIGTERM, SIGHUP), and a kill follows soon.
         patient: whether a signal waits for somebody who asks `is_due`; else it ends what is under way.
+        several: whether other processes go on with this one, so that none may end alone.
     """
 
-    def __init__(self, file: Path | None = None, max_minutes: float = 0.0, patient: bool = False):
-        self.file, self.max_minutes, self.patient = file, max_minutes, patient
+    def __init__(self, file: Path | None = None, max_minutes: float = 0.0, several: bool = False):
+        self.file, self.max_minutes, self.several, self.patient = file, max_minutes, several, several
         self._forget()
 
     def _forget(self) -> None:
@@ -66,6 +68,17 @@ class Stop:
             yield
         finally:
             self.patient = before
+
+    def try_to(self, work: Callable[[], object]) -> None:
+        """Do something beside the steps that a signal may break off; not at all after one."""
+        if self.several or not self.asked:
+            before, self.patient = self.patient, self.several
+            try:
+                work()
+            except Stopped:  # which training sees after this step
+                pass
+            finally:
+                self.patient = before
 
     def _signal(self, number, frame):
         again, self._signalled = self._signalled and number == signal.SIGINT, True

@@ -46,7 +46,8 @@ def stage(method):
                 for made in self.MAKES[later]:
                     vars(self).pop(made, None)
             result = method(self)
-            if self.stop.asked and name != "train":  # Python loses what is raised in a finalizer
+            lost = self.stop.asked and name != "train"  # by Python, which raises nothing in a finalizer
+            if lost and not self.stop.several:
                 raise Stopped(self.stop.reason)
         return result
 

@@ -5,6 +5,7 @@ its source. It starts no training, and knows no type and no limit: `settings.coe
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -94,7 +95,9 @@ class Panel:
     def edit(self, name: str, value) -> None:
         """Take in an edit, as if it were made in the form; a secret in it is not kept with the notebook."""
         self._changed_in_cell()
-        self.memory["edits"][name] = without_secrets(value) if isinstance(value, str) else value
+        self.memory["edits"][name] = (
+            without_secrets(value) if isinstance(value, str) and not os.path.exists(value) else value
+        )
         self._refresh()
 
     def reset(self) -> None:

@@ -17,6 +17,15 @@ from ..errors import UserError
 from ..settings import Settings
 
 
+def check_tracker(tracker: str) -> None:
+    """Raise UserError where the tracker of `report_to` is not installed."""
+    found = tracker == "none" or find_spec(tracker)
+    if not found or (tracker != "none" and found.loader is None):  # a mere folder of that name is none
+        raise UserError(
+            f"report_to is {tracker}, which is not installed: pip install {tracker}, or set report_to=none."
+        )
+
+
 def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
     """Make the Accelerator of a run, whatever an earlier one of this process was told.
 
@@ -31,12 +40,7 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
             "The accelerate config asks for DeepSpeed, with which the kit does not train: take "
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
         )
-    tracker = settings.report_to
-    found = tracker == "none" or find_spec(tracker)
-    if not found or (tracker != "none" and found.loader is None):  # a mere folder of that name is none
-        raise UserError(
-            f"report_to is {tracker}, which is not installed: pip install {tracker}, or set report_to=none."
-        )
+    check_tracker(tracker := settings.report_to)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()  # another library's trainer may have left it waiting for more gradients
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;

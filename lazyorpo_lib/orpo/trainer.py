@@ -139,7 +139,7 @@ class OrpoTrainer:
             if self.step % self.settings.log_every_steps == 0:
                 self._log_step(rate, norm)
             if every and len(self.eval_pairs) and self.step % every == 0:
-                self.evaluate()
+                self.stop.try_to(self.evaluate)
             self.on_step(self.step)
             stopping = self._asked_to_stop()
             if stopping or self._checkpoint_is_due():

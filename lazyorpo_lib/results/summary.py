@@ -48,8 +48,8 @@ class Spent:
         earlier: `totals` of the sittings that this one goes on from. seconds: of this one, {what: seconds}.
     """
 
-    def __init__(self, began: float, device: torch.device):
-        self.began, self.device, self.earlier, self.seconds = began, device, {}, Counter()
+    def __init__(self, began: float, device: torch.device, earlier: dict[str, float | None]):
+        self.began, self.device, self.earlier, self.seconds = began, device, earlier, Counter()
         self._since, self._before, self._peaks = {}, memory_gib(device), {"training_gib": 0.0}
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ def summarise(run) -> dict:
         "peak_allocated_gib": spent.get("allocated_gib"),
         "bad_steps": trainer.bad_steps,
         "out_of_memory": trainer.oom_notes,
-        "drawing_share": round(run.plot.cost_seconds / max(run.spent.seconds["training"], 1e-9), 4),
+        "drawing_share": round(run.plot.cost_seconds / max(60 * spent["training"], 1.0), 4),
         "plan": run.plan.as_dict(),
         "planned_against_measured": {
             "peak_gib": [round(plan.peak_gib, 3), round(spent["training_gib"], 3)],

@@ -21,6 +21,7 @@ from ..errors import UserError, explain_disk, without_secrets
 from ..folder import folder_of, read_json
 from ..marker import take, write_atomically
 from ..results import card, live, share
+from ..session import Stopped
 from ..settings import Settings
 
 
@@ -52,9 +53,11 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     context.set_forkserver_preload([run.__name__, "peft", "datasets"])
     process = context.Process(target=_in_process, args=(settings, merge))
     process.start()
+    interrupted = False
     try:
         process.join()
     except KeyboardInterrupt:
+        interrupted = True
         if os.name == "nt":  # which kills what it is asked to end
             (folder / "STOP").touch()
         else:
@@ -63,8 +66,9 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     if not _is_finished(folder):
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
-        way_out = "mend that and run this again, it goes on from there"
-        raise UserError(f"The run in {folder} is not finished ({' '.join(last)}): {way_out}.")
+        told = f"The run in {folder} is not finished ({' '.join(last)})"
+        kind = Stopped if interrupted else UserError
+        raise kind(f"{told}: mend that and run this again, it goes on from there.")
 
 
 def _is_finished(folder: Path) -> bool:

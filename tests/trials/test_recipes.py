@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.session import Stopped
 from lazyorpo_lib.settings import resolve
 from lazyorpo_lib.trials import recipes, runs
 
@@ -104,7 +105,7 @@ def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, 
     kinds = []
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: kinds.append(kind) or context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    with pytest.raises(UserError, match="sft-1 is not finished.*Stopped at step 1.*goes on from there"):
+    with pytest.raises(Stopped, match="sft-1 is not finished.*Stopped at step 1.*goes on from there"):
         recipes.compare_recipes(tiny(tmp_path), seeds=1, show=lambda text: None)
     assert Process.started == 1, "nothing more is begun"
     assert kinds == [kind], "CUDA survives no fork, and what the fork server imports initialises it"
