@@ -124,10 +124,18 @@ class Run(Staged):
     # Pairs.
 
     @stage
-    def load_pairs(self) -> data.Report:
+    def load_pairs(self) -> data.Report | None:
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
         if "record" not in vars(self):
             self.open()
+        try:
+            return self._load_pairs()
+        except UserError as error:
+            if not self.finished:
+                raise
+            self.show(f"{error} The run is finished, and its results follow all the same.")
+
+    def _load_pairs(self) -> data.Report:
         s, pairs, words = self.settings, PairFile(), BagOfWords()
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
@@ -172,11 +180,8 @@ class Run(Staged):
         return self.report
 
     def _keep_to(self, what: str, name: str, older: str | None, now: str) -> bool:
-        """Tell whether the run is still to be trained; where it was trained with another one, say so.
-
-        Raises:
-            UserError: the run would go on with another dataset or base model than it began with.
-        """
+        """Tell whether the run is still to be trained; that it was trained with another one is told, and that
+        it would go on with another one is a UserError."""
         changed = f"The {what} {name!r} is not what it was when the run in {self.folder}"
         if older not in (None, now) and self.finished:
             self.show(f"{changed} was trained: nothing is done with it; for that choose another output_dir.")

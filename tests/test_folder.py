@@ -20,7 +20,7 @@ from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.drive import drive_folder, mirror
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import folder_of
-from lazyorpo_lib.marker import MARKER, is_whole, marked, remove, replacing, seal, take
+from lazyorpo_lib.marker import MARKER, damaged, is_whole, marked, remove, replacing, seal, take
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.results import share
 from lazyorpo_lib.run import Run
@@ -179,6 +179,30 @@ def test_a_draft_planted_as_a_link_is_not_written_through(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         take(tmp_path / "run", "run", "summary.json")
     assert (tmp_path / "precious").read_text() == "theirs: precious"
+
+
+def test_a_kill_in_the_very_first_write_bars_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{MARKER}.tmp").write_text("{")
+    take(tmp_path / "run", "run")
+    assert marked(tmp_path / "run")["what"] == "run"
+
+
+def test_a_place_where_a_volume_is_mounted_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    with pytest.raises(UserError, match="is where a volume is mounted: give a folder in it"):
+        with replacing(tmp_path / "out", "merged model"):
+            raise AssertionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_its_digest_is_taken_as_damaged(tmp_path):
+    with replacing(tmp_path / "model", "model") as draft:
+        write(draft, "weights")
+    assert not damaged(tmp_path / "model")
+    found = json.loads((tmp_path / "model" / MARKER).read_text())
+    (tmp_path / "model" / MARKER).write_text(json.dumps({k: found[k] for k in ("what", "files")}))
+    assert damaged(tmp_path / "model") == ["weights"]
 
 
 @pytest.mark.parametrize("name", ["output_dir", "base_model", "dataset"])

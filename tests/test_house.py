@@ -180,8 +180,8 @@ def size(*names: str) -> tuple[int, float]:
     return sum(text.count("\n") for text in texts), sum(len(text.encode()) for text in texts) / 1000
 
 
-# What the rooms have, so that they only get smaller; people's own rows and accidents made them a quarter larger
-# than the house was built. The aims: orpo/ 1,650 lines, 66 KB; with the ground, model, run and command line
+# What the rooms have, so that they only get smaller; people's own rows and accidents made them a quarter
+# larger than the house was. The aims: orpo/ 1,650 lines, 66 KB; with the ground, model, run and command line
 # 3,200 lines; all 7,200 lines, 320 KB.
 CEILINGS = {
     ("orpo",): (3480, 162.0),

@@ -15,6 +15,7 @@ import pytest
 
 from lazyorpo_lib import folder as folders
 from lazyorpo_lib import marker, model, run, stages
+from lazyorpo_lib.drive import mirror
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import read_json, read_rows
 from lazyorpo_lib.notebook import show
@@ -139,6 +140,16 @@ def test_data_that_change_after_the_end_are_told_and_the_reports_stay(tmp_path):
     execute(*given, show=said.append)
     assert {name: (tmp_path / "run" / name).read_bytes() for name in kept} == kept
     assert any("is not what it was" in line and "choose another output_dir" in line for line in said)
+
+
+def test_a_finished_run_is_shown_also_where_its_dataset_is_gone(tmp_path):
+    own, said = rows_file(tmp_path / "own.jsonl", "Yes"), []
+    given = tiny(tmp_path / "run", **SMALL | {"dataset": str(own)})
+    execute(*given, show=str)
+    own.unlink()
+    assert execute(*given, show=said.append).finished and any(
+        "results follow all the same" in s for s in said
+    )
 
 
 def stopped(folder: Path, **changes) -> tuple:
@@ -371,3 +382,126 @@ def test_a_model_that_does_not_read_back_keeps_the_checkpoint(tmp_path, monkeypa
         execute(*given, show=str)
     assert checkpoints.complete(tmp_path / "run") and not (tmp_path / "run" / "summary.json").exists()
     assert execute(*given, show=str).finished
+
+
+def test_drive_gets_the_model_of_the_end_and_not_of_a_stop_before(tmp_path):
+    given = stopped(tmp_path / "run")
+    drive_copy = tmp_path / "drive"
+    drive_copy.mkdir()
+    run = Run(*given, show=str)
+    run.open()
+    assert mirror(run.folder, drive_copy)
+    run.drive = drive_copy
+    for cell in ("load_pairs", "load_model", "train", "finish"):
+        CELLS[cell](run)
+    assert read_json(drive_copy / "summary.json")["finished"]
+    for name, value in weights(run.folder).items():
+        assert (value == weights(drive_copy)[name]).all(), name
+
+
+def test_a_kernel_that_is_behind_shows_what_another_process_finished(tmp_path):
+    given = stopped(tmp_path / "run")
+    behind = Run(*given, show=str)
+    behind.settings = behind.given
+    for cell in ("open", "load_pairs", "load_model"):
+        CELLS[cell](behind)
+    folders.release(behind.folder)  # as after its own stop
+    assert execute(*given, show=str).finished
+    kept = (tmp_path / "run" / "history.jsonl").read_bytes()
+    behind.train()
+    assert behind.finished and behind.finish()["finished"]
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == kept
+
+
+def test_a_signal_in_the_last_save_waits_for_it(straight, tmp_path, monkeypatch):
+    given, inner = tiny(tmp_path / "run", **SMALL | {"save_every_steps": 0}), checkpoints.save
+
+    def struck(*given, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        inner(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", struck)
+        run = Run(*given, show=str)
+        for cell in ("open", "load_pairs", "load_model", "train", "finish"):
+            CELLS[cell](run)
+    assert run.interrupted and [c.name for c in checkpoints.complete(run.folder)] == ["checkpoint-2"]
+    folders.release(run.folder)
+    assert execute(*given, show=str).finished
+    is_as_straight(tmp_path / "run", straight)
+
+
+def test_a_damaged_checkpoint_pushes_no_good_one_out(tmp_path):
+    given = stopped(tmp_path / "run", max_steps=4, keep_checkpoints=1)
+    good = checkpoints.complete(tmp_path / "run")[-1]
+    newer = Path(shutil.copytree(good, good.with_name("checkpoint-3")))
+    found = json.loads((tmp_path / "run" / marker.MARKER).read_bytes())
+    found["files"]["checkpoint-3/"] = None
+    (tmp_path / "run" / marker.MARKER).write_text(json.dumps(found))
+    bits(newer / "weights.safetensors", -1)
+    run = Run(*given, show=str)
+    for cell in ("open", "load_pairs", "load_model"):
+        CELLS[cell](run)
+    run.trainer.on_step = lambda step: step == 2 and setattr(run.stop, "reason", "asked")
+    run.train()
+    assert [c.name for c in checkpoints.complete(run.folder)] == ["checkpoint-2"]
+
+
+def test_two_interrupts_and_then_finish_write_no_half_trained_model(tmp_path):
+    run = quiet(tmp_path / "run")
+    for cell in ("open", "load_pairs", "load_model"):
+        CELLS[cell](run)
+    run.trainer.on_step = lambda step: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.raises(UserError, match=r"run.train\(\) comes first"):
+        run.finish()
+    assert not (run.folder / "model").exists()
+
+
+def test_a_stop_and_another_press_in_one_kernel_count_each_minute_once(tmp_path):
+    began, run = time.monotonic(), Run(*tiny(tmp_path / "run", **SMALL | {"max_steps": 3}), show=str)
+    for cell in ("open", "load_pairs", "load_model"):
+        CELLS[cell](run)
+    inner = run.trainer.on_step
+    run.trainer.on_step = lambda step: (inner(step), step == 1 and setattr(run.stop, "reason", "asked"))
+    run.train()
+    run.finish()
+    run.train()
+    assert run.finish()["minutes"] * 60 <= time.monotonic() - began + 0.1
+
+
+def test_a_finished_run_keeps_the_record_of_what_it_ran_with(straight, tmp_path):
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    kept = (folder / "settings.json").read_bytes()
+    execute(*tiny(folder, **SMALL | {"answers": 3}), show=str)
+    assert (folder / "settings.json").read_bytes() == kept
+
+
+def test_an_evaluation_between_steps_is_broken_off_by_a_signal(tmp_path, monkeypatch):
+    run = quiet(tmp_path / "run", eval_every_steps=1)
+    for cell in ("open", "load_pairs", "load_model"):
+        CELLS[cell](run)
+
+    def struck():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    run.trainer.evaluate = struck
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out, "measure", lambda run, when: None)
+        run.train()
+    assert run.interrupted and run.trainer.step == 1 and checkpoints.complete(run.folder)
+
+
+def test_a_damaged_model_is_refused_wherever_it_is_loaded(straight, tmp_path):
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    bits(folder / "model" / "adapter_model.safetensors", -8)
+    for load in (lambda: model.load_finished(folder / "model"), lambda: run.share.merge(folder)):
+        with pytest.raises(UserError, match="is damaged .adapter_model.safetensors."):
+            load()
+
+
+def test_a_missing_tracker_is_told_before_a_row_is_read(tmp_path):
+    with pytest.raises(UserError, match="report_to is trackio, which is not installed: pip install trackio"):
+        quiet(tmp_path / "run", report_to="trackio", dataset="no such file").open()

@@ -241,7 +241,9 @@ class Frame:
         return [dict(row) for row in PAIRS]
 
 
-@pytest.mark.parametrize("value", [PAIRS, tuple(PAIRS), Frame(), COLUMNS, iter(PAIRS)], ids=str)
+@pytest.mark.parametrize(
+    "value", [PAIRS, tuple(PAIRS), Frame(), COLUMNS, iter(PAIRS)], ids=lambda value: type(value).__name__
+)
 def test_rows_in_a_variable_are_written_beside_the_notebook_once(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     path = written(value)
@@ -259,7 +261,9 @@ def test_a_dataset_of_the_hubs_library_is_taken(tmp_path, monkeypatch):
     assert found(str(tmp_path / "saved"))[0] == PAIRS
 
 
-@pytest.mark.parametrize("value", [5, [], [1, 2], ["a"], object(), {}])
+@pytest.mark.parametrize(
+    "value", [5, [], [1, 2], ["a"], object(), {}], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_rows_is_one_sentence(value):
     with pytest.raises(UserError, match="give a list of dicts, a DataFrame, a Dataset or a name"):
         written(value)
