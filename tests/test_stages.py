@@ -505,3 +505,45 @@ def test_a_damaged_model_is_refused_wherever_it_is_loaded(straight, tmp_path):
 def test_a_missing_tracker_is_told_before_a_row_is_read(tmp_path):
     with pytest.raises(UserError, match="report_to is trackio, which is not installed: pip install trackio"):
         quiet(tmp_path / "run", report_to="trackio", dataset="no such file").open()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("work", ["cleaning", "merge", "probe"])
+def test_a_signal_in_any_work_ends_it_within_ten_seconds_with_nothing_half_written(
+    work, number, straight, tmp_path
+):
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    if work == "cleaning":
+        with open(rows, "w") as file:
+            row = '{{"prompt": "p{0}", "chosen": "good {0}", "rejected": "bad"}}\n'
+            file.writelines(row.format(k) for k in range(400_000))
+    elif work == "merge":
+        shutil.copytree(straight.folder, run)
+    flags = {
+        "cleaning": [
+            "--preset",
+            "tiny",
+            "--dataset",
+            str(rows),
+            "--max-pairs",
+            "0",
+            "--output-dir",
+            str(run),
+        ],
+        "merge": ["merge", str(run), str(tmp_path / "merged")],
+        "probe": ["--probe", "--preset", "tiny", "--output-dir", str(run)],
+    }[work]
+    ready = {"cleaning": "Folder:", "merge": "", "probe": "at work"}[work]
+    said = tmp_path / "said"
+    with open(said, "w") as file:  # no pipe, which a fork server would hold open for longer
+        command = [sys.executable, "-u", "-m", "lazyorpo_lib", *flags]
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    while ready not in said.read_text() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(2)
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(60) == 130 and time.monotonic() - began < 10, said.read_text()
+    assert "Traceback" not in said.read_text() and "lazyorpo: " in said.read_text()
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*partial"))

@@ -121,7 +121,9 @@ def held_out(run) -> Shown:
         habit = (f"{results[f'habit_{when}']:.0%}" for when in ("before", "after"))
         rows.append(("answers with the demo's habit", "", *habit, ""))
     if (bar := read_json(run.folder / "data_report.json").get("bag_of_words")) is not None:
-        rows.append(("a bag of words, without the prompt: up to here it may be style", "", "", f"{bar:.3f}", ""))
+        rows.append(
+            ("a bag of words, without the prompt: up to here it may be style", "", "", f"{bar:.3f}", "")
+        )
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results["verdict"]
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")

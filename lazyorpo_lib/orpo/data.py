@@ -80,13 +80,14 @@ def _judged(rows, mapping):  # (index, row, pair, ""), or (index, row, None, rea
 
 
 def _contradicted(rows, mapping):
-    rest, ranked, contradicted = _judged(rows, mapping), {}, set()
+    rest, ranked, contradicted = _judged(rows, mapping), set(), set()
     if first := list(itertools.islice(rest, FIRST_ROWS)):
         _check_shape(first, mapping)
     for *_, pair, reason in itertools.chain(first, rest):
         if not reason:
             answers, order = _digest(pair)
-            if ranked.setdefault(answers, order) != order:
+            ranked.add(2 * answers + order)
+            if 2 * answers + (not order) in ranked:
                 contradicted.add(answers)
     return contradicted
 
@@ -119,15 +120,16 @@ def _check_shape(first, mapping):
         raise UserError(f"{start}: {found}; {advise(rows)}.")
 
 
-def _hash(text):
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _hash(text):  # in as few bytes as a set of millions wants, and a million texts can be told apart by
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _digest(pair):
-    """Give the prompt with its two answers in either order as 16 bytes; and which of the two orders it is."""
+    """Give the prompt with its two answers in either order as a number; and which of the two orders it is."""
     sides = [_hash(text.strip() + repr(more or "")).hex() for text, more in pair.answers()]
     turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
-    return _hash("".join([*sorted(sides), *turns, repr(pair.tools or "")])), sides[0] < sides[1]
+    whole = _hash("".join([*sorted(sides), *turns, repr(pair.tools or "")]))
+    return int.from_bytes(whole), sides[0] < sides[1]
 
 
 def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[Pair]:

@@ -51,8 +51,8 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload([run.__name__, "peft", "datasets"])
-    process = context.Process(target=_in_process, args=(settings, merge))
-    process.start()
+    process = context.Process(target=_in_process, args=(settings, merge), daemon=True)
+    process.start()  # a daemon is asked to end where an interrupt comes in here
     interrupted = False
     try:
         process.join()

@@ -87,7 +87,7 @@ def test_an_interrupt_lets_the_run_end_its_step_and_says_how_to_go_on(tmp_path, 
     class Process:
         started, asked = 0, False
 
-        def __init__(self, target, args):
+        def __init__(self, target, args, daemon):
             self.folder = Path(args[0].output_dir)
 
         def start(self):
