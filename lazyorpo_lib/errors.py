@@ -43,7 +43,7 @@ _SECRETS = [  # what may be told, and after it what lets somebody in
         r"(?<![A-Za-z0-9])(hf_|api_org_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-|rpa_|AKIA|AIza|eyJ)"
         r"[\w.-]{0,64}?[A-Za-z0-9]{16}[\w.-]*",
         r"""((?i:bearer\s+|authorization['"]?\s*[:=]\s*['"]?(?:\w+\s+)?))(?=\S{0,200}\d)[\w.~+/=-]{8,}""",
-        rf"""([?&](?i:\w{{0,40}}(?:{_NAMES}|sig))=)[^\s&'"<>()\\]+""",
+        rf"""([?&](?i:[\w.-]{{0,40}}(?:{_NAMES}|sig))=)[^\s&'"<>()\\]+""",
         rf"""(?<![A-Za-z0-9])((?i:(?:\w{{1,20}}_)?(?:{_NAMES})['"]?(?:\s*[:=]\s*|\s+is\s+)['"]?))"""
         r"""(?=[^\s'"]{0,200}\d)[^\s&'"<>(),\\]{8,}""",
     )

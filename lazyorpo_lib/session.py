@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .marker import remove
-
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked to stop while there was no step to finish."""
@@ -51,8 +49,10 @@ class Stop:
         self._forget()
         old = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's, which stays
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+                if number and not nohup:
                     old[number] = signal.signal(number, self._signal)
         try:
             yield
@@ -92,6 +92,8 @@ class Stop:
     def was_asked(self) -> bool:
         """Tell whether somebody has asked to stop; a file that asks is taken away."""
         if self.file and self.file.exists():
+            from .marker import remove
+
             self.reason, self.asked = f"the file {self.file.name} was found", True
             remove(self.file)
         return self.asked

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lazyorpo_lib import model
+from lazyorpo_lib import marker, model
 from lazyorpo_lib.demo.model import write_tiny
 from lazyorpo_lib.errors import UserError, explain_disk
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
@@ -103,6 +103,7 @@ def test_a_config_that_is_no_object_is_one_sentence(home, content):
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_adapter_with_a_value_that_is_not_finite_is_refused(home, merge):
     weights_changed(home / "model" / "adapter_model.safetensors", "lora_B.weight", float("nan"))
+    marker.seal(home / "model", "model")  # as if it had been saved so
     with pytest.raises(UserError, match="not finite"):
         model.load_finished(home / "model", merge=merge)
 

@@ -42,6 +42,14 @@ def quiet(folder, **changes):
     return Run(*tiny(folder, **SMALL | changes), show=lambda text: None)
 
 
+@pytest.fixture(autouse=True)
+def a_terminal_that_may_close():
+    """Under nohup, as CI may run this, a closed terminal is no end."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")

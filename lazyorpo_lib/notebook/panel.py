@@ -136,7 +136,7 @@ class Panel:
         wide, plain = w.Layout(width="430px"), w.Layout()
         self.inputs = {name: self._input(name, wide) for name in FIELDS}
         self.notes = {name: self._make(w.HTML, layout=plain) for name in FIELDS}
-        self.status = w.HTML()
+        self.status = self._make(w.HTML, layout=plain)
         for name, entry in self.inputs.items():
             entry.observe(
                 lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value"
@@ -147,15 +147,15 @@ class Panel:
             pairs = ((self.inputs[name], self.notes[name]) for name in names)
             return w.GridBox([widget for pair in pairs for widget in pair], layout=columns)
 
-        groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None)
+        groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None, layout=plain)
         for i, title in enumerate(GROUPS):
             groups.set_title(i, title)
-        button = w.Button(description="Reset", tooltip="Forget the edits made here")
+        button = w.Button(description="Reset", tooltip="Forget the edits made here", layout=plain)
         button.on_click(lambda _: self.reset())
-        upload = w.FileUpload(description="Upload pairs", multiple=False)
+        upload = w.FileUpload(description="Upload pairs", multiple=False, layout=plain)
         upload.observe(lambda change: self.take_upload(change["new"]), names="value")
         self._refresh()
-        return w.VBox([rows(FIRST), groups, self.status, upload, button])
+        return w.VBox([rows(FIRST), groups, self.status, upload, button], layout=plain)
 
     def take_upload(self, value) -> None:
         """Write an uploaded file beside the notebook and make it the dataset.

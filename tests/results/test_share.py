@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from lazyorpo_lib import model
+from lazyorpo_lib import marker, model
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.marker import MARKER
@@ -209,6 +209,7 @@ def test_an_export_is_of_the_model_as_it_is_now_and_never_of_an_older_merged_one
     shutil.copytree(copy("b") / "model", folder / "model")  # the run went on
     file = folder / "model" / "adapter_model.safetensors"
     save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    marker.seal(folder / "model", "model")
     monkeypatch.setenv("PATH", str(tmp_path / "tools"))
     assert "git clone" in share.export_gguf(folder)
     assert (logits(folder / "merged") - logits(folder / "model")).abs().max() < 1e-5
