@@ -304,8 +304,9 @@ class Run(Staged):
             marker.remove(self.folder / ".saving")
         if found:
             self.show(f"Going on from step {last}.")
-        kept = self._read("held_out.json")
-        self._write("held_out.json", {name: part for name, part in kept.items() if name != "after" and found})
+        if kept := self._read("held_out.json"):
+            kept.pop("after", None)
+            self._write("held_out.json", kept if found else {})
         return found
 
     def _train(self, found: Path | None) -> None:
