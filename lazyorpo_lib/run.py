@@ -305,8 +305,7 @@ class Run(Staged):
         if found:
             self.show(f"Going on from step {last}.")
         if kept := self._read("held_out.json"):
-            kept.pop("after", None)
-            self._write("held_out.json", kept if found else {})
+            self._write("held_out.json", {n: part for n, part in kept.items() if n != "after" and found})
         return found
 
     def _train(self, found: Path | None) -> None:
