@@ -1,6 +1,6 @@
 """Strikes runs at random moments until they end; what they leave must equal what an uninterrupted one leaves.
 
-    python -m tests.soak --kills 200 --seed 0 --out tests/results/2026-11-26-soak.json
+    python -m tests.soak --kills 200 --seed 0 --out soak.json
 
 Each attempt is a process of its own, forked from this one, so that nothing is imported again: the command
 line on the `tiny` preset, with dropout on, a checkpoint at every step and several passes over the pairs. A

@@ -1,4 +1,4 @@
-"""A short soak in CI; the long one's result is in tests/results (python -m tests.soak)."""
+"""A short soak in CI; the long one's result is in docs/reliability.md (python -m tests.soak)."""
 
 import sys
 
