@@ -344,7 +344,7 @@ class Run(Staged):
     @stage
     def finish(self) -> dict:
         """Save the model, summary.json and the card; returns the summary."""
-        summary = self._read("summary.json") if self.finished else self._save()
+        summary = self._read("summary.json") if self.finished else self._save(self.stopped)
         anew, self.finished, self.began = not self.finished, summary["finished"], None
         if not self.main:
             return summary
@@ -362,9 +362,8 @@ class Run(Staged):
         folders.release(self.folder)  # who only looks at it holds up nobody
         return summary
 
-    def _save(self) -> dict:
+    def _save(self, stopped: str) -> dict:
         """Write the model, and then the summary that says so."""
-        assert self.stopped is not None  # NotYet, where training was broken off
         trainer, home = self.trainer, self.folder / "model"
         if trainer.step:
             weights = trainer.gathered_weights()
@@ -377,7 +376,7 @@ class Run(Staged):
                     lost = f"{home} does not read back as it was written ({', '.join(bad)})"
                     raise UserError(f"{lost}: the disk fails; mend that, and run again.")
         trainer.close()
-        summary = summarise(self)
+        summary = summarise(self, stopped)
         self._write("summary.json", summary)
         return summary
 

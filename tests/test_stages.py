@@ -203,7 +203,6 @@ def test_sittings_add_up(tmp_path, monkeypatch):
     )
     assert both["minutes"] > earlier and both["training_minutes"] > here.seconds["training"] / 60
     assert both["tokens"] > first["tokens"] and both["peak_memory_gib"] >= round(here.earlier["peak_gib"], 3)
-    assert both["minutes"] > 0, "no clock on the wall decides"
 
 
 def test_the_model_is_in_a_checkpoint_before_it_is_examined(straight, tmp_path, monkeypatch):

@@ -78,13 +78,13 @@ class Spent:
         return minutes | {name: peak and max(had(name) or 0, peak) for name, peak in peaks.items()}
 
 
-def summarise(run) -> dict:
-    """Give the content of summary.json; the held-out results stand in it too."""
+def summarise(run, stopped: str) -> dict:
+    """Give the content of summary.json; the held-out results stand in it too. `stopped`: why, or empty."""
     trainer, plan, rows = run.trainer, run.plan.method, read_rows(run.folder / "history.jsonl")
     spent = run.spent.totals()
     return {
-        "finished": not run.stopped,
-        "why": run.stopped or "every step was taken",
+        "finished": not stopped,
+        "why": stopped or "every step was taken",
         "steps": trainer.step,
         "epochs": round(trainer.epoch, 4),
         "method": run.method,
