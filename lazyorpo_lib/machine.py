@@ -183,7 +183,7 @@ def attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return compute(), ""
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not _is_out_of_memory(error) or _in_company():
+        if not is_out_of_memory(error) or _in_company():
             raise
         message = (str(error).splitlines() or ["no more is said"])[0][:160]
     # Outside the except block, so that the traceback no longer holds the tensors of what failed.
@@ -191,7 +191,8 @@ def attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
     return None, message
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of torch, CUDA or a library of theirs says that memory ran out."""
     words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
@@ -199,15 +200,3 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _in_company() -> bool:
     group = torch.distributed
     return group.is_available() and group.is_initialized() and group.get_world_size() > 1
-
-
-def checkpoint_layers(model, count: int) -> int:
-    """Recompute the activations of `count` layers, or of all, in the backward; give of how many."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if count and layers:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < count
-    return min(count, len(layers))

@@ -6,33 +6,34 @@ trains nothing and knows nothing of pairs.
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import cached_file, is_liger_kernel_available, logging
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_liger_kernel_available, logging
 
 from . import folder as folders
 from . import marker
-from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
 from .errors import UserError, expanded, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
+from .kinds import check_files, class_of, load_config, locate
 from .machine import Machine
+from .orpo.body import causal_lm, is_within, towers_of
 from .settings import Settings
-
-# The largest of what any model has, ten times: what is beyond comes of a damaged file.
-_SIZES = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "num_attention_heads": 10**4}
 
 
 def check_liger(settings: Settings, machine: Machine) -> None:
@@ -65,47 +66,6 @@ def forget_earlier_run() -> None:
     gc.collect()
 
 
-def locate(base_model: str) -> str:
-    """Give the folder or hub id to load `base_model` from; UserError for a folder that holds no model."""
-    path, given = expanded(base_model), f"base_model is {base_model!r}"
-    if base_model in (DEMO_MODEL, TINY_MODEL):
-        return home_of(base_model) or base_model
-    if os.path.exists(path):
-        if not os.path.isfile(path / "config.json"):
-            raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
-        check_files(path)
-        return str(path)
-    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
-    return base_model
-
-
-def digest_of(base_model: str) -> str:
-    """Give a text that another model, or another version of it, would not have: the hub's, or a digest of
-    the folder's config and of 64 places of each file of weights."""
-    place = Path(locate(base_model))
-    if not place.is_dir():  # the hub's cache, whose files are links to blobs that are named by their content
-        place = Path(cached_file(base_model, "config.json")).parent
-        names = [(f.name, f.resolve().name, f.stat().st_size) for f in sorted(place.glob("*.safetensors"))]
-        return hashlib.sha256(repr(names).encode()).hexdigest()
-    digest = hashlib.sha256((place / "config.json").read_bytes())
-    for file in sorted(place.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as opened:
-            for start in range(0, size, max(2**20, size // 64)):
-                opened.seek(start)
-                digest.update(opened.read(2**20))
-    return digest.hexdigest()
-
-
-def check_files(folder) -> None:
-    """Raise UserError for a pipe or a device in a folder: reading it might never end."""
-    for file in map(str, Path(folder).rglob("*")):
-        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
-            raise UserError(f"{file!r} is a pipe or a device, not a file: give a folder with files alone.")
-
-
 def check_finite(model, name: str) -> None:
     """Raise UserError where a weight is not finite; of those in 4 bit nothing can be told."""
     for place, weights in model.named_parameters():
@@ -116,17 +76,6 @@ def check_finite(model, name: str) -> None:
                     f"The model {name!r} holds a value that is not finite (in {place}): its weights are "
                     f"damaged{large}; fetch them again, or choose another model."
                 )
-
-
-def load_config(base_model: str):
-    """Load a model's configuration, and nothing else of it."""
-    with explain_model(base_model):
-        config = AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
-        for name, most in _SIZES.items():
-            size = getattr(config.get_text_config(), name, 1)
-            if isinstance(size, int) and not 1 <= size <= most:
-                raise ValueError(f"its config.json says {name} is {size}")
-    return config
 
 
 def load_tokenizer(base_model: str):
@@ -146,10 +95,9 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     if four_bit:
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    loader = class_of(load_config(base_model))
     with explain_model(base_model):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            locate(base_model), output_loading_info=True, **options
-        )
+        model, info = loader.from_pretrained(locate(base_model), output_loading_info=True, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
             raise ValueError(
                 f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
@@ -164,14 +112,28 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not model.generation_config.do_sample:  # some models ship sampling values that saving then refuses
-        for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
-            setattr(model.generation_config, name, None)
+    model.generation_config = _valid(model.generation_config)
     if not takes_sdpa(model):
         model.set_attn_implementation("eager")
     model.config.use_cache = False
     check_finite(model, base_model)
     return model
+
+
+def _valid(config):
+    """Leave out of a model's generation settings what saving them would refuse."""
+    for _ in vars(config):
+        try:
+            config.validate(strict=True)
+            return config
+        except ValueError as error:
+            bad = re.findall(r"^- `(\w+)`", str(error), re.M)
+            if not any(getattr(config, name, None) is not None for name in bad):
+                break  # it names none: only what ends an answer is kept
+            for name in bad:
+                setattr(config, name, None)
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.GenerationConfig(**{name: getattr(config, name) for name in ends})
 
 
 def load_for_training(settings: Settings, *, method: str, dtype: torch.dtype, device: str):
@@ -184,21 +146,87 @@ def load_for_training(settings: Settings, *, method: str, dtype: torch.dtype, de
     if settings.liger_kernel:  # before a scorer proves what the model computes with
         apply_liger(model)
     if method == "full":
+        beside = towers_of(model)
+        for name, weights in model.named_parameters():
+            weights.requires_grad_(weights.requires_grad and not is_within(name, beside))
         return model
     torch.manual_seed(settings.seed)  # the adapters' start
     return add_adapters(model, settings)
 
 
 def add_adapters(model, settings: Settings):
-    """Wrap a model in LoRA adapters on every linear layer but the head."""
+    """Wrap a model in LoRA adapters on every linear layer that its text goes through, but the head.
+
+    Raises:
+        UserError: no layer takes one; dropout in front of fused experts, which PEFT cannot do.
+    """
     peft, s = import_peft(), settings
     shape = dict(r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout)
-    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **shape)
-    with warnings.catch_warnings():  # transformers warns peft of a name that peft still asks for
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.get_peft_model(model, config)
+    shape |= dict(exclude_modules=_without_adapter(model) or None, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(target_modules="all-linear", **shape)
+    try:
+        with warnings.catch_warnings():  # transformers warns peft of a name that peft still asks for
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(model, config)
+    except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise UserError(
+                f"lora_dropout is {s.lora_dropout}, but base_model has fused experts, which take none: "
+                "set lora_dropout=0."
+            ) from None
+        raise UserError(
+            f"base_model takes no adapters ({error}): set method=full, or choose another."
+        ) from None
     replace_forwards(model)
     return model
+
+
+def _without_adapter(model) -> str:
+    """Write a pattern of the linear layers that take no adapter: those of towers; what is no plain product
+    (routers, grouped layers); what several layers share, where a merge would add up; what Mamba's fused
+    kernel reads past its forward."""
+    shares = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            mixer = model.get_submodule(parent)
+            fused = own == "out_proj" and hasattr(mixer, "conv1d") and hasattr(mixer, "D")
+            if fused or shares[id(module.weight)] > 1 or not _is_product(module):
+                names.append(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)))
+    return "|".join([re.escape(name) + r"\..*" for name in towers_of(model)] + [*dict.fromkeys(names)])
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Tell whether a layer is as its kind says: some models' subclasses give tuples, or take groups."""
+    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith(
+        "transformers.models"
+    ):
+        return True
+    try:
+        with torch.no_grad():
+            return layer(layer.weight[:2]).shape == (2, layer.out_features)
+    except Exception:  # whatever such a layer raises at a plain input
+        return False
+
+
+def about_adapters(model) -> str:
+    """Say which layers of a model have adapters and which linear ones and experts none; "" in full tuning."""
+    adapted, bare, inside = Counter(), Counter(), {id(causal_lm(model).get_output_embeddings())}
+    for name, module in causal_lm(model).named_modules():
+        own = name.replace(".base_layer", "").rpartition(".")[2]
+        if hasattr(module, "lora_A"):
+            adapted[".".join(filter(None, (own, getattr(module, "parameter_name", ""))))] += 1
+            inside |= {id(part) for part in module.modules()}
+        elif id(module) not in inside:
+            experts = any(p.dim() == 3 for p in module.parameters(recurse=False))
+            bare[own] += isinstance(module, nn.Linear | Conv1D) or (
+                experts and not isinstance(module, nn.Conv1d)
+            )
+    if not adapted:
+        return ""
+    adapted, bare = (", ".join(f"{n} {name}" for name, n in names.items() if n) for names in (adapted, bare))
+    return f"Adapters on {adapted}; " + (f"none on {bare}." if bare else "on every linear layer.")
 
 
 def import_peft():
@@ -211,11 +239,6 @@ def import_peft():
                 if name.startswith("peft") and hasattr(module, "is_torchao_available"):
                     module.is_torchao_available = lambda: False
     return peft
-
-
-def causal_lm(model):
-    """Give the transformers model inside whatever wraps it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adapters_off(model):
@@ -278,24 +301,31 @@ def load_finished(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not (folder / "adapter_config.json").is_file():
             return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer
-        model = _load_adapter(folder, dtype, device)
+        model = _load_adapter(folder, dtype, device, merge)
         model = (model.merge_and_unload() if merge else model).eval()
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         check_finite(model, str(folder))
     return model, tokenizer
 
 
-def _load_adapter(folder: Path, dtype: torch.dtype, device: str):
-    """Load an adapter over its base; ValueError where the two do not fit, which peft would pass over."""
+def _load_adapter(folder: Path, dtype: torch.dtype, device: str, merge: bool):
+    """Load an adapter over its base, which is in `dtype` where it is to be merged; ValueError where they do
+    not fit, which peft would pass over."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # never a pickle beside it
-        saved = set(file.keys())
+        saved = {name: file.get_tensor(name) for name in file.keys()}
     peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
     kind, named = (config.get(name) for name in ("peft_type", "base_model_name_or_path"))
     if kind != "LORA" or not isinstance(named, str):
         raise ValueError(f"its config names {kind!r} over {named!r}, not LORA over a model")
-    model = peft.PeftModel.from_pretrained(load_base(named, dtype=dtype, device=device), folder)
-    if other := saved ^ peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+    base = load_base(named, dtype=dtype, device=device)
+    if merge and getattr(base, "quantization_method", None):  # into 4 or 8 bit nothing can be folded
+        base = base.dequantize().to(dtype)
+    model = peft.PeftModel.from_pretrained(base, folder)
+    found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if other := saved.keys() ^ found.keys():
         raise ValueError(f"{len(other)} weights are its own or the model's alone, as {min(other)}")
+    for name, weights in found.items():  # peft has renamed some on their way in, and lost those
+        weights.copy_(saved[name])
     return model
 
 

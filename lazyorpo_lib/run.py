@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from . import __version__, drive, marker, model
+from . import __version__, drive, kinds, marker, model
 from . import folder as folders
 from .errors import UserError, explain_disk, explain_model, say
 from .fast.layouts import PairScorer
@@ -219,7 +219,7 @@ class Run(Staged):
         if s.optimizer != self.record["settings"]["optimizer"]:
             chosen["optimizer"] = s.optimizer
         self._make_trainer()
-        base = model.digest_of(s.base_model)
+        base = kinds.digest_of(s.base_model)
         self._keep_to("base model", s.base_model, self.record.get("base"), base)
         self.record |= {"chosen": chosen, "base": base}
         self._write("settings.json", self.record)
@@ -240,7 +240,7 @@ class Run(Staged):
         self.trainer = OrpoTrainer(self.model, s, *pairs, accelerator=accelerator, **how)
 
     def _plan(self) -> planner.Plan:
-        config, begun = model.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
+        config, begun = kinds.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
         cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
         lengths, how = (
             planner.measured_lengths(self.train_pairs),

@@ -17,6 +17,7 @@ from lazyorpo_lib import folder as folder_module
 from lazyorpo_lib import marker as marker_module
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.drive import drive_folder, mirror
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import folder_of
@@ -76,10 +77,10 @@ def project(request, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run whose model is a copy of the base; never changed by a test."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
-    tokenizer = model.load_tokenizer(model.TINY_MODEL)
-    base = model.load_base(model.TINY_MODEL, dtype=model.torch.float32, device="cpu")
-    model.save_model(base, tokenizer, folder / "model", base_model=model.TINY_MODEL)
+    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": TINY_MODEL})
+    tokenizer = model.load_tokenizer(TINY_MODEL)
+    base = model.load_base(TINY_MODEL, dtype=model.torch.float32, device="cpu")
+    model.save_model(base, tokenizer, folder / "model", base_model=TINY_MODEL)
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lazyorpo_lib import model
 from lazyorpo_lib.__main__ import main
-from lazyorpo_lib.demo.model import write_tiny
+from lazyorpo_lib.demo.model import TINY_MODEL, write_tiny
 from lazyorpo_lib.errors import UserError, printable, without_secrets
 from lazyorpo_lib.settings import FIELDS, Settings
 from tests import audit
@@ -47,7 +47,7 @@ def test_a_pickle_of_weights_in_a_model_folder_is_never_loaded(tiny, also):
 def test_a_pickle_in_place_of_an_adapter_is_never_loaded(tiny):
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": model.TINY_MODEL,
+        "base_model_name_or_path": TINY_MODEL,
         "r": 4,
         "target_modules": ["q_proj"],
     }

@@ -15,6 +15,7 @@ import pytest
 
 from lazyorpo_lib import folder as folders
 from lazyorpo_lib import marker, model, run, stages
+from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.drive import mirror
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import read_json, read_rows
@@ -181,7 +182,7 @@ def test_data_that_change_between_two_sittings_are_refused_before_a_file_changes
 
 def test_a_base_model_that_changes_between_two_sittings_is_refused_and_the_old_one_goes_on(tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(model.locate(model.TINY_MODEL), base)
+    shutil.copytree(model.locate(TINY_MODEL), base)
     given, file = stopped(tmp_path / "run", base_model=str(base)), base / "model.safetensors"
     old = file.read_bytes()
     file.write_bytes(old[:-100] + bytes(100))

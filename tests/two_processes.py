@@ -11,8 +11,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from lazyorpo_lib import run, settings
-from lazyorpo_lib.machine import checkpoint_layers
 from lazyorpo_lib.orpo import processes
+from lazyorpo_lib.orpo.body import checkpoint_layers
 from lazyorpo_lib.session import Stop
 from tests.conftest import random_pairs
 from tests.orpo import test_trainer

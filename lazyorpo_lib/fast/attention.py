@@ -55,6 +55,7 @@ class RowAttention:
     Attributes:
         row: what is computed now, or None. No context variable: autograd's own threads, in which checkpointed
             layers run again, must see it.
+        windows: the sliding windows that layers handed over with a row.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class RowAttention:
     ):
         self.kernels = KERNELS if kernels is None else kernels
         self.kernel_devices, self.cpu_kernel_devices = kernel_devices, cpu_kernel_devices
-        self.mask, self.name, self.row = mask, name, None
+        self.mask, self.name, self.row, self.windows = mask, name, None, set()
         self.register()
 
     def register(self) -> None:
@@ -99,7 +100,9 @@ class RowAttention:
         if more.get("softcap"):
             raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
         inputs, device, row = (query, key, value), query.device.type, self.row
-        if row is None:
+        if row is not None:
+            self.windows.add(sliding_window)
+        else:
             return sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **more)
         if torch.is_autocast_enabled(device):  # rotary embeddings of float32 weights leave float32
             inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]

@@ -9,7 +9,10 @@ import inspect
 import torch
 from torch import Tensor
 
+from ..orpo.body import body_of
+
 BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not faster on CPU
+SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # in configs
 TILE = 128  # rows that a GPU's matrix product takes at once: part of a tile costs as much as a whole one
 
 
@@ -154,17 +157,18 @@ class ScoringForward:
     """
 
     def __init__(self, model):
-        config, body = model.config.get_text_config(), model.get_decoder()
+        config = model.config.get_text_config(decoder=True)
 
-        def factor(name: str, default: float = 1.0) -> float:
-            return float(getattr(config, name, None) or default)
+        def factor(*names: str, default: float = 1.0) -> float:
+            values = (getattr(config, name, None) for name in names)
+            return float(next((x for x in values if x and isinstance(x, int | float)), default))
 
         self.model, self.original, self.hidden = model, model.forward, None
         self.plain = type(model.get_output_embeddings()) is torch.nn.Linear
-        self.softcap = factor("final_logit_softcapping", 0.0)
-        self.scale = factor("logit_scale") / factor("logits_scaling")
-        self.router_loss = factor("router_aux_loss_coef", 0.0)
-        (model.model if body is model else body).register_forward_hook(self._catch)  # Llama 4 names itself
+        self.softcap = factor(*SOFTCAPS, default=0.0)
+        self.scale = factor("logit_scale", "lm_head_multiplier") / factor("logits_scaling")
+        self.router_loss = factor("router_aux_loss_coef", default=0.0)
+        body_of(model).register_forward_hook(self._catch)
         self.__signature__ = inspect.signature(model.forward)  # generate() asks what a forward takes
         model.forward = self
 

@@ -4,23 +4,35 @@ It owns no kernel (attention.py), no output layer (head.py) and no rows (orpo/ba
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..machine import is_out_of_memory
 from ..orpo.batching import Batch, EncodedPair, collate
+from ..orpo.body import sizes_of
 from .attention import NAME, RowAttention, brief
 from .head import ScoringForward
 
-# (name, layout of batching.py, attention or None for the model's own), best first; the last is always right.
+# (name, layout of batching.py, attention or None for the model's own), best first.
 LADDER = (
     ("shared", "shared", NAME),
     ("shared, dense masks", "shared", "eager"),
     ("packed", "packed", None),
     ("padded", "padded", None),
 )
+# How many tokens back a layer looks, by all names that configs have for it.
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+WINDOWS += ("keep_window_size", "sliding_window_size")
+# Those that a rung keeps at any length: its own masks, or rows in which a document lies in one piece.
+KEPT = {
+    "shared, dense masks": ("sliding_window", "attention_chunk_size"),
+    "packed": ("sliding_window",),
+    "padded": WINDOWS,
+}
 
 
 class PairScorer:
@@ -28,7 +40,9 @@ class PairScorer:
 
     Each rung of LADDER is tried on the model with random tokens, without gradient: log-probabilities must
     equal those of separate, unpadded forwards (equality), and must not move when another answer's tokens
-    change (leak). Both are needed: ALiBi by index passes the second and fails the first.
+    change (leak). Both are needed: ALiBi by index passes the second and fails the first. The model is tried
+    as it will be trained: adapters, checkpointing, training mode but for what that draws at random; the leak
+    in evaluation mode.
 
     Args:
         model: a transformers causal LM, unwrapped; its forward becomes a `head.ScoringForward`.
@@ -36,24 +50,37 @@ class PairScorer:
 
     Attributes:
         rung: name of the chosen rung; layout: its layout for `batching.collate`; refused: {rung: why not}.
+        proven: what was tried, in words.
+
+    Raises:
+        UserError: no rung is right, or the model sees the tokens that it is to predict.
     """
+
+    refused: dict[str, str]
 
     def __init__(self, model, attention: RowAttention | None = None):
         self.model, self.forward = model, ScoringForward(model)
         self.attention = attention or RowAttention()
         self.own_attention = model.config._attn_implementation
-        self.refused: dict[str, str] = {}
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            probe = _Probe(self)
+        self.prove()
+
+    def prove(self) -> None:
+        """Choose the rung; call it again after anything that changes the forward."""
+        model, plain = self.model, self.forward.plain
+        with torch.no_grad(), _as_trained(model):
+            probe, self.refused = _Probe(self), {}
             for self.rung, self.layout, implementation in LADDER:
                 model.set_attn_implementation(implementation or self.own_attention)
-                why = probe.refusal() if self.rung != "padded" else ""
-                if not why:
+                if not (why := probe.refusal()):
                     break
                 self.refused[self.rung] = why
-        model.train(training)
+                self.forward.plain = plain
+            else:
+                raise UserError(
+                    f"base_model is a {type(model).__name__}, which cannot be trained exactly (padded rows: "
+                    f"{why}): choose another base_model."
+                )
+        self.proven = probe.said()
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch) -> Iterator[dict]:
@@ -107,84 +134,157 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
     return seen.get("sliding_attention", seen["full_attention"])
 
 
+@contextlib.contextmanager
+def _as_trained(model) -> Iterator[None]:
+    """Have a model in training mode, but without what it draws at random there: dropout, routers' jitter."""
+    training, drawn = model.training, []
+    model.train()
+    for part in (*model.modules(), model.config, model.config.get_text_config(decoder=True)):
+        kind = r"drop|jitter|^p$" if "Dropout" in type(part).__name__ else "drop|jitter"
+        drawn += [(part, *x) for x in vars(part).items() if isinstance(x[1], float) and re.search(kind, x[0])]
+    try:
+        for part, name, _ in drawn:
+            setattr(part, name, 0.0)
+        yield
+    finally:
+        for part, name, share in drawn:
+            setattr(part, name, share)
+        model.train(training)
+
+
 class _Probe:
-    """Two random pairs, longer than the model's window where that is cheap, and their right scores."""
+    """Two random pairs, longer than the model's windows where that is cheap, and their right scores."""
 
     def __init__(self, scorer: PairScorer):
         self.scorer, model = scorer, scorer.model
         self.device = model.get_input_embeddings().weight.device
-        config = model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+        config = model.config.get_text_config(decoder=True)
+        layers = {*(getattr(config, "layer_types", None) or ())}
+        used = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+        names = [name for name in WINDOWS if not layers or used.get(name, name) in {name, *layers}]
+        self.windows = [(name, size) for name in names for size in sizes_of(config, name)]
         self.words = min(config.vocab_size, 1000)
-        for prompt in [window + 5] * (window + 5 <= (4608 if self.device.type == "cuda" else 256)) + [17]:
+        most = 4608 if self.device.type == "cuda" else 512
+        positions = min(sizes_of(config, "max_position_embeddings"), default=10**9)
+        turned = getattr(config, "rope_parameters", None)  # by an angle: rows may have any length
+        self.positions = positions if not turned and positions <= 4096 else 0
+        near = [size + 5 for _, size in self.windows if size + 5 <= min(most, positions - 9)]
+        for self.prompt in (max(near, default=17), 17):
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._draw(prompt)
+                return self._draw()
         raise UserError(
             f"The weights leave no memory on {self.device} for a forward of 26 tokens: "
             "choose a smaller base_model, or method=qlora."
         )
 
-    def _draw(self, prompt: int) -> None:
+    def said(self) -> str:
+        """Say what was proven, of the rung that was taken."""
+        scorer, longest = self.scorer, max((size for _, size in self.windows), default=0)
+        head = "without logits" if scorer.forward.plain else "by the model's own logits"
+        window = ""
+        if longest:
+            beyond = "within the probe" if longest < self.prompt else "longer than the probe"
+            window = f", windows up to {longest:,} tokens ({beyond})"
+        return (
+            f"{scorer.rung} rows, head {head}, causal, {self.prompt + 9} tokens in {self.precision}"
+            f"{window}, equal to separate forwards within {self.tolerance:.0e} nats"
+        )
+
+    def _draw(self) -> None:
         generator = torch.Generator().manual_seed(0)  # its own: no run's random numbers may depend on it
 
         def tokens(n):
             return torch.randint(5, self.words, (n,), generator=generator).tolist()
 
-        first = EncodedPair(0, tokens(prompt), tokens(9), tokens(7))
+        first = EncodedPair(0, tokens(self.prompt), tokens(9), tokens(7))
         self.pairs = [first, EncodedPair(1, tokens(5), tokens(3), tokens(6))]
         self.other = [first._replace(chosen=tokens(9)), self.pairs[1]]
-        self.truth = self._separate()
+        try:
+            self.truth, ahead = self._separate()
+        except Exception as error:  # whatever it lacks: pixels, sound, a length of some multiple
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"base_model is a {type(self.scorer.model).__name__}, which does not compute a plain text "
+                f"({brief(error)}): choose another base_model."
+            ) from None
         half = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
+        self.precision = str(dtype)[6:]
         if not self.truth.isfinite().all():
             mend = "load its weights anew"
             if dtype != torch.float32:
                 other = ", take a GPU that has bfloat16," if dtype == torch.float16 else ""
                 mend = f"set precision=float32{other}"
             raise UserError(
-                f"{str(dtype)[6:]} overflows in this model, or its weights are damaged: "
+                f"{self.precision} overflows in this model, or its weights are damaged: "
                 f"its log-probabilities are not finite; {mend} or choose another base_model."
             )
         # In 16 bit even the truth depends on how rows are batched; that noise is measured, and allowed for.
         self.tolerance = 1e-4
         if dtype != torch.float32:
-            self.tolerance = 1e-2 + 4 * (self._separate(pad=3) - self.truth).abs().max().item()
+            self.tolerance = 1e-2 + 4 * (self._separate(pad=3)[0] - self.truth).abs().max().item()
+        if not ahead <= self.tolerance:
+            raise UserError(
+                f"base_model is a {type(self.scorer.model).__name__} that sees the tokens it is to predict, "
+                "so it is not causal: choose a causal language model (an encoder needs is_decoder=true "
+                "in its config.json)."
+            )
 
-    def _separate(self, pad: int = 0) -> Tensor:
-        """Score each answer in a forward of its own, `pad` tokens of padding behind it."""
-        found = []
-        for prompt, answer in ((pair.prompt, answer) for pair in self.pairs for answer in pair[2:]):
-            end = len(prompt) + len(answer)
-            ids = torch.tensor([[*prompt, *answer, *[0] * pad]], device=self.device)
-            mask = (torch.arange(end + pad, device=self.device) < end).long()[None]
-            last = len(answer) + 1 + pad  # not the logits of a prompt as long as a window
-            options = dict(attention_mask=mask, use_cache=False, logits_to_keep=last)
-            logits = self.scorer.forward.original(input_ids=ids, **options).logits[0, -last:][: len(answer)]
-            targets = ids[0, len(prompt) : end, None]
-            found.append(torch.log_softmax(logits.float(), dim=-1).gather(1, targets)[:, 0])
-        return torch.cat(found)
+    def _separate(self, pad: int = 0) -> tuple[Tensor, float]:
+        """Score each answer in a forward of its own, `pad` tokens of padding behind it; give the scores, and
+        by how much what follows a prompt moves what is predicted for its first token."""
+        found, first = [], []
+        for pair in self.pairs:
+            for answer in pair[2:]:
+                end = len(pair.prompt) + len(answer)
+                ids = torch.tensor([[*pair.prompt, *answer, *[0] * pad]], device=self.device)
+                mask = (torch.arange(end + pad, device=self.device) < end).long()[None]
+                last = len(answer) + 1 + pad  # not the logits of a prompt as long as a window
+                options = dict(attention_mask=mask, use_cache=False, logits_to_keep=last)
+                logits = self.scorer.forward.original(input_ids=ids, **options).logits[0, -last:]
+                logps = torch.log_softmax(logits[: len(answer)].float(), dim=-1)
+                found.append(logps.gather(1, ids[0, len(pair.prompt) : end, None])[:, 0])
+                first.append(logps[0, pair.chosen])
+        return torch.cat(found), max(
+            (a - b).abs().max().item() for a, b in zip(first[::2], first[1::2], strict=True)
+        )
 
     def refusal(self) -> str:
         """Say why the scorer's present rung is wrong for the model; nothing if it is right."""
+        scorer = self.scorer
+        beyond = {name: size for name, size in self.windows if size >= self.prompt}
+        kept = KEPT.get(scorer.rung, ("sliding_window",))
+        if lost := next((name for name in beyond if name not in kept), None):
+            return f"{lost} {beyond[lost]} is longer than what is tried"
+        why = self._tried()
+        if why and scorer.forward.plain:
+            scorer.forward.plain = False  # perhaps it is only the head that is not what it seems
+            why = why and self._tried() and why
+        if not why and scorer.rung == "shared" and not scorer.attention.windows.issuperset(beyond.values()):
+            return f"its attention is not told of {max(beyond, key=beyond.get)} {max(beyond.values())}"
+        return why
+
+    def _tried(self) -> str:
         try:
-            why = self._mismatch()
-            if why and self.scorer.forward.plain:
-                self.scorer.forward.plain = False  # perhaps it is only the head that is not what it seems
-                why, first = self._mismatch(), why
-                self.scorer.forward.plain = bool(why)
-                why = why and first
-            return why
+            return self._mismatch()
         except Exception as error:  # whatever a model raises at an unusual row, it means: not this one
             return brief(error)
+        finally:
+            self.scorer.model.train()
 
     def _mismatch(self) -> str:
-        batch, moved = (
-            self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))
-            for pairs in (self.pairs, self.other)
-        )
-        if not (error := (batch - self.truth).abs().max().item()) <= self.tolerance:  # NaN is no agreement
+        model, rest = self.scorer.model, slice(len(self.pairs[0].chosen), None)
+        # NaN is no agreement.
+        if not (error := (self._scored(self.pairs) - self.truth).abs().max().item()) <= self.tolerance:
             return f"differs from separate forwards by {error:.2g} nats"
-        rest = slice(len(self.pairs[0].chosen), None)
-        if not (leak := (moved - batch)[rest].abs().max().item()) <= self.tolerance:
+        model.eval()
+        moved = self._scored(self.other)
+        if not (leak := (moved - self.truth)[rest].abs().max().item()) <= self.tolerance:
             return f"one answer leaks into another ({leak:.2g} nats)"
+        if self.positions and self.scorer.layout != "padded":  # some have buffers as long as the longest text
+            self._scored([EncodedPair(i, *[[5] * 16] * 3) for i in range(self.positions // 48 + 1)])
         return ""
+
+    def _scored(self, pairs: list[EncodedPair]) -> Tensor:
+        return self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))

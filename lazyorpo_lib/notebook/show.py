@@ -9,7 +9,7 @@ from html import escape
 
 from ..errors import printable
 from ..folder import read_json
-from ..model import load_config
+from ..kinds import load_config
 from ..plan import planner
 
 BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print

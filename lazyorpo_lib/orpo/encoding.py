@@ -5,6 +5,7 @@ It drops no pair itself (it says why one cannot be used), and builds no batches.
 """
 
 import itertools
+import math
 import re
 import tempfile
 from array import array
@@ -18,6 +19,7 @@ import torch
 from ..errors import UserError
 from . import data
 from .batching import EncodedPair
+from .body import sizes_of
 from .template import DEFAULT_TEMPLATE, Template, tried
 from .template import Unusable as Unusable
 
@@ -236,7 +238,7 @@ def check_model(pairs: PairFile, model) -> None:
     """Refuse pairs with a token, or at a position, for which a loaded model has nothing.
 
     Raises:
-        UserError: a token beyond its embeddings, or a pair beyond the positions that it learned.
+        UserError: a token beyond its embeddings, or a pair beyond the positions that it reads.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if pairs.highest >= vocabulary:
@@ -244,13 +246,27 @@ def check_model(pairs: PairFile, model) -> None:
         raise UserError(f"base_model does not go with its tokenizer: {why}; choose another base_model.")
     places = [part.weight for name, part in model.named_modules() if _is_place(name, part)]
     places += [table for name, table in model.named_buffers() if name.endswith("embed_positions")]
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learned = min([len(table) for table in places] + ([most] if places and most else []), default=0)
+    most = sizes_of(model.config, "max_position_embeddings")
+    learned = min([len(table) for table in places] + (most if places else []), default=0)
     sides = pairs.lengths_of_sides()
     longest = int((sides["prompt"] + np.maximum(sides["chosen"], sides["rejected"])).max(initial=0))
     if learned and longest > learned:
         why = f"a pair has {longest:,} tokens, but the model knows {learned:,} positions"
         raise UserError(f"base_model cannot read every pair: {why}; set max_tokens to {learned}.")
+    if longest > (most := _stretched_past(model.config)):
+        why = f"it stretches the positions of a batch by its longest text, past {most:,} tokens"
+        raise UserError(
+            f"base_model cannot read every pair ({why}, and one has {longest:,}): set max_tokens to {most}."
+        )
+
+
+def _stretched_past(config) -> float:
+    """Tell from how many tokens on a long text changes how a model reads the others beside it."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    own = min(sizes_of(config, "max_position_embeddings"), default=math.inf)
+    stretched = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    return min((kind.get("original_max_position_embeddings") or own for kind in stretched), default=math.inf)
 
 
 def _is_place(name: str, part) -> bool:

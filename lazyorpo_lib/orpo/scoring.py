@@ -25,12 +25,16 @@ class PlainScorer:
     Attributes:
         layout: of `batching.collate`.
         rung: the layout in words. refused: better ones that the model does not take, {name: why}.
+        proven: what was tried on the model, in words.
     """
 
-    layout = rung = "padded"
+    layout, rung, proven = "padded", "padded", ""
 
     def __init__(self, model):
         self.refused: dict[str, str] = {}
+
+    def prove(self) -> None:
+        """Try its numbers on the model anew; these are what all others are tried against."""
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch):

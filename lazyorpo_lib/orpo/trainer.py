@@ -20,14 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
-from ..machine import attempt, checkpoint_layers, memory_gib
+from ..machine import attempt, memory_gib
 from ..session import Stop
 from ..settings import Settings
 from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
+from .body import checkpoint_layers, text_layers
 from .optimizers import make_optimizer
 from .processes import check_sharding, over_ranks
 from .reference import Reference
@@ -81,9 +81,9 @@ class OrpoTrainer:
         self.tokens_per_batch, self.oom_notes, self.bad_steps, self.stop_reason = tokens_per_batch, [], [], ""
         self.step = self._bad_in_a_row = 0
         set_seed(settings.seed)
+        self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         with accelerator.autocast():
             self.scorer = make_scorer(model)
-        self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         self.reference = Reference(model, self._score) if settings.objective == "dpo" else None
         lengths = getattr(train_pairs, "lengths", None)
         if lengths is None:
@@ -262,7 +262,7 @@ class OrpoTrainer:
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
         """Halve the tokens computed at once, of which `micro` were too many; else checkpoint more layers."""
-        layers = sum(isinstance(m, GradientCheckpointingLayer) for m in self.model.modules())
+        layers = len(text_layers(self.model))
         if len(micro) > 1:
             tokens = sum(p.tokens(self.scorer.layout) for p in micro)  # a budget above them was never used up
             self.tokens_per_batch = max(1, min(self.tokens_per_batch, tokens) // 2)
@@ -270,6 +270,8 @@ class OrpoTrainer:
         elif self.checkpointed_layers < layers:
             more = self.checkpointed_layers + math.ceil((layers - self.checkpointed_layers) / 2)
             self.checkpointed_layers = checkpoint_layers(self.model, more)
+            with self.accelerator.autocast():
+                attempt(self.scorer.prove)
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:
             raise UserError(

@@ -14,13 +14,15 @@ import torch
 
 from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
+from ..model import add_adapters
 from ..orpo.batching import EncodedPair
+from ..orpo.body import is_within, sizes_of, text_layers, towers_of
 from ..orpo.data import held_out_of
 from ..settings import Settings
 from .cards import rates
 from .lengths import Lengths
 from .profile import Profile
-from .simulation import adapted_layers, on_meta, simulate
+from .simulation import on_meta, quantised_layers, simulate
 
 MARGIN = 0.08  # share of the memory that a plan leaves free
 CUDA_CONTEXT_GIB = 0.5  # context 0.35 to 0.45, cuBLAS workspace 0.03 to 0.1; not in torch's own count
@@ -52,21 +54,20 @@ class MethodPlan:
 
 
 class _Shape:
-    """Parameters of the whole model, by what is done with them; `rank`: of the adapters."""
+    """Parameters of the whole model, by what is done with them."""
 
-    def __init__(self, config, rank: int):
-        model, text = on_meta(config, torch.float32), config.get_text_config()
+    def __init__(self, config, settings: Settings):
+        model, text = on_meta(config, torch.float32), config.get_text_config(decoder=True)
         parameters = list(model.parameters())  # tied ones once
-        adapted = [tuple(m.weight.shape) for m in adapted_layers(model)]
+        beside = towers_of(model)
         embeddings = model.get_input_embeddings()
         head = model.get_output_embeddings() or embeddings
         counts = (getattr(text, name, 0) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
         used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / next(filter(None, counts), 1))
-        heads = getattr(text, "num_attention_heads", None) or 0
         self.total = sum(p.numel() for p in parameters)
         self.largest = max(p.numel() for p in parameters)
-        self.bulk = sum(a * b for a, b in adapted)  # in the layers that are adapted and quantised
-        self.adapters = sum(rank * (a + b) for a, b in adapted)
+        self.text = sum(p.numel() for name, p in model.named_parameters() if not is_within(name, beside))
+        self.bulk = sum(m.weight.numel() for m in quantised_layers(model))
         experts = sum(p.numel() for p in parameters if p.dim() == 3)
         self.active = self.bulk + round(used * experts)  # for one token
         self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
@@ -74,9 +75,13 @@ class _Shape:
         self.untied = 0 if tied else embeddings.weight.numel()  # in embeddings that are not the head too
         # Numbers in adafactor's row and column averages.
         self.factored = sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters)
-        self.layers = text.num_hidden_layers
-        self.attention_width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1))
+        self.layers = max(sizes_of(config, "num_hidden_layers"), default=len(text_layers(model)) or 1)
+        heads, hidden = max(sizes_of(config, "num_attention_heads"), default=1), embeddings.weight.shape[1]
+        self.attention_width = heads * max(sizes_of(config, "head_dim"), default=hidden // heads)
         self.dense = not takes_sdpa(model)  # attention of every token of a row with every other
+        with torch.device("meta"):
+            adapted = add_adapters(model, settings)  # last: it changes the model
+        self.adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 # A panel plans again at every change, and few changes need a new simulation.
@@ -101,9 +106,9 @@ class Costs:
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank
         if key not in _shapes:
-            _shapes[key] = _Shape(config, settings.lora_rank)
+            _shapes[key] = _Shape(config, settings)
         self.shape = _shapes[key]
-        self.trained = self.shape.total if self.full else self.shape.adapters
+        self.trained = self.shape.text if self.full else self.shape.adapters
         self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
         self.pairs = max(1, math.ceil(settings.pairs_per_step / cards))  # of a step on one card
         # Eight random pairs are rarely half as long again as eight mean ones.

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from ..kinds import load_config
 from ..machine import GIB, Machine, check_apple, pick_precision, this_machine
-from ..model import load_config
 from ..session import duration
 from ..settings import Settings
 from .cards import CARDS, Card, find_card

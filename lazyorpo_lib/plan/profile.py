@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 # Layers of the cut: two checkpointed, then one that is not: enough to tell what one more of either kind adds.
 LAYERS = 3
+PHASES = {"start", "head"} | {f"{way} {i}" for way in ("forward", "backward") for i in range(LAYERS)}
 
 
 class Phase(NamedTuple):

@@ -22,21 +22,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError, explain_model
+from ..errors import explain_model
 from ..fast.attention import RowAttention, takes_sdpa
 from ..fast.head import BLOCK_BYTES, ScoringForward
 from ..fast.layouts import dense_masks
 from ..fast.lora import replace_forwards
-from ..machine import Machine, checkpoint_layers
-from ..model import add_adapters, causal_lm
+from ..kinds import class_of
+from ..machine import Machine
+from ..model import add_adapters
 from ..orpo.batching import collate
+from ..orpo.body import causal_lm, checkpoint_layers, sizes_of, text_layers
 from ..settings import Settings
-from .profile import LAYERS, Phase, Profile, rough_profile
+from .profile import LAYERS, PHASES, Phase, Profile, rough_profile
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}  # their time is operations over a rate
 LOOKUPS = {"embedding", "index_select", "gather", "index"}  # read no more than they write
@@ -106,26 +106,22 @@ def _dequantised(layer, dtype):
     return weight
 
 
-def adapted_layers(model) -> list[nn.Module]:
-    """List the layers that PEFT's all-linear adapts and bitsandbytes quantises."""
+def quantised_layers(model) -> list[nn.Module]:
+    """List the layers that bitsandbytes takes in 4 bit: no fused experts, no kinds of their own."""
     head = model.get_output_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    return [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
 
 
 def on_meta(config, dtype):
-    """Make the causal LM of a config, its parameters shapes alone.
-
-    Raises:
-        UserError: transformers has no causal LM for it.
-    """
+    """Make the model of a config, its parameters shapes alone; UserError where transformers has none."""
     with torch.device("meta"), explain_model(getattr(config, "_name_or_path", "") or config.model_type):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return class_of(config).from_config(config, dtype=dtype)
 
 
 def _cut(config):
     """Copy a config with LAYERS layers and plain rotary positions: others branch on values."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == depth:
@@ -144,7 +140,7 @@ def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
     model = on_meta(_cut(config), torch.float32 if method == "full" and not sharded else dtype)
     if method == "full":
         return model
-    for layer in adapted_layers(model) if method == "qlora" else ():
+    for layer in quantised_layers(model) if method == "qlora" else ():
         if isinstance(layer, nn.Linear):
             layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
     with torch.device("meta"):
@@ -227,21 +223,16 @@ def simulate(
     Args:
         rows: lists of EncodedPair. sharded: the weights are gathered by FSDP.
 
-    Raises:
-        UserError: transformers has no causal LM for the config.
     """
-    counts, text = [sum(pair.tokens() for pair in row) for row in rows], config.get_text_config()
-    llama = _llama_like(text)
+    counts, llama = [sum(pair.tokens() for pair in row) for row in rows], _llama_like(config)
     for model, stood_in in ((config, ""), (llama, "those of a Llama of its shape")):
         try:
             with _plain(model):
                 phases, *found = _run(model, settings, method, dtype, machine, rows, sharded)
             return Profile(tuple(zip(counts, phases, strict=True)), *found, stood_in)
-        except UserError:
-            raise
         except Exception:  # whatever a model raises on fakes, it means the same: not this one
             continue
-    return rough_profile(counts, text.hidden_size, llama.intermediate_size, dtype.itemsize, 3 * BLOCK_BYTES)
+    return rough_profile(counts, llama.hidden_size, llama.intermediate_size, dtype.itemsize, 3 * BLOCK_BYTES)
 
 
 @contextlib.contextmanager
@@ -271,13 +262,15 @@ def _plain(config):
             setattr(*swap)
 
 
-def _llama_like(text):
-    """Make the config of a Llama with the sizes of another."""
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "intermediate_size")
-    same += ("num_attention_heads", "num_key_value_heads")
-    usual = dict(intermediate_size=4 * text.hidden_size, num_attention_heads=max(1, text.hidden_size // 64))
-    found = {name: getattr(text, name) for name in same if getattr(text, name, None) is not None}
-    return transformers.LlamaConfig(**(usual | found))
+def _llama_like(config):
+    """Make the config of a Llama with the sizes of another, the largest where its layers differ."""
+    vocabulary, hidden = on_meta(config, torch.float32).get_input_embeddings().weight.shape
+    usual = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden)
+    usual |= dict(num_hidden_layers=LAYERS, num_attention_heads=max(1, hidden // 64))
+    names = ("num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    found = {name: max(sizes) for name in names if (sizes := sizes_of(config, name))}
+    tied = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    return transformers.LlamaConfig(**(usual | found), tie_word_embeddings=tied)
 
 
 def _attention_of(machine: Machine, half: bool) -> RowAttention:
@@ -296,6 +289,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
     model = _small_model(config, settings, method, dtype, sharded)
     lm, attention = causal_lm(model), _attention_of(machine, autocast)
+    text = lm.config.get_text_config(decoder=True)
     dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
     with FakeTensorMode() as mode, kernel:
         _fake(model)
@@ -314,7 +308,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
             names = ("input_ids", "position_ids", "hidden_index", "targets")
             given = {name: getattr(batch, name) for name in names}
             if dense:
-                given["attention_mask"] = dense_masks(batch, lm.config.get_text_config(), lm.dtype)
+                given["attention_mask"] = dense_masks(batch, text, lm.dtype)
             ledger.mark("start")
             with contextlib.nullcontext() if dense else attention.over(batch), ledger:
                 with torch.autocast("cpu", dtype, enabled=autocast):
@@ -324,6 +318,8 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
                     loss = loss + out["router_loss"]
                 loss.backward()
             results.append({name: Phase(*row) for name, row in ledger.rows.items()})
+            if missing := PHASES - ledger.rows.keys():  # its layers are not gone through one by one
+                raise ValueError(f"{missing} were not passed")
             del out, loss, batch, given
             model.zero_grad()
     return results, layer_bytes, dense
@@ -331,7 +327,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
 
 def _watch(lm, model, ledger: _Ledger) -> float:
     """Tell the ledger when layers and head begin, forward and backward; give a layer's gradient bytes."""
-    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)][:LAYERS]
+    layers = text_layers(lm)[:LAYERS]
 
     def mark(name):
         return lambda *_: ledger.mark(name)

@@ -12,9 +12,11 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
+from transformers import GenerationConfig
 
 from ..errors import UserError
 from ..machine import attempt, free_bytes
+from ..orpo.body import causal_lm, sizes_of
 
 WHEN = ("before", "after")  # training
 # The demo set's habit: the answer on the first line, then one line of reason.
@@ -199,11 +201,13 @@ def answers(
 
 def cache_bytes(config, itemsize: int) -> int:
     """Count the bytes of keys and values, `itemsize` a number, that a token leaves in a model's cache."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    of_keys = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * of_keys * head_dim * itemsize
+
+    def largest(name: str, otherwise: int) -> int:
+        return max(sizes_of(config, name), default=otherwise)
+
+    heads = largest("num_attention_heads", 1)
+    width = largest("num_key_value_heads", heads) * largest("head_dim", largest("hidden_size", 64) // heads)
+    return 2 * largest("num_hidden_layers", 1) * width * itemsize
 
 
 def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
@@ -223,8 +227,12 @@ def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     given = dict(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device))
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True)
-    return model.generate(**given, pad_token_id=pad, **greedy, **options)[:, width:].tolist()
+    lm = causal_lm(model)
+    own, lm.generation_config = lm.generation_config, GenerationConfig(do_sample=False)
+    try:  # greedy, whatever the model's own settings are, with which generate() would fill what is not given
+        return model.generate(**given, pad_token_id=pad, use_cache=True, **options)[:, width:].tolist()
+    finally:
+        lm.generation_config = own
 
 
 def _text(tokenizer, row: Sequence[int], end_ids: Sequence[int]) -> str:

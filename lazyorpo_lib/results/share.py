@@ -20,8 +20,10 @@ from transformers import TextStreamer
 from .. import marker
 from ..errors import UserError, around, dissect, expanded, explain_disk, say, without_secrets
 from ..folder import read_json
+from ..kinds import check_files
 from ..machine import pick_precision, this_machine
-from ..model import causal_lm, check_files, load_finished, save_model
+from ..model import load_finished, save_model
+from ..orpo.body import causal_lm
 from ..orpo.encoding import Encoder, Unusable
 from . import card
 from .evaluate import answers

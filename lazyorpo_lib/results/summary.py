@@ -15,6 +15,7 @@ import torch
 from ..fast.attention import kernels_taken
 from ..folder import read_rows
 from ..machine import allocated_gib, forget_peak_memory, memory_gib
+from ..model import about_adapters
 from .reading import values
 
 
@@ -33,7 +34,8 @@ def about_training(run) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     refused = "".join(f" Not {name}: {why}." for name, why in scorer.refused.items())
     lines = [f"{run.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%})."]
-    lines += [f"Layout of a batch: {scorer.rung}.{refused}"]
+    lines += [adapters] if (adapters := about_adapters(run.model)) else []
+    lines += [f"Layout of a batch: {scorer.proven or scorer.rung}.{refused}"]
     lines += [f"Attention by: {'; '.join(kernels)}."] if (kernels := kernels_taken()) else []
     return "\n".join(lines)
 

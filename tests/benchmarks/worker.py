@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from lazyorpo_lib import model
+from lazyorpo_lib.demo.model import DEMO_MODEL
 from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.orpo import data
@@ -75,7 +76,7 @@ def encoded_pairs(job: dict) -> list:
             )
             for i, n in enumerate([*sorted(2 * job["growth"]), *job["growth"][-1:] * job["profile"]])
         ]
-    tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
+    tokenizer = model.load_tokenizer(DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
     cleaned, _ = data.clean(data.open_rows(job["dataset"]))
@@ -253,7 +254,7 @@ def trl(job: dict, pairs: list, built, folder: str):
         def _get_train_sampler(self, *args):
             return SequentialSampler(self.train_dataset)
 
-    tokenizer = model.load_tokenizer(model.DEMO_MODEL if job["model"] in SHAPES else job["model"])
+    tokenizer = model.load_tokenizer(DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
     texts = Dataset.from_list([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(len(pairs))])
     settings = settings_of(job)

@@ -25,8 +25,9 @@ from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import layouts
 from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.lora import replace_forwards
-from lazyorpo_lib.machine import checkpoint_layers, this_machine
+from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
+from lazyorpo_lib.orpo.body import checkpoint_layers
 from lazyorpo_lib.orpo.loss import metrics
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from lazyorpo_lib import marker, session
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast.layouts import PairScorer
-from lazyorpo_lib.machine import Machine, checkpoint_layers
+from lazyorpo_lib.machine import Machine
 from lazyorpo_lib.marker import MARKER
 from lazyorpo_lib.model import (
     adapters_off,
@@ -37,6 +37,7 @@ from lazyorpo_lib.model import (
 from lazyorpo_lib.orpo import checkpoints, optimizers, processes
 from lazyorpo_lib.orpo import loss as formulas
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
+from lazyorpo_lib.orpo.body import checkpoint_layers
 from lazyorpo_lib.orpo.loss import TERMS, metrics
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer

@@ -8,6 +8,7 @@ import torch
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from lazyorpo_lib import model
+from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.results import evaluate
 from lazyorpo_lib.settings import Settings
@@ -160,13 +161,13 @@ def test_held_out_results_are_told_only_where_both_sides_were_measured():
 @pytest.fixture(scope="module")
 def tuned():
     """A tiny model with an adapter that changes its answers."""
-    base = model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu")
-    adapted = model.add_adapters(base, Settings(base_model=model.TINY_MODEL))
+    base = model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu")
+    adapted = model.add_adapters(base, Settings(base_model=TINY_MODEL))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return adapted, model.load_tokenizer(model.TINY_MODEL)
+    return adapted, model.load_tokenizer(TINY_MODEL)
 
 
 PROMPTS = [[10, 20, 30], [40] * 17, [50, 60], [70] * 9]
@@ -264,7 +265,7 @@ def test_an_answer_ends_at_any_of_the_end_tokens_or_is_marked_as_cut(tuned):
 
 def test_the_base_answers_with_the_adapter_off_and_nothing_is_left_changed(tuned):
     options = dict(max_tokens=6, end_ids=[2])
-    base = model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu")
+    base = model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu")
     tuned[0].train()
     with model.adapters_off(tuned[0]):
         off = evaluate.answers(*tuned, PROMPTS, **options)

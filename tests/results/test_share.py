@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from lazyorpo_lib import marker, model
+from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.marker import MARKER
@@ -31,19 +32,18 @@ IDS = torch.arange(10, 40)[None]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of a tiny model whose adapter has learned something random; never changed by a test."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": model.TINY_MODEL})
+    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": TINY_MODEL})
     tuned = model.add_adapters(
-        model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu"),
-        Settings(base_model=model.TINY_MODEL),
+        model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=TINY_MODEL)
     )
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    tokenizer = model.load_tokenizer(model.TINY_MODEL)
+    tokenizer = model.load_tokenizer(TINY_MODEL)
     prepare_tokenizer(tokenizer)
     tuned.generation_config.eos_token_id = [2, 7]
-    model.save_model(tuned, tokenizer, folder / "model", base_model=model.TINY_MODEL)
+    model.save_model(tuned, tokenizer, folder / "model", base_model=TINY_MODEL)
     return folder
 
 
@@ -69,7 +69,7 @@ def test_merged_model_alone_gives_the_logits_of_the_adapter(run, tmp_path):
     assert not (out / "adapter_config.json").exists() and list(out.glob("*.safetensors"))
     adapted = logits(run / "model")
     assert (logits(out) - adapted).abs().max() < 1e-5
-    base = model.load_base(model.TINY_MODEL, dtype=torch.float32, device="cpu")
+    base = model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         assert (base(IDS).logits - adapted).abs().max() > 0.1  # the adapter does something
 

@@ -1,0 +1,127 @@
+"""What a base_model is: where its files lie, its configuration, the class that trains its text.
+
+What is none to train is refused here, from its files' names and its config.json alone, before any weight is
+fetched or read. It loads no weights.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
+
+from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
+from .errors import UserError, expanded, explain_model
+from .orpo.body import sizes_of
+
+# The largest of what any model has, ten times: what is beyond comes of a damaged file.
+_SIZES = {"num_hidden_layers": 2000, "hidden_size": 10**6, "vocab_size": 10**7, "num_attention_heads": 10**4}
+_MERGE = "merge it (lazyorpo merge RUN FOLDER) and give that folder"
+_OTHERS = {  # what a folder holds in place of a model, by the first file that tells
+    "adapter_config.json": f"holds an adapter over another model: {_MERGE}",
+    "model/adapter_config.json": f"is a run's folder, whose model/ is an adapter: {_MERGE}",
+    "model/config.json": "is a run's folder: give its model/",
+    "modules.json": "holds a model of sentence-transformers, which embeds texts: give a language model",
+    "model_index.json": "holds a pipeline of diffusers, which makes pictures: give a language model",
+    "*.gguf": "holds GGUF files, which llama.cpp runs and nobody trains: give the model they were made from",
+    "params.json": "holds weights as their maker's own library has them: give it in transformers' form",
+}
+_FROM = "give the language model that it was made from"
+_HEADS = {  # ends of the class that a config.json names, and what such a model puts out
+    "For(Sequence|Token)Classification|RewardModel|ForMultipleChoice": f"whose output is a score: {_FROM}",
+    "ForQuestionAnswering|ForNextSentencePrediction": f"whose output is no text: {_FROM}",
+    "(?<!Head)Model": f"without an output layer, as models have that embed texts: {_FROM}",
+    "ForMaskedLM|ForPreTraining": "an encoder, which sees the tokens it is to predict: give a causal one",
+}
+
+
+def locate(base_model: str) -> str:
+    """Give the folder or hub id to load `base_model` from; UserError for a folder that holds no model."""
+    path, given = expanded(base_model), f"base_model is {base_model!r}"
+    if os.path.isfile(path):
+        kind = "a GGUF file, which llama.cpp runs and nobody trains" if path.suffix == ".gguf" else "a file"
+        raise UserError(f"{given}, {kind}: give the folder or hub id of the model that it was made from.")
+    if base_model in (DEMO_MODEL, TINY_MODEL):
+        return home_of(base_model) or base_model
+    if os.path.exists(path):
+        has = [name for name in _OTHERS if any(path.glob(name))]
+        if has and not (has[0] != "modules.json" and any(path.glob("model*.safetensors"))):
+            raise UserError(f"{given}, which {_OTHERS[has[0]]}.")
+        if not os.path.isfile(path / "config.json"):
+            raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
+        check_files(path)
+        return str(path)
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+        raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
+    return base_model
+
+
+def digest_of(base_model: str) -> str:
+    """Give a text that another model, or another version of it, would not have: the hub's, or a digest of
+    the folder's config and of 64 places of each file of weights."""
+    place = Path(locate(base_model))
+    if not place.is_dir():  # the hub's cache, whose files are links to blobs that are named by their content
+        place = Path(cached_file(base_model, "config.json")).parent
+        names = [(f.name, f.resolve().name, f.stat().st_size) for f in sorted(place.glob("*.safetensors"))]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
+    digest = hashlib.sha256((place / "config.json").read_bytes())
+    for file in sorted(place.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for start in range(0, size, max(2**20, size // 64)):
+                opened.seek(start)
+                digest.update(opened.read(2**20))
+    return digest.hexdigest()
+
+
+def check_files(folder) -> None:
+    """Raise UserError for a pipe or a device in a folder: reading it might never end."""
+    for file in map(str, Path(folder).rglob("*")):
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            raise UserError(f"{file!r} is a pipe or a device, not a file: give a folder with files alone.")
+
+
+def load_config(base_model: str):
+    """Load a model's configuration, and nothing else of it; UserError where there is no text to train."""
+    with explain_model(base_model):
+        config = AutoConfig.from_pretrained(locate(base_model), trust_remote_code=False)
+        for name, most in _SIZES.items():
+            if bad := [size for size in sizes_of(config, name, least=-(10**9)) if not 1 <= size <= most]:
+                raise ValueError(f"its config.json says {name} is {bad[0]}")
+        class_of(config)
+    return config
+
+
+def class_of(config) -> type:
+    """Choose the Auto class of transformers that loads the whole model of a config, its text for training.
+
+    Raises:
+        UserError: it is not causal; what it is, and what to give instead.
+    """
+    kind, named = type(config), (config.architectures or [""])[0]
+    text = config.get_text_config(decoder=True)
+    causal, pictures = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+    why = next((why for ends, why in _HEADS.items() if re.search(f"({ends})$", named)), "")
+    if (
+        "encoder," in why
+        and getattr(config, "is_decoder", False)
+        or "without" in why
+        and config.tie_word_embeddings
+    ):
+        why = ""
+    if getattr(config, "is_encoder_decoder", False):
+        why = "an encoder and a decoder: give a causal language model"
+    elif kind not in causal and kind not in pictures:
+        why = "no causal language model: give one"
+    if why:
+        raise UserError(f"base_model is a {named or kind.model_type}, {why}.")
+    # A class of the text alone must be able to load what it saves.
+    whole = kind in causal and (causal[kind].config_class is kind or type(text) in causal)
+    return AutoModelForCausalLM if whole or kind not in pictures else AutoModelForImageTextToText

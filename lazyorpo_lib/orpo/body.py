@@ -1,0 +1,77 @@
+"""The part of a model that a text goes through: its body and layers, and the sizes that its config tells.
+
+Towers for pictures and sounds may stand beside it, which no pair reaches. It computes nothing.
+"""
+
+import re
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_TOWER = re.compile(r"vision|visual|image|audio|speech|video", re.I)
+
+
+def causal_lm(model):
+    """Give the transformers model inside whatever wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body_of(model) -> nn.Module:
+    """Give the module whose output the output layer of a causal LM reads."""
+    body = model.get_decoder()
+    if body is model.get_output_embeddings():  # ModernBERT's decoder calls its output layer so
+        body = model.base_model
+    return model.model if body is model else body  # Llama 4 names itself
+
+
+def towers_of(model) -> list[str]:
+    """Name the outermost modules that no text reaches: those for pictures and sounds, and whatever the models
+    between a causal LM and its body hold besides the body."""
+    path, found = next(name for name, part in model.named_modules() if part is body_of(model)), []
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        beside = parent and path.startswith(f"{parent}.")
+        named = _TOWER.search(own) or _TOWER.search(type(module).__name__)
+        if (beside or named) and not is_within(path, [name]) and not is_within(name, found):
+            found.append(name)
+    return [name for name in found if name]
+
+
+def is_within(name: str, places: list[str]) -> bool:
+    """Tell whether a module or weight of this name lies in one of the modules named."""
+    return f"{name}.".startswith(tuple(f"{place}." for place in places))
+
+
+def text_layers(model) -> list[nn.Module]:
+    """List the layers of the body whose activations can be recomputed; none where the class forbids it."""
+    lm = causal_lm(model)
+    if not lm.supports_gradient_checkpointing:
+        return []
+    beside = {id(part) for name in towers_of(lm) for part in lm.get_submodule(name).modules()}
+    layers = (m for m in body_of(lm).modules() if isinstance(m, GradientCheckpointingLayer))
+    return [layer for layer in layers if id(layer) not in beside]
+
+
+def checkpoint_layers(model, count: int) -> int:
+    """Recompute the activations of `count` text layers, or of all, in the backward; give of how many."""
+    layers = text_layers(model)
+    if count and layers:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
+        layer.gradient_checkpointing = False
+    for layer in layers[:count]:
+        layer.gradient_checkpointing = True
+    return min(count, len(layers))
+
+
+def sizes_of(config, *names: str, least: int = 1) -> list[int]:
+    """List the numbers that a text's config has under these names, in every layer where they differ."""
+    text, found = config.get_text_config(decoder=True), []
+    for name in names:
+        try:
+            value = getattr(text, name, None)
+        except Exception:  # of transformers' own kind: it is each layer's own
+            value = [getattr(layer, name, None) for layer in text.per_layer_config]
+        values = value if isinstance(value, list | tuple) else [value]
+        found += [x for x in values if isinstance(x, int) and not isinstance(x, bool) and x >= least]
+    return found
