@@ -4,18 +4,22 @@
     python -m tests.archs --list side --part 1/4         a quarter of another list: main, images, side, wide
     python -m tests.archs --write docs/models.md         the page: main and images, by family
 
-All goes through the kit's own doors: config, plan, load, scorer, a step in full, a step of adapters, answers,
-save, reload, merge. `right`: all numbers equal; `refused`: a UserError, with its stage; `wrong`: numbers
-differ and nothing is said; `crash`: any other exception; `not made`: no small model, or no forward of text.
-Lists: main, every class of AutoModelForCausalLM; images, those of AutoModelForImageTextToText besides, given
-text alone; side, what checkpoints have and main leaves out; wide, main with windows longer than a probe looks.
-In all lists windows and the greatest position are shorter than the batch's rows.
+All goes through the kit's own doors: config, plan, load, scorer, a step in full, a step of adapters,
+answers, save, reload, merge. `right`: all numbers equal; `refused`: a UserError, with its stage; `wrong`:
+numbers differ and nothing is said; `crash`: any other exception; `not made`: no small model, or no forward
+of text.
+
+Lists: main, every class of AutoModelForCausalLM; images, those of AutoModelForImageTextToText besides, on
+text alone; side, what checkpoints have and main leaves out; wide, main with windows longer than a probe
+looks. In all lists windows and the greatest position are shorter than the batch's rows. What is expected of
+each: tests/verdicts.py.
 """
 
 import argparse
 import contextlib
 import copy
-import importlib.metadata
+import functools
+import gc
 import inspect
 import json
 import os
@@ -26,16 +30,15 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -48,10 +51,11 @@ from lazyorpo_lib.model import causal_lm, load_config, load_finished, load_for_t
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer
-from lazyorpo_lib.plan import planner
+from lazyorpo_lib.plan import costs, planner
 from lazyorpo_lib.results.evaluate import answers
 from lazyorpo_lib.settings import Settings
-from tests.tiny import CAUSAL, POSITION, POSITIONS, WINDOWS, has_windows, names_of, tiny_checkpoint
+from tests.tiny import POSITION, POSITIONS, SIZES, WINDOWS, names_of, tiny_checkpoint
+from tests.verdicts import FAMILY, complaints, page
 
 EXACT = 1e-5  # relative
 NOISE = 10  # times what float32 costs the plain model, where that is more
@@ -158,14 +162,14 @@ class Report(dict):
 
     @contextlib.contextmanager
     def stage(self, name: str):
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             yield
         except UserError as error:
             self["refused"].append(f"{name}: {error}")
         except Exception as error:
             self["crashed"].append(f"{name}: {one_line(error)} at {where(error)}")
-        self["seconds"][name] = round(time.perf_counter() - began, 2)
+        self["seconds"][name] = round(time.process_time() - began, 2)
 
     def figure(self, name: str, value: float, most: float) -> None:
         self["figures"][name] = float(f"{value:.2g}")
@@ -242,7 +246,7 @@ def measure(name: str, kind: str, limit: float = LIMIT) -> dict:
     signal.setitimer(signal.ITIMER_REAL, limit)
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     report, threads = Report(name, kind), torch.get_num_threads()
-    began = time.perf_counter()
+    began = time.process_time()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(dir=shm) as folder, warnings.catch_warnings(action="ignore"):
@@ -254,7 +258,7 @@ def measure(name: str, kind: str, limit: float = LIMIT) -> dict:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         torch.set_num_threads(threads)
-    return out | {"took": round(time.perf_counter() - began, 1)}
+    return out | {"took": round(time.process_time() - began, 1)}
 
 
 def _measure(report: Report, model_type: str, changes: dict, folder: Path) -> dict:
@@ -286,13 +290,17 @@ def _measure(report: Report, model_type: str, changes: dict, folder: Path) -> di
 
 
 def plan_of(config, base: Path, pairs):
-    """The plan of a run with adapters, which no run starts without."""
-    kinds, planner.METHODS = planner.METHODS, ("lora",)
-    try:
+    """The plan of a run with adapters, which no run starts without; of one row, for the sake of time."""
+
+    def one_row(config, settings, method, dtype, machine, rows, *rest):
+        return simulate(config, settings, method, dtype, machine, rows[:1], *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        simulate = costs.simulate
+        patch.setattr(costs, "simulate", one_row)
+        patch.setattr(planner, "METHODS", ("lora",))
         lengths = planner.measured_lengths(pairs)
         return planner.make_plan(config, settings_of(base, "lora", pairs), "A100-40GB", lengths)
-    finally:
-        planner.METHODS = kinds
 
 
 def full(report: Report, model, drawn, base: Path, folder: Path, pairs, wide: bool) -> None:
@@ -416,7 +424,10 @@ def without_adapter(adapted, layers: dict) -> list[str]:
 # The command line.
 
 
+@functools.cache
 def quieten() -> None:
+    """No bars; and what is imported so far is no garbage, which accelerate looks for four times a model."""
+    gc.freeze()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -442,13 +453,19 @@ def main() -> None:
     given = parser.parse_args()
     quieten()
     k, n = map(int, given.part.split("/"))
-    names = (given.only or list(names_of(given.list)))[k - 1 :: n]
-    jobs = [(name, given.list) for name in names]
-    counted, began = Counter(), time.perf_counter()
+    lists = ["main", "images"] if given.write else [given.list]
+    jobs = [(name, kind) for kind in lists for name in (given.only or list(names_of(kind)))[k - 1 :: n]]
+    reports, began = [], time.perf_counter()
     for report in run_all(jobs, given.workers):
-        counted[report["verdict"]] += 1
-        print(json.dumps(report), flush=True)
-    print(json.dumps({"totals": counted, "minutes": round((time.perf_counter() - began) / 60, 1)}))
+        reports.append(report | {"complaints": complaints(report)})
+        print(json.dumps(reports[-1]), flush=True)
+    counted = Counter(report["verdict"] for report in reports)
+    wrong = [report["name"] for report in reports if report["complaints"]]
+    new = [f"{r['name']}: {r['verdict']}" for r in reports if r["name"] not in FAMILY and r["list"] != "side"]
+    minutes = round((time.perf_counter() - began) / 60, 1)
+    print(json.dumps({"totals": counted, "not as expected": wrong, "new": new, "minutes": minutes}))
+    if given.write:
+        given.write.write_text(page(reports, SIZES["sliding_window"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ POSITION = 64  # longer than every pair, shorter than a batch row of three
 SPARE = 3  # the id of image tokens and the like, which no pair holds
 _SIZES = (
     (32, """hidden_size n_embd d_model emb_dim embedding_dim embedding_size word_embed_proj_dim embed_dim dim
-        input_embedding_size output_embedding_size lru_width cross_attention_hidden_size q_lora_rank hidden_dim
-        backbone_hidden_size output_dim projection_dim attention_hidden_size decoder_hidden_size
+        input_embedding_size output_embedding_size lru_width cross_attention_hidden_size q_lora_rank
+        hidden_dim backbone_hidden_size output_dim projection_dim attention_hidden_size decoder_hidden_size
         vision_embed_dim vision_output_dim out_hidden_size adapter_out_dim adapter_in_dim adapter_input_size
         mm_embed_dim router_hidden_size"""),
     (2, """num_hidden_layers n_layer n_layers num_layers depth decoder_layers num_decoder_layers
