@@ -1,6 +1,5 @@
 """Every class that transformers ships is right, or refused in one sentence; the page lists them all."""
 
-import re
 import warnings
 from pathlib import Path
 

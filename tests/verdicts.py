@@ -58,7 +58,9 @@ FAMILY = {name: family for family, names in _LINES for name in names.split()}
 _AHEAD = "causal|ahead|sees|later tokens"  # it is no language model that predicts
 _RANDOM = "random|the same twice|determin"
 _UNLIKE = "separate|unlike|differ"  # no layout has the numbers of plain forwards
+_NO_TEXT = "text|pixel|image|sound|audio"  # it takes, or writes, something else
 REFUSED = {
+    **dict.fromkeys(["musicgen", "musicgen_melody"], _NO_TEXT),
     "xlm": _AHEAD,
     "xlnet": _AHEAD + "|" + _UNLIKE,
     "paligemma": _AHEAD,
@@ -82,7 +84,6 @@ REFUSED = {
 NOT_MADE = {
     **dict.fromkeys(["gemma3n"], "needs timm"),
     **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], "drafts for another model"),
-    **dict.fromkeys(["musicgen", "musicgen_melody"], "writes sound"),
 }
 
 
