@@ -28,5 +28,3 @@ def test_a_class_is_right_or_refused_in_one_sentence(kind, name):
         warnings.warn(f"transformers has a new class: {name} is {reports[0]['verdict']}", stacklevel=1)
     if found := sum(map(complaints, reports), []):
         pytest.fail("\n".join(found), pytrace=False)
-
-

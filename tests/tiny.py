@@ -134,6 +134,13 @@ SPECIAL: dict[str, dict] = {
     | dict(attention_hidden_size=64, attention_head_dim=16),
     "zaya": dict(num_experts_per_tok=1, layer_types=["hybrid", "hybrid_sliding"], num_hidden_layers=2),
 }
+
+
+def _text(**changes) -> dict:
+    return dict(text_config=changes)
+
+
+_MROPE = _text(rope_parameters=_ROPE | {"mrope_section": [2, 1, 1]})
 # The other parts of composite checkpoints, where sizes must agree.
 COMPOSITES: dict[str, dict] = {
     "mllama": dict(
@@ -153,9 +160,35 @@ COMPOSITES: dict[str, dict] = {
         vision_config=dict(num_hidden_layers=2, mlp_layer_types=["dense", "dense"], per_layer_config={}),
         audio_config=dict(downsample_hidden_size=16, feature_size=16),
     ),
+    "glm4v_moe": _text(rope_parameters=_ROPE | {"mrope_section": [1, 1, 0]}),
+    "hunyuan_vl": _text(rope_parameters=_ROPE | {"mrope_section": [1, 1, 1, 1]}),
+    "ernie4_5_vl_moe": _text(
+        moe_intermediate_size=[24, 24], rope_parameters=_ROPE | {"mrope_section": [1, 1, 2]}
+    ),
+    "glm5_next": _text(index_kpool=8, qk_rope_head_dim=0),
+    "cohere_compass": _text(**SPECIAL["cohere_compass_text"]),
+    "deepseek_ocr2": _text(mlp_layer_types=["dense", "sparse"]),
+    "inkling2": dict(vision_config=dict(text_hidden_size=32)),
+    "nemotron_h_omni": dict(
+        vision_config=dict(video_temporal_patch_size=2), projector_hidden_size=48, vision_hidden_size=32
+    ),
+    "molmo2": dict(vision_config=dict(image_size=[16, 16]), adapter_config=dict(vision_feature_layer=[0, 1])),
+    "granite4_vision": _text(hidden_size=64)
+    | dict(deepstack_layer_map=[], spatial_target_layers=[], downsample_rate="1/2"),
+    "chameleon": dict(
+        vq_config=dict(base_channels=32, channel_multiplier=[1, 1], latent_channels=32, num_embeddings=16),
+        vocabulary_map={"<image>": 3, "IMGIMGAZ": 4, "IMGIMGBZ": 127},
+    ),
+    "janus": dict(
+        vq_config=dict(base_channels=32, channel_multiplier=[1, 1], latent_channels=32, num_embeddings=16)
+        | dict(projection_dim=32, image_token_embed_dim=32)
+    ),
     **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"],
-        dict(text_config=dict(rope_parameters=_ROPE | {"mrope_section": [2, 1, 1]})),
+        ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"], dict(vision_start_token_id=SPARE) | _MROPE
+    ),
+    **dict.fromkeys(
+        ["cosmos3_edge", "qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"],
+        _MROPE,
     ),
 }
 _OLD = dict(original_max_position_embeddings=24)

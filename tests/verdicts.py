@@ -58,9 +58,13 @@ FAMILY = {name: family for family, names in _LINES for name in names.split()}
 _AHEAD = "causal|ahead|sees|later tokens"  # it is no language model that predicts
 _RANDOM = "random|the same twice|determin"
 _UNLIKE = "separate|unlike|differ"  # no layout has the numbers of plain forwards
-_NO_TEXT = "text|pixel|image|sound|audio"  # it takes, or writes, something else
+_NO_TEXT = "text|pixel|image|sound|audio|encoder"  # it takes, or writes, something else
 REFUSED = {
-    **dict.fromkeys(["musicgen", "musicgen_melody"], _NO_TEXT),
+    **dict.fromkeys(
+        "musicgen musicgen_melody blip blip-2 diffusion_gemma idefics instructblip".split(), _NO_TEXT
+    ),
+    **dict.fromkeys("instructblipvideo kosmos-2 kosmos-2.5 pi0 pix2struct pp_formulanet".split(), _NO_TEXT),
+    **dict.fromkeys("t5gemma2 udop vision-encoder-decoder".split(), _NO_TEXT),
     "xlm": _AHEAD,
     "xlnet": _AHEAD + "|" + _UNLIKE,
     "paligemma": _AHEAD,
@@ -71,7 +75,6 @@ REFUSED = {
     "xlstm": "answer|generat|kind",
     "rwkv": "slow|loop|token by token|kind",
     "emu3": "lack|missing",
-    "kosmos-2.5": "pixel|image",
     "llama, dynamic rope": _RANDOM + "|rope|position",
     "phi3, longrope": _UNLIKE + "|rope|position|original_max_position_embeddings",
     "gemma3_text, bidirectional": _AHEAD,
@@ -82,7 +85,9 @@ REFUSED = {
 }
 # None of these could be made small, or given text alone.
 NOT_MADE = {
-    **dict.fromkeys(["gemma3n"], "needs timm"),
+    **dict.fromkeys(["gemma3n", "fast_vlm", "perception_lm"], "needs timm"),
+    "inkling_mm_model": "needs scipy",
+    **dict.fromkeys(["florence2", "muse_spark"], "no small form found"),
     **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], "drafts for another model"),
 }
 
