@@ -173,7 +173,7 @@ COMPOSITES: dict[str, dict] = {
         vision_config=dict(video_temporal_patch_size=2), projector_hidden_size=48, vision_hidden_size=32
     ),
     "molmo2": dict(vision_config=dict(image_size=[16, 16]), adapter_config=dict(vision_feature_layer=[0, 1])),
-    "granite4_vision": _text(hidden_size=64)
+    "granite4_vision": dict(vision_config=dict(hidden_size=64))
     | dict(deepstack_layer_map=[], spatial_target_layers=[], downsample_rate="1/2"),
     "chameleon": dict(
         vq_config=dict(base_channels=32, channel_multiplier=[1, 1], latent_channels=32, num_embeddings=16),
