@@ -46,11 +46,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast.layouts import PairScorer
-from lazyorpo_lib.machine import GIB, checkpoint_layers
+from lazyorpo_lib.machine import GIB
 from lazyorpo_lib.model import causal_lm, load_config, load_finished, load_for_training, save_model
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
 from lazyorpo_lib.orpo.processes import make_accelerator
-from lazyorpo_lib.orpo.trainer import OrpoTrainer
+from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers
 from lazyorpo_lib.plan import costs, planner
 from lazyorpo_lib.results.evaluate import answers
 from lazyorpo_lib.settings import Settings
