@@ -20,7 +20,6 @@ import contextlib
 import copy
 import functools
 import gc
-import inspect
 import json
 import os
 import random
@@ -54,6 +53,7 @@ from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers
 from lazyorpo_lib.plan import costs, planner
 from lazyorpo_lib.results.evaluate import answers
 from lazyorpo_lib.settings import Settings
+from tests.plain import apart, gradients, now, plain_gradients, plain_loss
 from tests.tiny import POSITION, POSITIONS, SIZES, WINDOWS, names_of, tiny_checkpoint
 from tests.verdicts import FAMILY, complaints, page
 
@@ -80,69 +80,9 @@ PAIRS = random_pairs([(30, 5, 16), (19, 1, 8)])  # longer than every window; one
 WIDE_PAIRS = random_pairs([(WIDE + 10, 20, 10), (30, 5, 12)])
 
 
-# The truth: plain forwards.
-
-
-def plain_logps(model, pairs) -> torch.Tensor:
-    """Log-probabilities of the answers' tokens by a plain, unpadded forward of each prompt + answer."""
-    out, takes = [], inspect.signature(model.forward).parameters
-    for prompt, answer in ((pair.prompt, answer) for pair in pairs for answer in pair[2:]):
-        ids = torch.tensor([[*prompt, *answer]])
-        given = dict(attention_mask=torch.ones_like(ids), use_cache=False)
-        logits = model(input_ids=ids, **{n: v for n, v in given.items() if n in takes}).logits[0]
-        if logits.shape[0] != ids.shape[1]:
-            raise ValueError(f"{logits.shape[0]} logits for {ids.shape[1]} tokens")
-        logits = logits[len(prompt) - 1 : -1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        out.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0])
-    return torch.cat(out)
-
-
-def now(model, pairs) -> torch.Tensor:
-    with torch.no_grad():
-        return plain_logps(model.eval(), pairs)
-
-
 def is_sound(model) -> bool:
     values = now(model, PAIRS[1:])
     return bool(torch.isfinite(values).all() and values.min() > -60)
-
-
-def plain_loss(model, pairs) -> torch.Tensor:
-    """The ORPO loss of the paper: token mean of the chosen answers' nll, pair mean of the odds term."""
-    lengths = [len(answer) for pair in pairs for answer in pair[2:]]
-    found = plain_logps(model, pairs).split(lengths)
-    loss = -torch.cat(found[::2]).mean()
-    for chosen, rejected in zip(found[::2], found[1::2], strict=True):
-        c, r = chosen.mean(), rejected.mean()
-        ratio = (c - torch.log1p(-torch.exp(c))) - (r - torch.log1p(-torch.exp(r)))
-        loss = loss - OR_WEIGHT / len(pairs) * torch.nn.functional.logsigmoid(ratio)
-    return loss
-
-
-def plain_gradients(model, pairs) -> dict:
-    """The gradient of the loss, in training mode, or where no plain batch passes in that, in evaluation."""
-    for training in (True, False):
-        with contextlib.suppress(*[Exception] * training):
-            model.train(training).zero_grad()
-            plain_loss(model, pairs).backward()
-            return gradients(model)
-
-
-def gradients(model) -> dict:
-    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def apart(ours, true) -> float:
-    """|ours - true| / |true|, of tensors, or of dicts of tensors over all of them together."""
-    if not isinstance(ours, dict):
-        ours, true = {"": ours}, {"": true}
-    off = total = 0.0
-    for name in ours.keys() | true.keys():
-        a, b = ours.get(name), true.get(name)
-        off += ((0 if a is None else a.double()) - (0 if b is None else b.double())).square().sum().item()
-        total += 0 if b is None else b.double().square().sum().item()
-    return off**0.5 / max(total**0.5, 1e-30)
 
 
 # What is found of one model.
@@ -336,7 +276,7 @@ def full(report: Report, drawn, base: Path, folder: Path, pairs, wide: bool) -> 
     report["faults"] += ["its own forward is random, which is not said"] * (not same)
     true = None
     with report.stage("plain gradient"):
-        true = plain_gradients(plain, pairs)
+        true = plain_gradients(plain, pairs, OR_WEIGHT)
     with report.stage("log-probabilities"):
         whole.eval()
         with torch.no_grad():
@@ -374,7 +314,7 @@ def forgive_noise(report: Report, plain, start, true, pairs) -> None:
         training, double = plain.training, copy.deepcopy(plain).double()
         noise = {"log-probabilities": apart(start, now(double, pairs))}
         double.train(training).zero_grad()
-        plain_loss(double, pairs).backward()
+        plain_loss(double, pairs, OR_WEIGHT).backward()
         rounding = apart(true, gradients(double))
         noise |= dict.fromkeys(["gradient", "split", "checkpointed"], rounding)
         for name, least in noise.items():
@@ -416,7 +356,7 @@ def lora(report: Report, before, base: Path, folder: Path, pairs, plan) -> None:
             for n, p in again.named_parameters():
                 p.requires_grad_(weights[n].requires_grad)
                 p.data.copy_(weights[n].data)
-            true = plain_gradients(again, pairs)  # by PEFT's own layers
+            true = plain_gradients(again, pairs, OR_WEIGHT)  # by PEFT's own layers
             report.figure("adapters' gradient", apart(step_gradients(trainer, pairs), true), EXACT)
 
 

@@ -1,5 +1,6 @@
 """Every class that transformers ships is right, or refused in one sentence; the page lists them all."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -28,3 +29,8 @@ def test_a_class_is_right_or_refused_in_one_sentence(kind, name):
         warnings.warn(f"transformers has a new class: {name} is {reports[0]['verdict']}", stacklevel=1)
     if found := sum(map(complaints, reports), []):
         pytest.fail("\n".join(found), pytrace=False)
+
+
+def test_the_page_lists_every_class_that_is_known():
+    named = re.findall(r"^\| `([\w.-]+)` \|", PAGE.read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(FAMILY)

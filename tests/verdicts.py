@@ -142,16 +142,20 @@ the test at the start of a run looks. Real checkpoints, 16 bit and GPUs were not
 """
 
 
+_TOWERS = "vision|visual|image|img|audio|speech|projector|tower|vq|pixel|perceiver|resampler|qformer"
+
+
 def row(report: dict) -> str:
     """Write a class's line of the page."""
     name, verdict, why = report["name"], report["verdict"], report["why"]
-    note = ", ".join(sorted({f"`{path.rsplit('.', 1)[-1]}`" for path in report.get("without", ())}))
+    bare = {path.rsplit(".", 1)[-1] for path in report.get("without", ()) if not re.search(_TOWERS, path)}
+    note = ", ".join(f"`{part}`" for part in sorted(bare))
     if verdict == "not made":
         verdict, note = "not tried", NOT_MADE.get(name, "")
     elif verdict != "right":
-        note = re.sub(r"\s+", " ", why).replace("|", "/")[:160]
-    kind = report.get("class", "").replace("For", " For", 1).split(" ")[0]
-    return f"| `{name}` | {kind} | {verdict} | {report.get('rung', '')} | {note} |"
+        told = re.sub(r"The model '[^']*' |^[\w' -]+: ", "", " ".join(why.split())).replace("|", "/")
+        note = told if len(told) < 160 else f"{told[:160]}…"
+    return f"| `{name}` | {report.get('class', '')} | {verdict} | {report.get('rung', '')} | {note} |"
 
 
 def page(reports: list[dict], window: int) -> str:
@@ -166,7 +170,7 @@ def page(reports: list[dict], window: int) -> str:
         if found:
             text += [
                 f"## {family}\n",
-                "| model_type | class | | layout | no adapter on |",
+                "| model_type | class | verdict | layout | no adapter on; or why |",
                 "|---|---|---|---|---|",
             ]
             text += [*map(row, sorted(found, key=lambda r: r["name"])), ""]
