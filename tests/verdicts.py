@@ -1,4 +1,4 @@
-"""What is expected of every class: by family, right unless a refusal of it stands below; and the page that says so.
+"""What is expected of every class, by family: right, unless a refusal stands below; and the page of it.
 
 A name that stands in no family is of a newer transformers: it is printed, and fails only where numbers are
 wrong in silence. A refusal's pattern is what its sentence must say.
@@ -97,8 +97,8 @@ def complaints(report: dict) -> list[str]:
     told = f"{name} ({report['list']}) is {verdict}: {why}"
     if name not in FAMILY and report["list"] in ("main", "images"):
         return [told] if verdict == "wrong" else []
-    if name in NOT_MADE or verdict == "not made":
-        return [] if (name in NOT_MADE) == (verdict == "not made") else [told]
+    if verdict == "not made":
+        return [] if name in NOT_MADE else [told]
     if verdict == "refused":
         pattern = REFUSED.get(name) or (report["list"] == "wide" and "window|chunk|long")
         return [] if pattern and re.search(pattern, why) and why.endswith(".") and "\n" not in why else [told]
