@@ -170,7 +170,10 @@ COMPOSITES: dict[str, dict] = {
     "deepseek_ocr2": _text(mlp_layer_types=["dense", "sparse"]),
     "inkling2": dict(vision_config=dict(text_hidden_size=32)),
     "nemotron_h_omni": dict(
-        vision_config=dict(video_temporal_patch_size=2), projector_hidden_size=48, vision_hidden_size=32
+        vision_config=dict(video_temporal_patch_size=2),
+        text_config=SPECIAL["nemotron_h"],
+        projector_hidden_size=48,
+        vision_hidden_size=32,
     ),
     "molmo2": dict(vision_config=dict(image_size=[16, 16]), adapter_config=dict(vision_feature_layer=[0, 1])),
     "granite4_vision": dict(vision_config=dict(hidden_size=64))
@@ -324,6 +327,9 @@ def drawn(model_class, config, good):
                 p.copy_(start[n])
                 if spread and p.is_floating_point() and not keep.search(n):
                     p.normal_(0, spread) if p.dim() > 1 else p.add_(torch.randn_like(p) * spread / 2)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # as its own start has it, and some loading again
         if good(model.eval()):
             return model
     raise RuntimeError("its plain forward is not finite")
