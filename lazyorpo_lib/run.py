@@ -20,7 +20,7 @@ from .errors import UserError, explain_disk, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
-from .orpo.encoding import Encoder, PairFile, Subset, check_model, encode_rows, prepare_tokenizer
+from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
@@ -28,6 +28,9 @@ from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import Spent, about_training, data_report, summarise
 from .results.words import BagOfWords, said
+from .rows.candidates import candidates
+from .rows.dataset import open_rows
+from .rows.template import encoder_of
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
 from .stages import Staged, stage
@@ -140,9 +143,8 @@ class Run(Staged):
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
-        limits = {name: getattr(s, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
-        self.encoder = Encoder(self.tokenizer, **limits, clock=self.record["clock"])
-        rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
+        self.encoder = encoder_of(self.tokenizer, s, clock=self.record["clock"])
+        rows = candidates(open_rows(s.dataset, max_rows=s.max_pairs), s.columns)
         draft = self.folder / "dropped.jsonl.tmp" if self.main and not self.finished else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
         with open(draft, "w", encoding="utf-8", errors="backslashreplace") as dropped, bar:
@@ -157,7 +159,7 @@ class Run(Staged):
                     words.add(pair.chosen, pair.rejected)
                     yield pair
 
-            encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
+            encoded_pairs, self.report = encode_rows(rows, self.encoder, on_drop=write)
             train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
         digest = self.report.digest.hexdigest()
         older = self._read("data_report.json").get("digest")
@@ -170,7 +172,7 @@ class Run(Staged):
                 f"{self.report.way_out()}see {self.folder / 'dropped.jsonl'}."
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
-        self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
+        self.texts = rows.at([p.index for p in self.eval_pairs] or [pairs[0].index])
         self.style = words.accuracy(train, tested)
         if anew:
             self._write("data_report.json", data_report(self, pairs, digest))
@@ -242,10 +244,8 @@ class Run(Staged):
     def _plan(self) -> planner.Plan:
         config, begun = model.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
         cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
-        lengths, how = (
-            planner.measured_lengths(self.train_pairs),
-            dict(dtype=self.dtype, cards=cards, begun=begun),
-        )
+        lengths = planner.measured_lengths(self.train_pairs)
+        how = dict(dtype=self.dtype, cards=cards, begun=begun)
         with explain_model(self.settings.base_model):
             plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")

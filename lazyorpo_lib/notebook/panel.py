@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import UserError, without_secrets
 from ..marker import write_atomically
-from ..orpo.files import reader_of
-from ..orpo.rows import ENDINGS, written
+from ..rows.dataset import ENDINGS, written
+from ..rows.files import reader_of
 from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
 
 try:

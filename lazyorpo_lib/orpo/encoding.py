@@ -1,6 +1,7 @@
 """A pair -> token ids: what the model reads, what is scored, what is cut.
 
-Scored are the tokens of each answer and the token that ends it, nothing else; `template.py` writes the text.
+Scored are the tokens of each answer and the token that ends it, nothing else; the template that it is
+handed writes the text.
 It drops no pair itself (it says why one cannot be used), and builds no batches.
 """
 
@@ -18,8 +19,31 @@ import torch
 from ..errors import UserError
 from . import data
 from .batching import EncodedPair
-from .template import DEFAULT_TEMPLATE, Template, tried
-from .template import Unusable as Unusable
+
+# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
+# and its own end token after each assistant turn. It is saved with the trained model.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+
+class Unusable(Exception):
+    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
+
+
+def tried(write, *given):
+    """Call `write`; give the reason in place of a result where it raises Unusable."""
+    try:
+        return write(*given)
+    except Unusable as why:
+        return str(why)
+    except RecursionError:  # tools that are nested deeper than anybody reads
+        return "template_refuses"
 
 
 def prepare_tokenizer(tokenizer) -> list[str]:
@@ -47,29 +71,20 @@ def prepare_tokenizer(tokenizer) -> list[str]:
 
 
 class Encoder:
-    """Encodes pairs with one tokenizer and one set of limits.
+    """Encodes pairs with one chat template, its tokenizer and one set of limits.
 
     Args:
-        tokenizer: a transformers tokenizer, after `prepare_tokenizer`.
+        template: writes pairs as text with its `tokenizer`, after `prepare_tokenizer` (rows/template.py).
         max_prompt_tokens, max_tokens: longest prompt, and longest prompt plus answer, in tokens.
         overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens, never its end.
-        clock: seconds since 1970 that a chat template is told as the time; None: now.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        *,
-        max_prompt_tokens: int,
-        max_tokens: int,
-        overlong: str = "drop",
-        clock: float | None = None,
-    ):
-        self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
+    def __init__(self, template, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
+        self.template, self.tokenizer = template, template.tokenizer
+        self.overlong, self.max_tokens = overlong, max_tokens
         # Room for one answer token and its end.
         self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)
-        self.template = Template(tokenizer, clock)
-        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.cut = 0  # pairs of which an answer lost more than half of its tokens
 
     def encode(self, pairs: Iterable) -> Iterator[tuple[object, EncodedPair | str]]:
@@ -209,14 +224,14 @@ class Subset(torch.utils.data.Subset):
         return array("q", (self.dataset.lengths[i] for i in self.indices))
 
 
-def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
-    """Clean rows, as `data.clean` does, and encode them.
+def encode_rows(candidates, encoder: Encoder, *, on_drop=None) -> tuple[Iterator, "data.Report"]:
+    """Clean candidates, as `data.clean` does, and encode them.
 
     Returns:
         an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest. It raises
         UserError where the limits cut most answers down to a stump.
     """
-    cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
+    cleaned, report = data.clean(candidates, on_drop=on_drop)
 
     def kept():
         for pair, encoded in encoder.encode(cleaned):

@@ -23,6 +23,7 @@ from ..folder import read_json
 from ..machine import pick_precision, this_machine
 from ..model import causal_lm, check_files, load_finished, save_model
 from ..orpo.encoding import Encoder, Unusable
+from ..rows.template import Template
 from . import card
 from .evaluate import answers
 
@@ -129,7 +130,7 @@ def reply(
     config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
     max_tokens = min(max_tokens, limit // 2)
-    encoder = Encoder(tokenizer, max_prompt_tokens=limit - max_tokens, max_tokens=limit)
+    encoder = Encoder(Template(tokenizer), max_prompt_tokens=limit - max_tokens, max_tokens=limit)
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:

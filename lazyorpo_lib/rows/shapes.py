@@ -9,36 +9,11 @@ reason, and a column that nobody asked for is named in `Pair.unused`.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
+from ..orpo.data import Message, Pair
 from . import columns as tables
-from .columns import Layout, are_texts, at, core, fold
-from .messages import BadRow, Message, as_messages, is_transcript, missing, read, transcript
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt, ending with a user turn or what a tool said, and its two answers."""
-
-    index: int  # the row's number in the dataset, from 0
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    shape: str = field(default="", compare=False)
-    chosen_with: dict = field(default_factory=dict)  # its reasoning_content and tool_calls
-    rejected_with: dict = field(default_factory=dict)
-    tools: tuple = ()
-    used: dict = field(default_factory=dict, compare=False)  # {column: what it was taken for}
-    unused: tuple = field(default=(), compare=False)  # columns, and fields of messages, that hold something
-
-    def answers(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
-        """Give the text of either answer with what comes beside it, the chosen one first."""
-        return (self.chosen, self.chosen_with), (self.rejected, self.rejected_with)
-
-    def as_bytes(self) -> bytes:
-        """Give all that the model will read and score of it, whatever a template makes of that."""
-        return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
+from .columns import Layout, at, core, fold
+from .messages import BadRow, as_messages, is_transcript, missing, read, transcript
 
 
 class _Row:
@@ -358,26 +333,3 @@ def _checked(pair: Pair) -> Pair:
     if said[0] == said[1]:
         raise BadRow("identical_answers")
     return pair
-
-
-# ---- a row with several answers on a side; a row that is in no known shape
-
-
-def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, object]]:
-    """Make one row of each pair where a side is a list of texts: the first better answer against the first
-    worse one, and so on; the shorter list begins again. What is made is numbered, in place of the rows."""
-    extra = 0
-    for index, row in rows:
-        places = []
-        if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
-            bad, good = next(iter(found.items()))
-            places = [columns.get("chosen", good), columns.get("rejected", bad)]
-        lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]
-        if max(map(len, lists), default=1) == 1:
-            yield index + extra, row
-            continue
-        most = max(map(len, lists))
-        for i in range(most):
-            cells = {p: cell[i % len(cell)] for p, cell in zip(places, lists, strict=True)}
-            yield index + extra + i, row | cells
-        extra += most - 1

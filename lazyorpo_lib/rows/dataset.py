@@ -1,4 +1,4 @@
-"""A dataset's name -> its rows, one at a time; `data.py` judges them.
+"""A dataset's name -> its rows, one at a time; `candidates.py` judges them.
 
 A file (see files.py), a folder of files, an https address of one, what a notebook holds in a variable, or a
 hub dataset, which comes through `datasets` with its cache; no code of a dataset is ever run.

@@ -14,18 +14,10 @@ import time
 from collections.abc import Iterable
 
 from ..errors import UserError
+from ..orpo.encoding import Encoder, Unusable, tried
+from ..settings import Settings
 from . import limits
 
-# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
-# and its own end token after each assistant turn. It is saved with the trained model.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
 SECONDS = 10  # for all that is written of 64 pairs
 THINKING = {
     "enable_thinking": True,
@@ -38,10 +30,6 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _SWITCHES = re.compile(r"/no_think|/think|/system_override|</?think>")  # words that templates act upon
 
 Piece = tuple[str, bool]  # a text; whether names of special tokens in it are plain text
-
-
-class Unusable(Exception):
-    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
 
 
 class Template:
@@ -275,22 +263,18 @@ class Template:
         return body[: specials[-1].end()] if specials else body.rstrip() + self._end("")
 
 
+def encoder_of(tokenizer, settings: Settings, *, clock: float | None = None) -> Encoder:
+    """Give the encoder of a run: its tokenizer's template, and the limits of its settings."""
+    limits = {name: getattr(settings, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
+    return Encoder(Template(tokenizer, clock), **limits)
+
+
 def _lone(side) -> dict:
     """Give an answer whose reasoning stands in its text and in a field with the text alone."""
     found = _THOUGHT.fullmatch(side["content"]) if "reasoning_content" in side else None
     if found and found[1].strip() != side["reasoning_content"].strip():
         raise Unusable("reasoning")  # which of the two?
     return {name: part for name, part in side.items() if not (found and name == "reasoning_content")}
-
-
-def tried(write, *given):
-    """Call `write`; give the reason in place of a result where it raises Unusable."""
-    try:
-        return write(*given)
-    except Unusable as why:
-        return str(why)
-    except RecursionError:  # tools that are nested deeper than anybody reads
-        return "template_refuses"
 
 
 def _merged(messages) -> list[dict]:

@@ -8,20 +8,14 @@ import ast
 import json
 import math
 import re
-from typing import NotRequired, TypedDict
+
+from ..orpo.data import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "ipython", "observation"), "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _LIKE_MESSAGES = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value|messages)['"]\s*:""")
-
-
-class Message(TypedDict):
-    role: str  # system, user, assistant or tool
-    content: str
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list]
 
 
 class BadRow(Exception):
