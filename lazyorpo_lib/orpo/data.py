@@ -122,9 +122,10 @@ def _hash(text):  # in as few bytes as a set of millions wants, and a million te
 
 def _digest(pair):
     """Give the prompt with its two answers in either order as a number; and which of the two orders it is."""
-    sides = [_hash(text.strip() + repr(more or "")).hex() for text, more in pair.answers()]
-    turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
-    whole = _hash("".join([*sorted(sides), *turns, repr(pair.tools or "")]))
+    sides = [text.strip() + repr(more or "") for text, more in pair.answers()]
+    parts = [("", side) for side in sorted(sides)] + [(t["role"], t["content"]) for t in pair.prompt]
+    told = [f"{who}{len(text)} {text}" for who, text in parts]  # with lengths: no text runs into the next
+    whole = _hash("".join([*told, repr(pair.tools or "")]))
     return int.from_bytes(whole), sides[0] < sides[1]
 
 

@@ -84,10 +84,10 @@ def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, objec
         if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
             bad, good = next(iter(found.items()))
             places = [columns.get("chosen", good), columns.get("rejected", bad)]
-        lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]
-        if max(map(len, lists), default=1) == 1:
+        if not any(are_texts(row.get(place)) for place in places):
             yield index + extra, row
             continue
+        lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]
         most = max(map(len, lists))
         for i in range(most):
             cells = {p: cell[i % len(cell)] for p, cell in zip(places, lists, strict=True)}

@@ -60,6 +60,7 @@ class Layout:
     names: dict[str, str]  # {folded: as written}
     good: dict[str, str]  # {as written: as written}: the better column for each worse one that has one
     both: list[tuple]  # ((side, column), (side, column)): two answers with a label elsewhere
+    parts: dict[str, list]  # {part: the columns that may hold it, the likeliest first}
 
     @classmethod
     @functools.lru_cache(256)
@@ -79,7 +80,9 @@ class Layout:
             for a, b in BOTH for left in cores.get(a, ()) for right in cores.get(b, ())
             if fold(left).removesuffix(a) == fold(right).removesuffix(b) or fold(left).startswith(a)
         ]  # fmt: skip
-        return cls(folded, {good[1]: good[0]} if good else {}, both)
+        known = {"prompt": PROMPTS, "system": SYSTEMS, "history": ["history"]}
+        parts = {part: [folded[n] for n in known[part] if n in folded] for part in known}
+        return cls(folded, {good[1]: good[0]} if good else {}, both, parts)
 
 
 def at(cell, path: str):

@@ -25,7 +25,7 @@ class BadRow(Exception):
 def missing(value) -> bool:
     """Tell whether a cell holds nothing."""
     if isinstance(value, str):
-        return not value.strip()
+        return not value or value.isspace()
     return value is None or value == [] or value == {} or isinstance(value, float) and math.isnan(value)
 
 

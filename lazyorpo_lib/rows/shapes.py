@@ -24,13 +24,12 @@ class _Row:
         self.used: dict[str, str] = {}
         self.unknown: set[str] = set()
 
-    def take(self, part: str, *names: str):
-        """Give the first cell that holds something, of what was mapped or of columns with these names."""
+    def take(self, part: str):
+        """Give what was mapped to a part, else the first cell that holds something of columns for it."""
         if part in self.columns:
             self.mark(self.columns[part], part)
             return at(self.cells, self.columns[part])
-        for name in names:
-            column = self.layout.names.get(name, name)
+        for column in self.layout.parts.get(part, ()):
             if column not in self.used and not missing(self.cells.get(column)):
                 self.used[column] = part
                 return self.cells[column]
@@ -71,11 +70,7 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     head, other = sides[0][:-1], sides[1][:-1]
     if head != other:
         raise BadRow("prompts_differ")
-    if (
-        not head
-        and not given
-        and not (row.layout.names.keys() & set(tables.PROMPTS) or "prompt" in row.columns)
-    ):
+    if not (head or given or row.layout.parts["prompt"] or "prompt" in row.columns):
         raise BadRow("unknown_shape")
     has_user = any(turn["role"] == "user" for turn in head)
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
@@ -92,7 +87,7 @@ def _answers(row: _Row) -> list:
     if {"chosen", "rejected"} & mapped or good and not {"a", "b"} & mapped:
         if not (good or {"chosen", "rejected"} <= mapped):
             raise BadRow("unknown_shape")
-        if len(fold(str(row.cells.get(good)))) == 1 and row.layout.both:  # "chosen": "B" names a side
+        if row.layout.both and len(fold(str(row.cells.get(good)))) == 1:  # "chosen": "B" names a side
             return _labelled(row)
         found = [row.take("chosen"), row.take("rejected")]
         for i, (part, column) in enumerate((("chosen", good), ("rejected", bad))):
@@ -239,7 +234,7 @@ def _ranked(row: _Row) -> list:
 def _prompt(row: _Row) -> tuple[str, object]:
     """Give the prompt's column and what it holds, out of an object with `messages` too."""
     before = set(row.used)
-    cell = row.take("prompt", *tables.PROMPTS)
+    cell = row.take("prompt")
     name = next((n for n, part in row.used.items() if part == "prompt" and n not in before), "")
     is_message = isinstance(cell, dict) and {"role", "from"} & cell.keys()
     inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
@@ -273,7 +268,7 @@ def _history(row: _Row, prompt: str) -> list:
         and not isinstance(read(row.cells.get(column)), list | tuple)
     ):
         return []
-    talk = read(row.take("history", "history")) or []
+    talk = read(row.take("history")) or []
     if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in talk):
         said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
         if not all(isinstance(text, str) for _, text in said):
@@ -295,12 +290,14 @@ def _joined(row: _Row, head, given, has_user) -> tuple:
             row.used = {name: part for name, part in row.used.items() if part not in ("prompt", "history")}
     if not any(turn["role"] == "system" for turn in turns):
         system = [turn for turn in given[:1] if turn["role"] == "system"]
-        turns = (as_messages(row.take("system", *tables.SYSTEMS), "system", row.unknown) or system) + turns
+        turns = (as_messages(row.take("system"), "system", row.unknown) or system) + turns
     return tuple(turn for turn in turns if turn["role"] != "system" or turn["content"].strip())
 
 
 def _tools(row: _Row) -> tuple:
     column = row.columns.get("tools") or row.layout.names.get("tools", "tools")
+    if column not in row.cells and "tools" not in row.columns:
+        return ()
     tools = read(at(row.cells, column))
     if isinstance(tools, dict):
         tools = [tools]
@@ -315,17 +312,18 @@ def _parted(turn) -> tuple[str, dict]:
 
 
 def _checked(pair: Pair) -> Pair:
+    roles = [turn["role"] for turn in pair.prompt]
     try:
-        "".join([pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)]).encode()
-        if pair.tools or pair.chosen_with or pair.rejected_with or any(len(turn) > 2 for turn in pair.prompt):
+        "".join([pair.chosen, pair.rejected, *[turn["content"] for turn in pair.prompt]]).encode()
+        if pair.tools or pair.chosen_with or pair.rejected_with or max(map(len, pair.prompt), default=0) > 2:
             json.dumps([pair.prompt, pair.answers(), pair.tools], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise BadRow("invalid_text") from None
     except (TypeError, ValueError, RecursionError):  # tools or calls that are no JSON
         raise BadRow("malformed") from None
-    if not pair.prompt or missing(pair.prompt[-1]["content"]) and pair.prompt[-1]["role"] != "tool":
+    if not roles or missing(pair.prompt[-1]["content"]) and roles[-1] != "tool":
         raise BadRow("empty_prompt")
-    if pair.prompt[-1]["role"] not in ("user", "tool") or not any(t["role"] == "user" for t in pair.prompt):
+    if roles[-1] not in ("user", "tool") or "user" not in roles:
         raise BadRow("no_user_turn")
     said = [(text.strip(), more) for text, more in pair.answers()]
     if any(not text and "tool_calls" not in more for text, more in said):
