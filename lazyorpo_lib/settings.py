@@ -185,11 +185,7 @@ PRESETS = {
 
 
 def coerce(name: str, value):
-    """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type.
-
-    Raises:
-        UserError: unknown name (the nearest known one is named), wrong type, out of limits, not a choice.
-    """
+    """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

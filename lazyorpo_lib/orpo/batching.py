@@ -177,9 +177,6 @@ class StepOrder:
     Args:
         lengths: tokens of each pair.
         pairs_per_step: pairs in a step over all ranks.
-
-    Raises:
-        UserError: a step or the dataset holds fewer pairs than there are ranks.
     """
 
     def __init__(

@@ -47,11 +47,7 @@ def tried(write, *given):
 
 
 def prepare_tokenizer(tokenizer) -> list[str]:
-    """Give a tokenizer what training and generation need; returns what was added, in words.
-
-    Raises:
-        UserError: nothing in its vocabulary can end an answer.
-    """
+    """Give a tokenizer what training and generation need; returns what was added, in words."""
     notes, bos = [], tokenizer.bos_token_id
     if not tokenizer.chat_template:
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -248,11 +244,7 @@ def encode_rows(candidates, encoder: Encoder, *, on_drop=None) -> tuple[Iterator
 
 
 def check_model(pairs: PairFile, model) -> None:
-    """Refuse pairs with a token, or at a position, for which a loaded model has nothing.
-
-    Raises:
-        UserError: a token beyond its embeddings, or a pair beyond the positions that it learned.
-    """
+    """Refuse pairs with a token, or at a position, for which a loaded model has nothing."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if pairs.highest >= vocabulary:
         why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"

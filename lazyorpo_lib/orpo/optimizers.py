@@ -66,11 +66,7 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
 
 
 def step_again(step, optimizer, *args, **kwargs):
-    """Take an optimizer's step. The first allocates the state, and is taken again where memory ran out in it.
-
-    Raises:
-        UserError: it runs out again.
-    """
+    """Take an optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
     if optimizer.state:
         return step(optimizer, *args, **kwargs)
     message = attempt(partial(step, optimizer, *args, **kwargs))[1]

@@ -123,9 +123,6 @@ def reply(
         messages: {"role", "content"} turns, the last one the user's; what is too long is cut from the left.
         on_text: called with each piece of the answer, a str, as soon as it is written.
         max_tokens: longest answer, tokens.
-
-    Raises:
-        UserError: the chat template takes no such turns, or memory runs out.
     """
     config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
@@ -194,9 +191,6 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
 
     Returns:
         address of the repository.
-
-    Raises:
-        UserError: no token, no right to write there, no connection, or no such name is allowed.
     """
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):

@@ -65,9 +65,6 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
 
     Args:
         max_rows: read at most so many; 0 reads all.
-
-    Raises:
-        UserError: no such dataset, or it cannot be read; a file is first opened when it is iterated.
     """
     if re.match("https?://", dataset):
         return _file_rows(*_fetched(dataset), max_rows)
@@ -167,11 +164,7 @@ def _fetched(address: str) -> tuple[str, Path]:
 
 def written(value, folder: str = "") -> str:
     """Write rows that a notebook holds (a list of dicts, a DataFrame, a `datasets.Dataset`) to a file that is
-    named after what is in it, if it is not there yet; gives its name.
-
-    Raises:
-        UserError: it is none of these, or holds no rows.
-    """
+    named after what is in it, if it is not there yet; gives its name."""
     kind = type(value).__name__
     if hasattr(value, "keys") and hasattr(value, "num_rows"):  # a DatasetDict
         value = value["train"] if "train" in value else next(iter(value.values()))

@@ -52,11 +52,7 @@ class Template:
 
     def write_all(self, pairs: Iterable) -> list[tuple[list[Piece], ...] | str]:
         """Write each pair as the pieces of its prompt, its chosen and its rejected answer with their ends; or
-        give the reason why it cannot be written.
-
-        Raises:
-            UserError: the template takes more time or memory than it may.
-        """
+        give the reason why it cannot be written."""
         return self._limited(lambda: [tried(self._pair, pair) for pair in pairs])
 
     def prompt(self, messages) -> list[Piece]:

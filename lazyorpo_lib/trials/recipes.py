@@ -44,9 +44,6 @@ def compare_recipes(
         `comparison/` in the run's folder that the settings name: a folder for each run; comparison.json,
         {"runs": [{"recipe", "seed", figure: value}], "said": [sentence]}; comparison.md and comparison.png,
         the same as a table and a picture.
-
-    Raises:
-        UserError: no pair is held out, or a run failed.
     """
     if not settings.eval_pairs:
         raise UserError("eval_pairs is 0: a comparison needs held-out pairs; give at least 40.")

@@ -36,9 +36,6 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
 
     Args:
         merge: folder of a finished run whose merged model is this one's base.
-
-    Raises:
-        UserError: it failed or was interrupted; run again, it goes on.
     """
     folder = Path(settings.output_dir)
     if _is_finished(folder):
