@@ -68,7 +68,7 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
 
 
 def claim(folder: Path) -> bool:
-    """Hold the folder for this process, until `release` or its end; tell whether it did not hold it before."""
+    """Hold the folder for this process, until `release` or its end; tell whether it did not so far."""
     if folder in _held:
         return False
     lock = FileLock(folder / ".lock")

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from . import __version__, drive, marker, model
 from . import folder as folders
-from .errors import UserError, explain_disk, explain_model, say
+from .errors import UserError, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
@@ -118,8 +118,7 @@ class Run(Staged):
 
     def _write(self, name: str, content: dict) -> None:
         if self.main:
-            with explain_disk(self.folder):
-                marker.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+            marker.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _read(self, name: str) -> dict:
         return folders.read_json(self.folder / name)

@@ -24,7 +24,7 @@ NO_GPU = (
 
 
 def prepare() -> None:
-    """Install what is missing, find the token, say what there is: the first cell. No network if all is there."""
+    """Install what is missing, find the token, say what there is: the first cell; offline if all is there."""
     if missing := missing_requirements():
         install(missing)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

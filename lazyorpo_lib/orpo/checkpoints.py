@@ -96,7 +96,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
 
 
 def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
-    """Read a checkpoint back: weights, optimizer, random numbers and float16's scale. Returns its `progress`."""
+    """Read a checkpoint back: weights, optimizer, random numbers, float16's scale; gives its `progress`."""
     if not (checkpoint / PROGRESS).is_file():
         raise UserError(
             f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "

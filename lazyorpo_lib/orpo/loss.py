@@ -15,17 +15,9 @@ from torch import Tensor
 LOG_P_MAX = -1e-6  # nats; closer to 0 than this, 1 - P is rounding, and the odds are held
 # What is known of each pair, in this order; the columns of held_out.json.
 TERMS = (
-    "nll",
-    "nll_tokens",
-    "or_loss",
-    "log_odds_chosen",
-    "log_odds_rejected",
-    "logp_chosen",
-    "logp_rejected",
-    "accuracy",
-    "dpo",
-    "pairs",
-)
+    "nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected",
+    "accuracy", "dpo", "pairs",
+)  # fmt: skip
 
 
 class PairLosses(NamedTuple):

@@ -25,16 +25,13 @@ def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torc
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is decayed],
+            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is wide],
             "weight_decay": decay,
         }
-        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
+        for wide, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
-    groups, rate, name = (
-        [group for group in groups if group["params"]],
-        settings.learning_rate,
-        settings.optimizer,
-    )
+    groups = [group for group in groups if group["params"]]
+    rate, name = settings.learning_rate, settings.optimizer
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     elif name == "adafactor":
@@ -66,14 +63,13 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
 
 
 def step_again(step, optimizer, *args, **kwargs):
-    """Take an optimizer's step. The first allocates the state, and is taken again where memory ran out in it."""
+    """Take an optimizer's step. The first allocates the state; where memory ran out, it is taken again."""
     if optimizer.state:
         return step(optimizer, *args, **kwargs)
     message = attempt(partial(step, optimizer, *args, **kwargs))[1]
     if message:
-        *_, last = optimizer.state or (
-            None,
-        )  # at work when it happened; some count the step before they take it
+        # The last one was at work when it happened; some count the step before they take it.
+        *_, last = optimizer.state or [None]
         for parameter, state in list(optimizer.state.items()):
             if state.get("step", 0) > 0 and parameter is not last:
                 parameter.grad = None  # it has been updated

@@ -4,6 +4,7 @@ Each function works from the folder of a run alone, also of one from another mac
 and nothing leaves the machine but by `push`.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -141,8 +142,7 @@ def reply(
     return text.removesuffix("…")
 
 
-def _say(piece: object) -> None:
-    say(piece, end="")
+_say = functools.partial(say, end="")
 
 
 def ask(run, question: str) -> None:

@@ -33,17 +33,10 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         held_out = min(settings.eval_pairs or 32, 32)
     pairs_needed = 2 * (held_out + steps * settings.pairs_per_step)
     short = dataclasses.replace(
-        settings,
-        objective="orpo",
-        max_steps=steps,
-        warmup_steps=min(settings.warmup_steps, steps // 5),
-        eval_pairs=held_out,
-        max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
-        answers=0,
-        resume="auto",
-        hub_repo="",
-        watch_every_steps=0,
-    )
+        settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5),
+        eval_pairs=held_out, max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
+        answers=0, resume="auto", hub_repo="", watch_every_steps=0,
+    )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
     runs = []
     for or_weight, rate in ((w, r), (w, r / 3), (w, r * 3), (w / 3, r), (w * 3, r)):
