@@ -200,10 +200,8 @@ class Run(Staged):
             UserError: the base model is not what it was when the run began.
         """
         if self.finished:
-            self.show(
-                "This run is finished; its results follow. Change a setting, or delete its folder, to train "
-                "anew."
-            )
+            anew = "Change a setting, or delete its folder, to train anew."
+            self.show(f"This run is finished; its results follow. {anew}")
             return
         model.forget_earlier_run()
         forget_peak_memory()
@@ -211,10 +209,8 @@ class Run(Staged):
         (self.plan,) = broadcast_object_list([self._plan()])
         s = self.settings = dataclasses.replace(self.settings, optimizer=self.plan.optimizer)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
-            raise UserError(
-                f"{self.folder} is not on every machine the folder that the first process writes: give an "
-                "output_dir that all of them see."
-            )
+            here = f"{self.folder} is not on every machine the folder that the first process writes"
+            raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         if s.optimizer != self.record["settings"]["optimizer"]:

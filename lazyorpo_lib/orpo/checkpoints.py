@@ -53,8 +53,7 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
 
 
 def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
-    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; older ones than the last
-    `keep` go.
+    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; all but the last `keep` go.
 
     Args:
         progress: its `step`, and whatever else of plain numbers and texts training goes on with.

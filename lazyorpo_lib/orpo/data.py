@@ -144,9 +144,7 @@ class Report:
     columns: dict = field(default_factory=dict)  # {column: what it was taken for}, of what was kept
     unused: dict = field(default_factory=dict)  # {column: None}
     templated: int = 0
-    digest: object = field(
-        default_factory=hashlib.sha256
-    )  # of the texts that are kept, by whoever encodes them
+    digest: object = field(default_factory=hashlib.sha256)  # of the kept texts, by whoever encodes them
     said: dict = field(default_factory=dict)  # sentences of whoever read the rows
 
     @property
@@ -209,10 +207,8 @@ class Report:
             more = f" and {len(names) - 20} more" * (len(names) > 20)
             said.append(f"Not used: {', '.join(map(repr, names[:20]))}{more}.")
         if self.templated:
-            why = (
-                "went through a chat template before, and is read as plain text: give the messages themselves"
-            )
-            said.append(f"{self.templated:,} of {self.kept:,} pairs hold text that {why}.")
+            some = f"{self.templated:,} of {self.kept:,} pairs hold text that went through a chat template"
+            said.append(f"{some} before, and is read as plain text: give the messages themselves.")
         return said
 
     def __str__(self) -> str:
@@ -256,12 +252,11 @@ def held_out_of(total: int, eval_pairs: int | str) -> int:
 
 def about_split(train: Sequence, held_out: Sequence) -> str:
     """Say how many pairs train and are held out, and how well an accuracy on these is known."""
-    points = (
-        f"; an accuracy on them is known to about ±{min(50, 98 / math.sqrt(len(held_out))):.0f} points"
-        if held_out
-        else ""
-    )
-    return f"{len(train):,} to train on, {len(held_out):,} held out{points}."
+    said = f"{len(train):,} to train on, {len(held_out):,} held out"
+    if held_out:
+        points = min(50, 98 / math.sqrt(len(held_out)))
+        said += f"; an accuracy on them is known to about ±{points:.0f} points"
+    return f"{said}."
 
 
 def split_held_out(pairs: Iterable[Pair], eval_pairs: int | str, seed: int) -> tuple[list[int], list[int]]:

@@ -36,14 +36,14 @@ class Unusable(Exception):
     """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
 
 
-def tried(write, *given):
-    """Call `write`; give the reason in place of a result where it raises Unusable."""
+def tried(write, *given) -> tuple[object, str]:
+    """Call `write`; give the result and "", or None and the reason where it raises Unusable."""
     try:
-        return write(*given)
+        return write(*given), ""
     except Unusable as why:
-        return str(why)
+        return None, str(why)
     except RecursionError:  # tools that are nested deeper than anybody reads
-        return "template_refuses"
+        return None, "template_refuses"
 
 
 def prepare_tokenizer(tokenizer) -> list[str]:
@@ -88,15 +88,16 @@ class Encoder:
         pairs = iter(pairs)
         while some := _some(pairs):
             written = self.template.write_all(some)
-            whole = [self._texts(pieces) for pieces in written]
-            ids = iter(
-                self._ids(texts) if (texts := list(itertools.chain(*whole))) else []
-            )  # all in one call
-            for pair, pieces, own in zip(some, written, whole, strict=True):
+            whole = [[] if reason else self._texts(pieces) for pieces, reason in written]
+            texts = list(itertools.chain(*whole))
+            ids = iter(self._ids(texts) if texts else [])  # all in one call
+            for pair, (pieces, reason), own in zip(some, written, whole, strict=True):
+                encoded = None
                 if own:
-                    yield pair, tried(self._part, pair.index, *islice(ids, 3))
-                else:
-                    yield pair, pieces if isinstance(pieces, str) else tried(self._join, pair.index, pieces)
+                    encoded, reason = tried(self._part, pair.index, *islice(ids, 3))
+                elif not reason:
+                    encoded, reason = tried(self._join, pair.index, pieces)
+                yield pair, encoded or reason
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Give the tokens from which the model answers `messages`, cut from the left."""
@@ -105,7 +106,7 @@ class Encoder:
     def _texts(self, pieces) -> list[str]:
         """Give the prompt, and it with either answer, as texts; [] where they name special tokens, or are
         longer than any text that could be used."""
-        if isinstance(pieces, str) or any(len(part) > 1 or part[0][1] for part in pieces):
+        if any(len(part) > 1 or part[0][1] for part in pieces):
             return []
         before, chosen, rejected = (part[0][0] for part in pieces)
         if self._too_long(before, chosen, rejected):

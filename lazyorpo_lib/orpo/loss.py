@@ -147,8 +147,7 @@ def gradient_norms(
     token log-probabilities, where the two terms meet: (2,).
 
     Args:
-        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: of the
-            step.
+        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: a step's.
     """
     column = dict(zip(TERMS, table.T, strict=True))
     of_nll = column["nll_tokens"].sum() / nll_tokens**2

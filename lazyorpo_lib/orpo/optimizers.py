@@ -15,12 +15,10 @@ from ..settings import Settings
 
 
 def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torch.optim.Optimizer:
-    """Make the optimizer of a run over the weights that require gradients. Vectors and biases are not
-    decayed.
+    """Make the optimizer of a run over the weights that are trained; vectors and biases do not decay.
 
     Args:
-        retry: take the first step again where memory ran out in it. Of several processes none may do so
-            alone.
+        retry: take the first step again where memory ran out in it; no process of several may do so.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -53,9 +51,8 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
     if bits == 8:  # its rows are updated rarely, which 8 bits do not bear
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                GlobalOptimManager.get_instance().register_module_override(
-                    module, "weight", {"optim_bits": 32}
-                )
+                manager = GlobalOptimManager.get_instance()
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     optimizer = AdamW(groups, lr=rate, optim_bits=bits, is_paged=paged)
     if paged:
         optimizer.load_state_dict = partial(_load_paged, optimizer)
@@ -77,15 +74,12 @@ def step_again(step, optimizer, *args, **kwargs):
                 del optimizer.state[parameter]
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
     if message:
-        raise UserError(
-            f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or "
-            "method=lora."
-        )
+        way_out = "choose optimizer=adamw_8bit, or method=lora"
+        raise UserError(f"Out of memory for the optimizer's state ({message}); {way_out}.")
 
 
 def _load_paged(optimizer, state_dict: dict) -> None:
-    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU
-    for good."""
+    """Load a paged optimizer's state into pages again; bitsandbytes' own would leave it on the GPU."""
     # The small rest follows at the first step.
     type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
     for parameter, state in optimizer.state.items():

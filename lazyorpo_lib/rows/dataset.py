@@ -177,10 +177,11 @@ def written(value, folder: str = "") -> str:
     if not rows or not all(isinstance(row, dict) and row for row in rows):
         ways = "a list of dicts, a DataFrame, a Dataset or a name"
         raise UserError(f"dataset is a {kind} without rows: give {ways}.")
-    lines = [
-        json.dumps(row, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)) for row in rows
-    ]
-    text = "".join(line + "\n" for line in lines).encode()
+
+    def plain(cell):  # of NumPy, or a date
+        return cell.tolist() if hasattr(cell, "tolist") else str(cell)
+
+    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows).encode()
     path = Path(folder, f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
     if not path.exists():
         write_atomically(path, text)

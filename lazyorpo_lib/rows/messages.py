@@ -32,9 +32,7 @@ def missing(value) -> bool:
 def read(cell):
     """Give what a text holds that is a list or an object as JSON or as Python writes it; else the cell."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        ways = (json.loads, ast.literal_eval)[
-            : 1 if len(cell) > 2**20 else 2
-        ]  # which takes 100 bytes for one
+        ways = [json.loads] + [ast.literal_eval] * (len(cell) <= 2**20)  # which takes 100 bytes for one
         for parse in ways:
             try:
                 found = parse(cell.strip())
@@ -127,9 +125,8 @@ def _calls(cell) -> list:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("malformed")
         inner = inner | ({"arguments": read(inner["arguments"])} if "arguments" in inner else {})
-        found.append(
-            call | {"function": inner} if "function" in call else {"type": "function", "function": inner}
-        )
+        around = call if "function" in call else {"type": "function"}
+        found.append(around | {"function": inner})
     return found
 
 

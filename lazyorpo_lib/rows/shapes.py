@@ -108,10 +108,8 @@ def _labelled(row: _Row) -> list:
         sides = [("a", row.columns["a"]), ("b", row.columns["b"])]
         found = [row.take("a"), row.take("b")]
     else:
-        sides = next(
-            (pair for pair in row.layout.both if all(not missing(row.cells[n]) for _, n in pair)), ()
-        )
-        if not sides:
+        filled = (pair for pair in row.layout.both if not any(missing(row.cells[n]) for _, n in pair))
+        if not (sides := next(filled, ())):
             raise BadRow("empty_answer")
         found = [row.cells[name] for _, name in sides]
     first = _winner(row, sides)
@@ -135,11 +133,8 @@ def _winner(row: _Row, sides) -> int:
             votes += [_ordered(difference, row)]
             break
     labels = [row.columns["winner"]] if "winner" in row.columns else []
-    labels += [
-        name
-        for s, name in names.items()
-        if s in (*tables.SIGNED, *tables.LABELS) or core(s, {"id"}) in tables.LABELS[:5]
-    ]
+    own, any_of = tables.LABELS[:5], (*tables.SIGNED, *tables.LABELS)
+    labels += [name for s, name in names.items() if s in any_of or core(s, {"id"}) in own]
     for name in labels:
         vote = _vote(row, name, sides)
         if vote is not None:
@@ -147,9 +142,7 @@ def _winner(row: _Row, sides) -> int:
             votes.append(vote)
             break
     flags = {core(s, {"winner", "model"}): name for s, name in names.items() if s.startswith("winner_")}
-    for side in (
-        [*tokens, "tie"] if set(tokens) <= flags.keys() else ()
-    ):  # winner_model_a: 1, winner_model_b: 0
+    for side in [*tokens, "tie"] if set(tokens) <= flags.keys() else []:  # winner_model_a: 1, …_b: 0
         if side in flags and str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"):
             votes.append(tokens.index(side) if side in tokens else side)
         row.used |= {flags[side]: "label"} if side in flags else {}
@@ -183,9 +176,8 @@ def _vote(row: _Row, name: str, sides):
     if said in tables.TIES:
         return "tie"
     models = [row.cells.get(row.layout.names.get(f"model_{side}")) for side in tokens]
-    for way in (
-        [fold(column) for _, column in sides], tokens, models if models[0] != models[1] else [],
-    ):  # fmt: skip
+    columns, models = [fold(column) for _, column in sides], models if models[0] != models[1] else []
+    for way in (columns, tokens, models):
         for word in (value, said, core(said, {"model"})):
             if word in way:
                 return way.index(word)
@@ -201,10 +193,8 @@ def _is_number(value) -> bool:
 def _ranked(row: _Row) -> list:
     """Give the best and the worst of a list of answers that have scores or ranks."""
     names = row.layout.names
-    listed = next(
-        (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple)), None
-    )
-    if listed is None:
+    lists = (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple))
+    if (listed := next(lists, None)) is None:
         raise BadRow("unknown_shape")
     items, texts, marks, sign = row.cells[listed], [], [], 1
     if all(isinstance(item, dict) for item in items):
@@ -240,9 +230,8 @@ def _prompt(row: _Row) -> tuple[str, object]:
     inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
     inner = next((n for n in inside if n in cell), None) if isinstance(cell, dict) else None
     if inner:
-        row.unknown |= {
-            f"{name}.{n}" for n, c in cell.items() if n not in (inner, "tools") and not missing(c)
-        }
+        others = [n for n, c in cell.items() if n not in (inner, "tools") and not missing(c)]
+        row.unknown |= {f"{name}.{n}" for n in others}
         if not missing(cell.get("tools")):
             row.cells = row.cells | {"tools": cell["tools"]}
         cell = cell[inner]
@@ -262,11 +251,8 @@ def _given(row: _Row, name: str, cell) -> list:
 def _history(row: _Row, prompt: str) -> list:
     """Give the turns before the prompt: messages, or a list of [said, answered]."""
     column = row.layout.names.get("history")
-    if (
-        column == prompt
-        or "history" not in row.columns
-        and not isinstance(read(row.cells.get(column)), list | tuple)
-    ):
+    is_talk = "history" in row.columns or isinstance(read(row.cells.get(column)), list | tuple)
+    if column == prompt or not is_talk:
         return []
     talk = read(row.take("history")) or []
     if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in talk):
@@ -282,11 +268,8 @@ def _joined(row: _Row, head, given, has_user) -> tuple:
     turns = head + given
     if has_user:
         turns = given if given[-len(head) :] == head else head
-        if (
-            turns is head
-            and given
-            and given != [turn for turn in head if turn["role"] != "system"][-len(given) :]
-        ):
+        spoken = [turn for turn in head if turn["role"] != "system"]
+        if turns is head and given and given != spoken[-len(given) :]:
             row.used = {name: part for name, part in row.used.items() if part not in ("prompt", "history")}
     if not any(turn["role"] == "system" for turn in turns):
         system = [turn for turn in given[:1] if turn["role"] == "system"]

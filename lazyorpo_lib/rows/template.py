@@ -19,10 +19,8 @@ from ..settings import Settings
 from . import limits
 
 SECONDS = 10  # for all that is written of 64 pairs
-THINKING = {
-    "enable_thinking": True,
-    "thinking": True,
-}  # what templates call it that do not think by themselves
+# What templates call it that do not think by themselves.
+THINKING = dict.fromkeys(("enable_thinking", "thinking"), True)
 _MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
 _OPEN = re.compile(r"<think>\s*$")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -50,17 +48,17 @@ class Template:
         self._knows = str(tokenizer.chat_template)
         self._shows: dict[tuple, bool] = {}
 
-    def write_all(self, pairs: Iterable) -> list[tuple[list[Piece], ...] | str]:
-        """Write each pair as the pieces of its prompt, its chosen and its rejected answer with their ends; or
-        give the reason why it cannot be written."""
+    def write_all(self, pairs: Iterable) -> list[tuple[tuple[list[Piece], ...] | None, str]]:
+        """Write each pair as the pieces of its prompt, its chosen and rejected answer with their ends, and
+        ""; or give None and the reason why it cannot be written."""
         return self._limited(lambda: [tried(self._pair, pair) for pair in pairs])
 
     def prompt(self, messages) -> list[Piece]:
         """Write what the model answers from. Raises Unusable(reason)."""
-        found = self._limited(lambda: tried(self._around, messages, ()))
-        if isinstance(found, str):
-            raise Unusable(found)
-        return self._pieces(*found[:2], ())
+        around, reason = self._limited(lambda: tried(self._around, messages, ()))
+        if reason:
+            raise Unusable(reason)
+        return self._pieces(*around[:2], ())
 
     def _limited(self, write):
         try:
@@ -72,12 +70,8 @@ class Template:
         raise UserError(why)
 
     def _write(self, messages, tools, **more) -> str:
-        messages = [
-            m | dict.fromkeys(("reasoning", "thinking"), m["reasoning_content"])
-            if "reasoning_content" in m
-            else m
-            for m in messages
-        ]
+        name, others = "reasoning_content", ("reasoning", "thinking")
+        messages = [m | dict.fromkeys(others, m[name]) if name in m else m for m in messages]
         more |= {"tools": list(tools)} if tools else {}
         text = self.tokenizer.get_chat_template(None, more.get("tools"))
         text = _CLOCK.sub(lambda call: repr(self._now.strftime(call[2])), text)
@@ -246,9 +240,7 @@ class Template:
         elif opened:
             text = f"<think>\n\n</think>\n\n{text}"
         if opened:
-            text = (
-                text.removeprefix(opened[0]) if text.startswith(opened[0]) else text.removeprefix("<think>")
-            )
+            text = text.removeprefix(opened[0] if text.startswith(opened[0]) else "<think>")
         return text
 
     def _ended(self, body: str, after: str) -> str:

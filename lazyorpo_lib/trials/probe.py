@@ -13,12 +13,10 @@ GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy
 
 
 def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = print) -> Path:
-    """Carry out short runs around the given or_weight and learning_rate, each also a third and three times as
-    large.
+    """Carry out short runs around the or_weight and learning_rate, each also a third and thrice as large.
 
     The rule: among the trials whose held-out nll did not rise, the largest gain of the held-out log-odds
-    ratio; of equal ones the smaller learning rate. Where nll rose in all of them, the one in which it rose
-    least.
+    ratio; of equal ones the smaller learning rate. Where nll rose in all, the one in which it rose least.
 
     Args:
         steps: optimizer steps of a trial. It reads just as many pairs as these need.
