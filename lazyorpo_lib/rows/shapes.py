@@ -65,19 +65,19 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
         sides[1] = sides[0][:-1] + sides[1]
     if not all(sides):
         raise BadRow("empty_answer")
-    if any(side[-1]["role"] != "assistant" for side in sides):
+    (*head, best), (*other, worst) = sides
+    if not best["role"] == worst["role"] == "assistant":
         raise BadRow("no_answer")
-    head, other = sides[0][:-1], sides[1][:-1]
     if head != other:
         raise BadRow("prompts_differ")
     if not (head or given or row.layout.parts["prompt"] or "prompt" in row.columns):
         raise BadRow("unknown_shape")
-    has_user = any(turn["role"] == "user" for turn in head)
+    has_user = "user" in [turn["role"] for turn in head]
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
-    (chosen, chosen_with), (rejected, rejected_with) = (_parted(side[-1]) for side in sides)
+    (chosen, chosen_with), (rejected, rejected_with) = _parted(best), _parted(worst)
     shape = inside if has_user else "prompt" if "prompt" in row.columns else fold(name)
-    more = dict(chosen_with=chosen_with, rejected_with=rejected_with, tools=tools)
-    return _checked(Pair(index, prompt, chosen, rejected, shape, **more, used=row.used, unused=row.rest()))
+    texts = (prompt, chosen, rejected, shape)
+    return _checked(Pair(index, *texts, chosen_with, rejected_with, tools, row.used, row.rest()))
 
 
 def _answers(row: _Row) -> list:
@@ -271,10 +271,10 @@ def _joined(row: _Row, head, given, has_user) -> tuple:
         spoken = [turn for turn in head if turn["role"] != "system"]
         if turns is head and given and given != spoken[-len(given) :]:
             row.used = {name: part for name, part in row.used.items() if part not in ("prompt", "history")}
-    if not any(turn["role"] == "system" for turn in turns):
+    if "system" not in [turn["role"] for turn in turns]:
         system = [turn for turn in given[:1] if turn["role"] == "system"]
         turns = (as_messages(row.take("system"), "system", row.unknown) or system) + turns
-    return tuple(turn for turn in turns if turn["role"] != "system" or turn["content"].strip())
+    return tuple([turn for turn in turns if turn["role"] != "system" or turn["content"].strip()])
 
 
 def _tools(row: _Row) -> tuple:
