@@ -48,29 +48,3 @@ def pip(*arguments: str) -> str:
     command += [arguments[0], "-q", "--disable-pip-version-check", *arguments[1:]]
     done = subprocess.run(command, capture_output=True, text=True)
     return (done.stderr.strip() or "no reason given").splitlines()[-1] if done.returncode else ""
-
-
-# Where modules of the flat layout are now: for one release a clear error in place of "No module named …".
-_ROOMS = {
-    "orpo": ("batching", "checkpoints", "data", "encoding", "loss", "rows", "trainer"),
-    "fast": ("attention", "head"),
-    "plan": ("planner", "simulation"),
-    "results": ("card", "compare", "evaluate", "live", "share"),
-    "notebook": ("panel", "setup", "show"),
-}
-_MOVED = {name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names}
-_MOVED |= {"adapters": "fast.lora", "callbacks": "session", "hub": "errors", "memory": "machine"}
-_MOVED |= {"history": "results.reading (its files: lazyorpo_lib.folder)"}
-
-
-class _Moved:
-    """An importer that finds nothing, and says where what has moved is now."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        package, _, module = name.rpartition(".")
-        if package == __name__ and module in _MOVED:
-            raise ImportError(f"{name} has moved: import it from {package}.{_MOVED[module]}.", name=name)
-
-
-sys.meta_path.append(_Moved)  # asked last

@@ -128,11 +128,7 @@ COMMANDS = {  # name: words after it, what it does, the function that does it an
 
 
 def command(name: str, given: list[str]) -> int:
-    """Call one of COMMANDS with the words after its name; the exit status.
-
-    Raises:
-        UserError: too few or too many words, or a flag.
-    """
+    """Call one of COMMANDS with the words after its name; the exit status."""
     usage, what, act = COMMANDS[name]
     if given in (["-h"], ["--help"]):
         print(f"usage: lazyorpo {name} {usage}\n\n{what}")

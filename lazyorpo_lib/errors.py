@@ -15,9 +15,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-_AWAY = set(
-    "ConnectionError TimeoutError TransportError OfflineModeIsEnabled LocalEntryNotFoundError".split()
-)
+_AWAY = {*"ConnectionError TimeoutError TransportError OfflineModeIsEnabled LocalEntryNotFoundError".split()}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 _TORN = "PytorchStreamWriter|inline_container.* unexpected pos"  # torch.save's words, which give no number

@@ -68,11 +68,7 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
 
 
 def claim(folder: Path) -> bool:
-    """Hold the folder for this process, until `release` or its end; tell whether it did not hold it before.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written.
-    """
+    """Hold the folder for this process, until `release` or its end; tell whether it did not so far."""
     if folder in _held:
         return False
     lock = FileLock(folder / ".lock")
@@ -97,11 +93,7 @@ def release(folder: Path) -> None:
 
 
 def is_begun(folder: Path, settings: Settings) -> bool:
-    """Tell whether the folder holds this run, begun.
-
-    Raises:
-        UserError: it holds one with other settings, or this one and `resume` is never.
-    """
+    """Tell whether the folder holds this run, begun."""
     older = read_json(folder / "settings.json")
     if not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
         return False
@@ -143,11 +135,7 @@ def _plain(value):
 
 
 def read_rows(path) -> list[dict]:
-    """Read every complete row, oldest first; a torn last line is left out, and no file is no rows.
-
-    Raises:
-        UserError: a complete line is not a JSON object, so something else has changed the file.
-    """
+    """Read every complete row, oldest first; a torn last line is left out, and no file is no rows."""
     rows, data = [], Path(path).read_bytes() if os.path.exists(path) else b""
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
         with contextlib.suppress(ValueError):
@@ -158,11 +146,7 @@ def read_rows(path) -> list[dict]:
 
 
 def read_json(path) -> dict:
-    """Read one of the kit's files; no file is an empty one.
-
-    Raises:
-        UserError: it is damaged, as by a failing disk, or cannot be read.
-    """
+    """Read one of the kit's files; no file is an empty one."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
             raise ValueError

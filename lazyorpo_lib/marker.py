@@ -74,11 +74,7 @@ def marked(folder: Path) -> dict | None:
 
 
 def check(folder: Path, what: str) -> dict:
-    """Give the marker that `folder` has, or would get.
-
-    Raises:
-        UserError: it holds what the kit did not write, or another kind of thing, or is no folder.
-    """
+    """Give the marker that `folder` has, or would get."""
     found, why, way_out = marked(folder), "", "choose another folder"
     try:
         other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))

@@ -16,11 +16,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from . import __version__, drive, kinds, marker, model
 from . import folder as folders
-from .errors import UserError, explain_disk, explain_model, say
+from .errors import UserError, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
-from .orpo.encoding import Encoder, PairFile, Subset, check_model, encode_rows, prepare_tokenizer
+from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
@@ -28,6 +28,9 @@ from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import Spent, about_training, data_report, summarise
 from .results.words import BagOfWords, said
+from .rows.candidates import candidates
+from .rows.dataset import open_rows
+from .rows.template import encoder_of
 from .session import Stop, Stopped, progress_bar
 from .settings import Settings
 from .stages import Staged, stage
@@ -115,8 +118,7 @@ class Run(Staged):
 
     def _write(self, name: str, content: dict) -> None:
         if self.main:
-            with explain_disk(self.folder):
-                marker.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+            marker.write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _read(self, name: str) -> dict:
         return folders.read_json(self.folder / name)
@@ -140,9 +142,8 @@ class Run(Staged):
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
-        limits = {name: getattr(s, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
-        self.encoder = Encoder(self.tokenizer, **limits, clock=self.record["clock"])
-        rows = data.open_rows(s.dataset, max_rows=s.max_pairs)
+        self.encoder = encoder_of(self.tokenizer, s, clock=self.record["clock"])
+        rows = candidates(open_rows(s.dataset, max_rows=s.max_pairs), s.columns)
         draft = self.folder / "dropped.jsonl.tmp" if self.main and not self.finished else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
         with open(draft, "w", encoding="utf-8", errors="backslashreplace") as dropped, bar:
@@ -157,7 +158,7 @@ class Run(Staged):
                     words.add(pair.chosen, pair.rejected)
                     yield pair
 
-            encoded_pairs, self.report = encode_rows(rows, self.encoder, columns=s.columns, on_drop=write)
+            encoded_pairs, self.report = encode_rows(rows, self.encoder, on_drop=write)
             train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
         digest = self.report.digest.hexdigest()
         older = self._read("data_report.json").get("digest")
@@ -170,7 +171,7 @@ class Run(Staged):
                 f"{self.report.way_out()}see {self.folder / 'dropped.jsonl'}."
             )
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
-        self.texts = data.pairs_at(rows, [p.index for p in self.eval_pairs] or [pairs[0].index], s.columns)
+        self.texts = rows.at([p.index for p in self.eval_pairs] or [pairs[0].index])
         self.style = words.accuracy(train, tested)
         if anew:
             self._write("data_report.json", data_report(self, pairs, digest))
@@ -199,10 +200,8 @@ class Run(Staged):
             UserError: the base model is not what it was when the run began.
         """
         if self.finished:
-            self.show(
-                "This run is finished; its results follow. Change a setting, or delete its folder, to train "
-                "anew."
-            )
+            anew = "Change a setting, or delete its folder, to train anew."
+            self.show(f"This run is finished; its results follow. {anew}")
             return
         model.forget_earlier_run()
         forget_peak_memory()
@@ -210,10 +209,8 @@ class Run(Staged):
         (self.plan,) = broadcast_object_list([self._plan()])
         s = self.settings = dataclasses.replace(self.settings, optimizer=self.plan.optimizer)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
-            raise UserError(
-                f"{self.folder} is not on every machine the folder that the first process writes: give an "
-                "output_dir that all of them see."
-            )
+            here = f"{self.folder} is not on every machine the folder that the first process writes"
+            raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         if s.optimizer != self.record["settings"]["optimizer"]:
@@ -242,10 +239,8 @@ class Run(Staged):
     def _plan(self) -> planner.Plan:
         config, begun = kinds.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
         cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
-        lengths, how = (
-            planner.measured_lengths(self.train_pairs),
-            dict(dtype=self.dtype, cards=cards, begun=begun),
-        )
+        lengths = planner.measured_lengths(self.train_pairs)
+        how = dict(dtype=self.dtype, cards=cards, begun=begun)
         with explain_model(self.settings.base_model):
             plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")

@@ -29,106 +29,80 @@ class Settings:
     """The settings of one run. The same names serve the notebook's parameter cell, the panel, the environment
     (`LAZYORPO_<NAME>`) and the command line (`--name-with-dashes`)."""
 
-    base_model: str = _setting(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "hub id or local folder of the model to fine-tune"
-    )
-    dataset: str = _setting(
-        "demo",
+    # fmt: off
+    base_model: str = _setting("HuggingFaceTB/SmolLM2-135M-Instruct",
+        "hub id or local folder of the model to fine-tune")
+    dataset: str = _setting("demo",
         "pairs: demo, a hub id (id:split, id:config:split), a file (.jsonl, .csv, .parquet, .xlsx …), its "
-        "https address, or in a notebook a list of dicts or a DataFrame",
-    )
+        "https address, or in a notebook a list of dicts or a DataFrame")
     epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
-    learning_rate: float = _setting(
-        5e-4, "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", 0, 1
-    )
-    preset: str = _choice(
-        "auto demo tiny colab-t4 phi2-article llama2 mistral-orpo-beta",
-        "named set of values that lies under everything set explicitly",
-    )
-    objective: str = _choice(
-        "orpo sft dpo", "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)"
-    )
-    or_weight: float = _setting(
-        0.1, "weight of the odds-ratio term (lambda, TRL: beta); 0.1 for 7B, 0.25 to 1 for small ones", 0, 100
-    )
+    learning_rate: float = _setting(5e-4,
+        "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", 0, 1)
+    preset: str = _choice("auto demo tiny colab-t4 phi2-article llama2 mistral-orpo-beta",
+        "named set of values that lies under everything set explicitly")
+    objective: str = _choice("orpo sft dpo",
+        "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)")
+    or_weight: float = _setting(0.1,
+        "weight of the odds-ratio term (lambda, TRL: beta); 0.1 for 7B, 0.25 to 1 for small ones", 0, 100)
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
-    nll_over: str = _choice(
-        "answer prompt+answer", "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)"
-    )
-    method: str = _choice(
-        "auto full lora qlora", "full: every weight; lora: adapters; qlora: adapters over 4-bit weights"
-    )
+    nll_over: str = _choice("answer prompt+answer",
+        "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)")
+    method: str = _choice("auto full lora qlora",
+        "full: every weight; lora: adapters; qlora: adapters over 4-bit weights")
     lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", 1, 1024)
     lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", 1, 4096)
     lora_dropout: float = _setting(0.0, "share of adapter inputs dropped while training", 0, 0.9)
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", 1, 10**6)
     max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", 2, 2 * 10**6)
-    overlong: str = _choice(
-        "drop truncate", "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)"
-    )
-    columns: str = _setting(
-        "", "which column is what, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape"
-    )
+    overlong: str = _choice("drop truncate",
+        "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)")
+    columns: str = _setting("",
+        "which column is what, as prompt=question,chosen=best,rejected=worst; empty: recognise the shape")
     pairs_per_step: int = _setting(8, "pairs in one optimizer step, over all GPUs", 1, 65536)
-    tokens_per_batch: int = _setting(
-        "auto", "tokens computed at once (a step is split so, with the same result), or auto", 16, 10**8
-    )
-    checkpointed_layers: int = _setting(
-        "auto", "layers whose activations are computed again: less memory, more time; or auto", 0, 10**5
-    )
+    tokens_per_batch: int = _setting("auto",
+        "tokens computed at once (a step is split so, with the same result), or auto", 16, 10**8)
+    checkpointed_layers: int = _setting("auto",
+        "layers whose activations are computed again: less memory, more time; or auto", 0, 10**5)
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", 0, 10**6)
-    lr_schedule: str = _choice(
-        "cosine linear inverse_sqrt constant constant_with_warmup", "learning rate after warmup"
-    )
-    optimizer: str = _choice(
-        "adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor", "8-bit states need bitsandbytes"
-    )
+    lr_schedule: str = _choice("cosine linear inverse_sqrt constant constant_with_warmup",
+        "learning rate after warmup")
+    optimizer: str = _choice("adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor",
+        "8-bit states need bitsandbytes")
     weight_decay: float = _setting(0.0, "AdamW's weight decay", 0, 10)
     max_grad_norm: float = _setting(1.0, "gradients are scaled down to this norm", 1e-6, 1e6)
-    precision: str = _choice(
-        "auto bfloat16 float16 float32", "number format of the computation; auto: by capability, and says why"
-    )
+    precision: str = _choice("auto bfloat16 float16 float32",
+        "number format of the computation; auto: by capability, and says why")
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
-    max_minutes: float = _setting(
-        0.0, "stop and save after this many minutes of training; 0: no limit", 0, 10**6
-    )
+    max_minutes: float = _setting(0.0,
+        "stop and save after this many minutes of training; 0: no limit", 0, 10**6)
     max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", 0, 10**9)
-    eval_pairs: int = _setting(
-        "auto", "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6
-    )
-    eval_every_steps: int = _setting(
-        0, "evaluate on the held-out pairs every so many steps; 0: before and after training only", 0, 10**8
-    )
-    answers: int = _setting(
-        3, "held-out prompts answered by base and tuned model, side by side; 0: none", 0, 1000
-    )
+    eval_pairs: int = _setting("auto",
+        "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6)
+    eval_every_steps: int = _setting(0,
+        "evaluate on the held-out pairs every so many steps; 0: before and after training only", 0, 10**8)
+    answers: int = _setting(3,
+        "held-out prompts answered by base and tuned model, side by side; 0: none", 0, 1000)
     answer_tokens: int = _setting(128, "longest generated answer, tokens", 1, 8192)
-    watch_every_steps: int = _setting(
-        0, "answer the first held-out prompts every so many steps while training; 0: never", 0, 10**8
-    )
+    watch_every_steps: int = _setting(0,
+        "answer the first held-out prompts every so many steps while training; 0: never", 0, 10**8)
     log_every_steps: int = _setting(1, "steps between rows of the history", 1, 10**6)
-    save_every_minutes: float = _setting(
-        10.0, "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock", 0, 10**6
-    )
+    save_every_minutes: float = _setting(10.0,
+        "minutes between checkpoints, so that a shorter run writes none; 0: not by the clock", 0, 10**6)
     save_every_steps: int = _setting(0, "steps between checkpoints; 0: not by steps", 0, 10**8)
     keep_checkpoints: int = _setting(2, "newest checkpoints kept", 1, 1000)
     seed: int = _setting(42, "seed of the data order, adapters and dropout", 0, 2**32 - 1)
-    output_dir: str = _setting(
-        "auto", "folder of the run; auto: in /workspace, /content or here, named for model and dataset"
-    )
-    resume: str = _choice(
-        "auto never", "auto: go on from the newest complete checkpoint; never: start in an empty folder"
-    )
-    save_to: str = _choice(
-        "local drive", "drive: also copy finished checkpoints and the model to Google Drive (Colab)"
-    )
-    report_to: str = _choice(
-        "none wandb tensorboard trackio", "experiment tracker beside the run's own files"
-    )
-    hub_repo: str = _setting(
-        "", "hub repository to push the finished model to (private); empty: nothing is uploaded"
-    )
+    output_dir: str = _setting("auto",
+        "folder of the run; auto: in /workspace, /content or here, named for model and dataset")
+    resume: str = _choice("auto never",
+        "auto: go on from the newest complete checkpoint; never: start in an empty folder")
+    save_to: str = _choice("local drive",
+        "drive: also copy finished checkpoints and the model to Google Drive (Colab)")
+    report_to: str = _choice("none wandb tensorboard trackio",
+        "experiment tracker beside the run's own files")
+    hub_repo: str = _setting("",
+        "hub repository to push the finished model to (private); empty: nothing is uploaded")
     liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
+    # fmt: on
 
     def __post_init__(self):
         for name in (f.name for f in dataclasses.fields(self) if f.type is str):
@@ -185,11 +159,7 @@ PRESETS = {
 
 
 def coerce(name: str, value):
-    """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type.
-
-    Raises:
-        UserError: unknown name (the nearest known one is named), wrong type, out of limits, not a choice.
-    """
+    """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -20,6 +20,7 @@ class Staged:
 
     Attributes:
         MAKES: {stage: names of the attributes that it makes}, in the order in which they are carried out.
+        begin_stage: a method, which comes before every stage.
     """
 
     MAKES: dict[str, tuple[str, ...]] = {}
@@ -29,9 +30,6 @@ class Staged:
             if name in made:
                 raise NotYet(f"run.{maker}() comes first: run the cell that calls it, then this one again.")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def begin_stage(self) -> None:
-        """Do what comes before every stage."""
 
 
 def stage(method):

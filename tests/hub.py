@@ -167,11 +167,11 @@ def serve(folder="."):
 def _download(what: str, name: str) -> str:
     """What is said to the user when this is fetched; empty if it could be."""
     from lazyorpo_lib import model
-    from lazyorpo_lib.orpo import data
+    from lazyorpo_lib.rows.dataset import open_rows
 
     try:
         if what == "dataset":
-            assert sum(1 for _ in data.open_rows(name)) == 40
+            assert sum(1 for _ in open_rows(name)) == 40
         else:
             model.load_config(name)
             model.load_tokenizer(name)

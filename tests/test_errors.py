@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lazyorpo_lib.orpo.rows import DEMO
+from lazyorpo_lib.rows.dataset import DEMO
 from tests.conftest import PLANTED, booby_trap
 from tests.hub import serve
 

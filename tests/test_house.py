@@ -23,13 +23,14 @@ FLOORS = {
     "demo": 1,
     "model": 2,
     "fast": 2,
+    "rows": 2,
     "plan": 3,
     "results": 4,
     "run": 5,
     **dict.fromkeys(("pairs", "trials", "notebook"), 6),
     "__main__": 7,
 }
-WINGS = ("fast", "plan", "results", "pairs", "trials", "notebook", "demo")
+WINGS = ("fast", "rows", "plan", "results", "pairs", "trials", "notebook", "demo")
 
 
 def room(name: str) -> str:

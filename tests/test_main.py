@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-import lazyorpo_lib
 from lazyorpo_lib import __main__ as terminal
 from lazyorpo_lib.__main__ import COMMANDS, main
 from lazyorpo_lib.errors import UserError, say
@@ -191,34 +190,6 @@ def test_a_flag_or_run_is_a_run(monkeypatch):
     for words in ([], ["--seed", "1"], ["run"], ["run", "--seed", "1"]):
         assert main(words) == 0
     assert seen == [[], ["--seed", "1"], [], ["--seed", "1"]]
-
-
-# What has moved.
-
-
-@pytest.mark.parametrize("name", lazyorpo_lib._MOVED)
-def test_a_module_that_moved_names_its_new_place_which_is_there(name):
-    place = lazyorpo_lib._MOVED[name].split(" ")[0]
-    for code in (
-        f"import lazyorpo_lib.{name}",
-        f"from lazyorpo_lib import {name}",
-        f"from lazyorpo_lib.{name} import x",
-    ):
-        with pytest.raises(
-            ImportError, match=f"lazyorpo_lib.{name} has moved: import it from lazyorpo_lib.{place}"
-        ):
-            exec(code, {})
-    assert importlib.util.find_spec(f"lazyorpo_lib.{place}")
-
-
-@pytest.mark.parametrize("name,place", [("probe", "probe"), ("compare_recipes", "recipes")])
-def test_a_function_of_the_module_that_became_a_room_names_its_new_place_which_has_it(name, place):
-    code = f"from lazyorpo_lib.trials import {name}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    where = f"lazyorpo_lib.trials.{place}"
-    said = f"ImportError: lazyorpo_lib.trials.{name} has moved: import it from {where}."
-    assert done.stderr.splitlines()[-1] == said
-    assert callable(getattr(importlib.import_module(where), name))
 
 
 def test_what_never_was_is_not_found_as_ever():

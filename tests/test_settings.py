@@ -121,6 +121,7 @@ def test_a_misspelt_environment_variable_is_not_silent():
 
 @pytest.mark.parametrize("module,heavy", [("lazyorpo_lib", "torch"), ("lazyorpo_lib.settings", "numpy"),
                                           ("lazyorpo_lib.orpo.data", "torch"),
+                                          ("lazyorpo_lib.rows.candidates", "torch"),
                                           ("lazyorpo_lib.results.reading", "torch")])  # fmt: skip
 def test_light_modules_do_not_import_heavy_ones(module, heavy):
     code = f"import sys, {module}; sys.exit({heavy!r} in sys.modules)"

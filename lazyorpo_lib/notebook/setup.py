@@ -24,11 +24,7 @@ NO_GPU = (
 
 
 def prepare() -> None:
-    """Install what is missing, find the token, say what there is: the first cell. No network if all is there.
-
-    Raises:
-        UserError: pip failed, or a package in use was replaced and the session must be restarted.
-    """
+    """Install what is missing, find the token, say what there is: the first cell; offline if all is there."""
     if missing := missing_requirements():
         install(missing)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -87,11 +83,7 @@ def check_requirements() -> None:
 
 
 def install(missing: list[str]) -> None:
-    """Install exactly these with pip; never -U, so that what is good enough stays.
-
-    Raises:
-        UserError: pip failed, or a package in use was replaced.
-    """
+    """Install exactly these with pip; never -U, so that what is good enough stays."""
     loaded = {name: _version(name) for name, _ in requirements() if name in sys.modules}
     print(f"Installing {', '.join(missing)} …")
     if reason := pip("install", *missing):

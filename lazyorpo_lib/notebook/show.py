@@ -11,6 +11,7 @@ from ..errors import printable
 from ..folder import read_json
 from ..kinds import load_config
 from ..plan import planner
+from ..results.card import spread
 
 BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print
 CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em"
@@ -108,10 +109,6 @@ def held_out(run) -> Shown:
     results = run.held_out_results()
     if not results:
         return Shown("No figures: eval_pairs is 0, or the run was stopped before they were taken.")
-
-    def spread(figure, when):
-        low, high = figure[when + "_interval"]
-        return f"{figure[when]:.3f}  [{low:.3f}, {high:.3f}]"
 
     rows = [
         (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))

@@ -54,8 +54,7 @@ class Batch:
     segment: Tensor  # (M,) int64: i chosen of pair i; B + i rejected; 2 B + i prompt (for the nll alone)
     lengths: Tensor  # (3 B,) float32, scored tokens in each segment
     pairs: list[EncodedPair]
-    # Of a `shared` row alone: its pairs, and what every rejected answer sees: [prompt, rejected] of each
-    # pair.
+    # Of a `shared` row alone: its pairs, and what every rejected answer sees: each [prompt, rejected].
     spans: list[Span] = field(default_factory=list)
     keys: Tensor | None = None  # (K,) int64, into N
     # (3, B + 1) int32: where each [prompt, chosen] begins, each rejected, its piece of `keys`; and the ends.
@@ -171,15 +170,11 @@ def split_by_tokens(
 
 class StepOrder:
     """Which pairs each optimizer step takes, on this rank: every pair once an epoch, in an order that depends
-    on (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: the steps of an
-    epoch.
+    on (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: an epoch's steps.
 
     Args:
         lengths: tokens of each pair.
         pairs_per_step: pairs in a step over all ranks.
-
-    Raises:
-        UserError: a step or the dataset holds fewer pairs than there are ranks.
     """
 
     def __init__(
@@ -187,10 +182,8 @@ class StepOrder:
     ):
         fewest = min(pairs_per_step, len(lengths))
         if fewest < world:
-            raise UserError(
-                f"{fewest} pairs a step cannot be shared by {world} processes: raise pairs_per_step, or "
-                "start fewer."
-            )
+            why = f"{fewest} pairs a step cannot be shared by {world} processes"
+            raise UserError(f"{why}: raise pairs_per_step, or start fewer.")
         self.lengths, self.pairs_per_step, self.seed = lengths, pairs_per_step, seed
         self.rank, self.world = rank, world
 

@@ -38,11 +38,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path | None:
-    """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over.
-
-    Raises:
-        UserError: FSDP wrote it, its weights in pieces, and this run is not `sharded`; or the other way.
-    """
+    """Give the checkpoint to go on from; one that a failing disk has changed is told, and passed over."""
     for checkpoint in reversed(complete(folder)):
         if bad := marker.damaged(checkpoint):
             show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
@@ -57,16 +53,12 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
 
 
 def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
-    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; older ones than the last
-    `keep` go.
+    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; all but the last `keep` go.
 
     Args:
         progress: its `step`, and whatever else of plain numbers and texts training goes on with.
         model, optimizer: as accelerate prepared them; of the weights only those that are trained are written.
             optimizer: None after the last step, when it is of no more use.
-
-    Raises:
-        UserError: the disk is full or fails, or something that is not the kit's is in the way.
     """
     scratch, target = home / ".saving", home / f"checkpoint-{progress['step']}"
     main, rank = accelerator.is_main_process, accelerator.process_index
@@ -103,11 +95,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
 
 
 def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
-    """Read a checkpoint back: weights, optimizer, random numbers and float16's scale. Returns its `progress`.
-
-    Raises:
-        UserError: an earlier version wrote it, or it is damaged or holds code.
-    """
+    """Read a checkpoint back: weights, optimizer, random numbers, float16's scale; gives its `progress`."""
     if not (checkpoint / PROGRESS).is_file():
         raise UserError(
             f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "

@@ -1,8 +1,8 @@
-"""Rows -> clean pairs; every dropped row counted and kept, every column that was not used named.
+"""Candidates -> clean pairs; every dropped row counted and kept, every column that was not used named.
 
-`open_rows` reads a dataset (see rows.py), `clean` turns its rows into pairs (see shapes.py), `split_held_out`
-parts them. No tokenizer: what is too long, or lost in a template, is for the caller to drop. Nothing is
-repaired: a row is kept as it is, or dropped with a reason.
+`clean` is handed candidates (rows/ makes them of what people have), `split_held_out` parts what is kept. No
+tokenizer: what is too long, or lost in a template, is for the caller to drop. Nothing is repaired: a row is
+kept as it is, or dropped with a reason.
 
 Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), messages_as_text
 (a list of messages as text that cannot be read), image_part, audio_part, video_part, file_part, document_part
@@ -15,19 +15,13 @@ way round: all go). The caller adds its own.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-
-from ..errors import UserError
-from .columns import advise, at, parse_columns
-from .messages import BadRow as BadRow
-from .rows import open_rows as open_rows
-from .shapes import Pair, spread, to_pair
+from typing import NotRequired, TypedDict
 
 TEMPLATE = "choose a base_model whose chat template has a place for that"
 WAYS_OUT = {  # what to do about rows that were dropped for such a reason
@@ -42,48 +36,63 @@ TEMPLATED = re.compile(  # what the templates of others leave in a text
     r"|<\|(user|assistant|system|end|endoftext|end_of_text)\|>|<｜(User|Assistant)｜>"
 )
 LONGEST = 2**16  # characters of a text in dropped.jsonl
-FIRST_ROWS = 100  # one of so many must be in a known shape
+
+
+class Message(TypedDict):
+    role: str  # system, user, assistant or tool
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt, ending with a user turn or what a tool said, and its two answers."""
+
+    index: int  # the row's number in the dataset, from 0
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    shape: str = field(default="", compare=False)
+    chosen_with: dict = field(default_factory=dict)  # its reasoning_content and tool_calls
+    rejected_with: dict = field(default_factory=dict)
+    tools: tuple = ()
+    used: dict = field(default_factory=dict, compare=False)  # {column: what it was taken for}
+    unused: tuple = field(default=(), compare=False)  # columns, and fields of messages, that hold something
+
+    def answers(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
+        """Give the text of either answer with what comes beside it, the chosen one first."""
+        return (self.chosen, self.chosen_with), (self.rejected, self.rejected_with)
+
+    def as_bytes(self) -> bytes:
+        """Give all that the model will read and score of it, whatever a template makes of that."""
+        return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
 
 
 def clean(
-    rows: Iterable, *, columns: str = "", on_drop: Callable[[dict], None] | None = None
+    candidates: Iterable, *, on_drop: Callable[[dict], None] | None = None
 ) -> tuple[Iterator[Pair], "Report"]:
-    """Turn rows into clean pairs, one at a time; they are read twice, first to find what contradicts itself.
+    """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions.
 
     Memory is flat but for a digest of each distinct pair, about 0.15 kB.
 
     Args:
-        rows: (index, row) tuples that can be iterated again, as from `open_rows`.
-        columns: explicit mapping "prompt=…,chosen=…,rejected=…[,system=…]"; "" recognises the shape.
+        candidates: (index, row, pair, "") or (index, row, None, reason) tuples that can be iterated again, as
+            from `rows.candidates`, whose errors pass.
         on_drop: is given each dropped row as {"index", "reason", "row"}, always valid as strict UTF-8 JSON.
 
     Returns:
         an iterator of `Pair`, and the `Report` that fills as it is consumed.
-
-    Raises:
-        UserError: the mapping is wrong, or none of the first 100 rows has a known shape. A bad row never
-            raises.
     """
-    if iter(rows) is rows:
-        raise TypeError("rows are read twice: pass something that can be iterated again")
-    mapping, report = parse_columns(columns), Report(on_drop=on_drop, said=getattr(rows, "notes", {}))
-    return _keep(rows, mapping, _contradicted(rows, mapping), report), report
+    if iter(candidates) is candidates:
+        raise TypeError("candidates are read twice: pass something that can be iterated again")
+    report = Report(on_drop=on_drop, said=getattr(candidates, "notes", {}))
+    return _keep(candidates, _contradicted(candidates), report), report
 
 
-def _judged(rows, mapping):  # (index, row, pair, ""), or (index, row, None, reason)
-    for index, row in spread(rows, mapping):
-        try:
-            pair, reason = to_pair(index, row, mapping), ""
-        except BadRow as bad:
-            pair, reason = None, str(bad)
-        yield index, row, pair, reason
-
-
-def _contradicted(rows, mapping):
-    rest, ranked, contradicted = _judged(rows, mapping), set(), set()
-    if first := list(itertools.islice(rest, FIRST_ROWS)):
-        _check_shape(first, mapping)
-    for *_, pair, reason in itertools.chain(first, rest):
+def _contradicted(candidates):
+    ranked, contradicted = set(), set()
+    for *_, pair, reason in candidates:
         if not reason:
             answers, order = _digest(pair)
             ranked.add(2 * answers + order)
@@ -92,9 +101,9 @@ def _contradicted(rows, mapping):
     return contradicted
 
 
-def _keep(rows, mapping, contradicted, report):
+def _keep(candidates, contradicted, report):
     seen = set()
-    for index, row, pair, reason in _judged(rows, mapping):
+    for index, row, pair, reason in candidates:
         report.read += 1
         if not reason:
             answers, _ = _digest(pair)
@@ -107,37 +116,17 @@ def _keep(rows, mapping, contradicted, report):
         yield pair
 
 
-def _check_shape(first, mapping):
-    rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
-    names = list(dict.fromkeys(name for row, _ in rows for name in row))
-    named = ", ".join(repr(json_safe(name)) for name in names[:40])
-    found = f"the columns found are {named or 'none, for its rows are not objects'}"
-    for name, path in mapping.items():
-        if name != "margin" and rows and all(at(row, path) is None for row, _ in rows):
-            raise UserError(f"columns says {name}={path}, but {found}: write one of these.")
-    if all(reason in ("unknown_shape", "label_unclear") for _, reason in rows):
-        start = f"None of the first {len(first)} rows is a pair of a known shape"
-        raise UserError(f"{start}: {found}; {advise(rows)}.")
-
-
 def _hash(text):  # in as few bytes as a set of millions wants, and a million texts can be told apart by
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _digest(pair):
     """Give the prompt with its two answers in either order as a number; and which of the two orders it is."""
-    sides = [_hash(text.strip() + repr(more or "")).hex() for text, more in pair.answers()]
-    turns = (f"{turn['role']}{len(turn['content'])} {turn['content']}" for turn in pair.prompt)
-    whole = _hash("".join([*sorted(sides), *turns, repr(pair.tools or "")]))
+    sides = [text.strip() + repr(more or "") for text, more in pair.answers()]
+    parts = [("", side) for side in sorted(sides)] + [(t["role"], t["content"]) for t in pair.prompt]
+    told = [f"{who}{len(text)} {text}" for who, text in parts]  # with lengths: no text runs into the next
+    whole = _hash("".join([*told, repr(pair.tools or "")]))
     return int.from_bytes(whole), sides[0] < sides[1]
-
-
-def pairs_at(rows: Iterable, indexes: Sequence[int], columns: str = "") -> list[Pair]:
-    """Give the rows with these indexes as pairs, in that order; reads the rows up to the last of them."""
-    wanted, mapping = set(indexes), parse_columns(columns)
-    found = ((i, to_pair(i, row, mapping)) for i, row in spread(rows, mapping) if i in wanted)
-    pairs = dict(itertools.islice(found, len(wanted)))
-    return [pairs[index] for index in indexes]
 
 
 # ---- the account of what was read
@@ -155,9 +144,7 @@ class Report:
     columns: dict = field(default_factory=dict)  # {column: what it was taken for}, of what was kept
     unused: dict = field(default_factory=dict)  # {column: None}
     templated: int = 0
-    digest: object = field(
-        default_factory=hashlib.sha256
-    )  # of the texts that are kept, by whoever encodes them
+    digest: object = field(default_factory=hashlib.sha256)  # of the kept texts, by whoever encodes them
     said: dict = field(default_factory=dict)  # sentences of whoever read the rows
 
     @property
@@ -220,10 +207,8 @@ class Report:
             more = f" and {len(names) - 20} more" * (len(names) > 20)
             said.append(f"Not used: {', '.join(map(repr, names[:20]))}{more}.")
         if self.templated:
-            why = (
-                "went through a chat template before, and is read as plain text: give the messages themselves"
-            )
-            said.append(f"{self.templated:,} of {self.kept:,} pairs hold text that {why}.")
+            some = f"{self.templated:,} of {self.kept:,} pairs hold text that went through a chat template"
+            said.append(f"{some} before, and is read as plain text: give the messages themselves.")
         return said
 
     def __str__(self) -> str:
@@ -267,12 +252,11 @@ def held_out_of(total: int, eval_pairs: int | str) -> int:
 
 def about_split(train: Sequence, held_out: Sequence) -> str:
     """Say how many pairs train and are held out, and how well an accuracy on these is known."""
-    points = (
-        f"; an accuracy on them is known to about ±{min(50, 98 / math.sqrt(len(held_out))):.0f} points"
-        if held_out
-        else ""
-    )
-    return f"{len(train):,} to train on, {len(held_out):,} held out{points}."
+    said = f"{len(train):,} to train on, {len(held_out):,} held out"
+    if held_out:
+        points = min(50, 98 / math.sqrt(len(held_out)))
+        said += f"; an accuracy on them is known to about ±{points:.0f} points"
+    return f"{said}."
 
 
 def split_held_out(pairs: Iterable[Pair], eval_pairs: int | str, seed: int) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """A pair -> token ids: what the model reads, what is scored, what is cut.
 
-Scored are the tokens of each answer and the token that ends it, nothing else; `template.py` writes the text.
+Scored are the tokens of each answer and the token that ends it, nothing else; the template that it is
+handed writes the text.
 It drops no pair itself (it says why one cannot be used), and builds no batches.
 """
 
@@ -20,16 +21,35 @@ from ..errors import UserError
 from . import data
 from .batching import EncodedPair
 from .body import sizes_of
-from .template import DEFAULT_TEMPLATE, Template, tried
-from .template import Unusable as Unusable
+
+# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
+# and its own end token after each assistant turn. It is saved with the trained model.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+
+class Unusable(Exception):
+    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
+
+
+def tried(write, *given) -> tuple[object, str]:
+    """Call `write`; give the result and "", or None and the reason where it raises Unusable."""
+    try:
+        return write(*given), ""
+    except Unusable as why:
+        return None, str(why)
+    except RecursionError:  # tools that are nested deeper than anybody reads
+        return None, "template_refuses"
 
 
 def prepare_tokenizer(tokenizer) -> list[str]:
-    """Give a tokenizer what training and generation need; returns what was added, in words.
-
-    Raises:
-        UserError: nothing in its vocabulary can end an answer.
-    """
+    """Give a tokenizer what training and generation need; returns what was added, in words."""
     notes, bos = [], tokenizer.bos_token_id
     if not tokenizer.chat_template:
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -49,29 +69,20 @@ def prepare_tokenizer(tokenizer) -> list[str]:
 
 
 class Encoder:
-    """Encodes pairs with one tokenizer and one set of limits.
+    """Encodes pairs with one chat template, its tokenizer and one set of limits.
 
     Args:
-        tokenizer: a transformers tokenizer, after `prepare_tokenizer`.
+        template: writes pairs as text with its `tokenizer`, after `prepare_tokenizer` (rows/template.py).
         max_prompt_tokens, max_tokens: longest prompt, and longest prompt plus answer, in tokens.
         overlong: "drop", or "truncate": the prompt loses its left, an answer its last tokens, never its end.
-        clock: seconds since 1970 that a chat template is told as the time; None: now.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        *,
-        max_prompt_tokens: int,
-        max_tokens: int,
-        overlong: str = "drop",
-        clock: float | None = None,
-    ):
-        self.tokenizer, self.overlong, self.max_tokens = tokenizer, overlong, max_tokens
+    def __init__(self, template, *, max_prompt_tokens: int, max_tokens: int, overlong: str = "drop"):
+        self.template, self.tokenizer = template, template.tokenizer
+        self.overlong, self.max_tokens = overlong, max_tokens
         # Room for one answer token and its end.
         self.max_prompt_tokens = min(max_prompt_tokens, max_tokens - 2)
-        self.template = Template(tokenizer, clock)
-        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.cut = 0  # pairs of which an answer lost more than half of its tokens
 
     def encode(self, pairs: Iterable) -> Iterator[tuple[object, EncodedPair | str]]:
@@ -79,15 +90,16 @@ class Encoder:
         pairs = iter(pairs)
         while some := _some(pairs):
             written = self.template.write_all(some)
-            whole = [self._texts(pieces) for pieces in written]
-            ids = iter(
-                self._ids(texts) if (texts := list(itertools.chain(*whole))) else []
-            )  # all in one call
-            for pair, pieces, own in zip(some, written, whole, strict=True):
+            whole = [[] if reason else self._texts(pieces) for pieces, reason in written]
+            texts = list(itertools.chain(*whole))
+            ids = iter(self._ids(texts) if texts else [])  # all in one call
+            for pair, (pieces, reason), own in zip(some, written, whole, strict=True):
+                encoded = None
                 if own:
-                    yield pair, tried(self._part, pair.index, *islice(ids, 3))
-                else:
-                    yield pair, pieces if isinstance(pieces, str) else tried(self._join, pair.index, pieces)
+                    encoded, reason = tried(self._part, pair.index, *islice(ids, 3))
+                elif not reason:
+                    encoded, reason = tried(self._join, pair.index, pieces)
+                yield pair, encoded or reason
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Give the tokens from which the model answers `messages`, cut from the left."""
@@ -96,7 +108,7 @@ class Encoder:
     def _texts(self, pieces) -> list[str]:
         """Give the prompt, and it with either answer, as texts; [] where they name special tokens, or are
         longer than any text that could be used."""
-        if isinstance(pieces, str) or any(len(part) > 1 or part[0][1] for part in pieces):
+        if any(len(part) > 1 or part[0][1] for part in pieces):
             return []
         before, chosen, rejected = (part[0][0] for part in pieces)
         if self._too_long(before, chosen, rejected):
@@ -211,14 +223,14 @@ class Subset(torch.utils.data.Subset):
         return array("q", (self.dataset.lengths[i] for i in self.indices))
 
 
-def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> tuple[Iterator, "data.Report"]:
-    """Clean rows, as `data.clean` does, and encode them.
+def encode_rows(candidates, encoder: Encoder, *, on_drop=None) -> tuple[Iterator, "data.Report"]:
+    """Clean candidates, as `data.clean` does, and encode them.
 
     Returns:
         an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest. It raises
         UserError where the limits cut most answers down to a stump.
     """
-    cleaned, report = data.clean(rows, columns=columns, on_drop=on_drop)
+    cleaned, report = data.clean(candidates, on_drop=on_drop)
 
     def kept():
         for pair, encoded in encoder.encode(cleaned):
@@ -235,11 +247,7 @@ def encode_rows(rows, encoder: Encoder, *, columns: str = "", on_drop=None) -> t
 
 
 def check_model(pairs: PairFile, model) -> None:
-    """Refuse pairs with a token, or at a position, for which a loaded model has nothing.
-
-    Raises:
-        UserError: a token beyond its embeddings, or a pair beyond the positions that it reads.
-    """
+    """Refuse pairs with a token, or at a position, for which a loaded model has nothing."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if pairs.highest >= vocabulary:
         why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"

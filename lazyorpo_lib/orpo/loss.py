@@ -15,17 +15,9 @@ from torch import Tensor
 LOG_P_MAX = -1e-6  # nats; closer to 0 than this, 1 - P is rounding, and the odds are held
 # What is known of each pair, in this order; the columns of held_out.json.
 TERMS = (
-    "nll",
-    "nll_tokens",
-    "or_loss",
-    "log_odds_chosen",
-    "log_odds_rejected",
-    "logp_chosen",
-    "logp_rejected",
-    "accuracy",
-    "dpo",
-    "pairs",
-)
+    "nll", "nll_tokens", "or_loss", "log_odds_chosen", "log_odds_rejected", "logp_chosen", "logp_rejected",
+    "accuracy", "dpo", "pairs",
+)  # fmt: skip
 
 
 class PairLosses(NamedTuple):
@@ -155,8 +147,7 @@ def gradient_norms(
     token log-probabilities, where the two terms meet: (2,).
 
     Args:
-        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: of the
-            step.
+        table: of a micro-batch, without gradient. lengths: see `batching.Batch`. nll_tokens, pairs: a step's.
     """
     column = dict(zip(TERMS, table.T, strict=True))
     of_nll = column["nll_tokens"].sum() / nll_tokens**2

@@ -15,26 +15,21 @@ from ..settings import Settings
 
 
 def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torch.optim.Optimizer:
-    """Make the optimizer of a run over the weights that require gradients. Vectors and biases are not
-    decayed.
+    """Make the optimizer of a run over the weights that are trained; vectors and biases do not decay.
 
     Args:
-        retry: take the first step again where memory ran out in it. Of several processes none may do so
-            alone.
+        retry: take the first step again where memory ran out in it; no process of several may do so.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is decayed],
+            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is wide],
             "weight_decay": decay,
         }
-        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
+        for wide, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
-    groups, rate, name = (
-        [group for group in groups if group["params"]],
-        settings.learning_rate,
-        settings.optimizer,
-    )
+    groups = [group for group in groups if group["params"]]
+    rate, name = settings.learning_rate, settings.optimizer
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     elif name == "adafactor":
@@ -56,9 +51,8 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
     if bits == 8:  # its rows are updated rarely, which 8 bits do not bear
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                GlobalOptimManager.get_instance().register_module_override(
-                    module, "weight", {"optim_bits": 32}
-                )
+                manager = GlobalOptimManager.get_instance()
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     optimizer = AdamW(groups, lr=rate, optim_bits=bits, is_paged=paged)
     if paged:
         optimizer.load_state_dict = partial(_load_paged, optimizer)
@@ -66,18 +60,13 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
 
 
 def step_again(step, optimizer, *args, **kwargs):
-    """Take an optimizer's step. The first allocates the state, and is taken again where memory ran out in it.
-
-    Raises:
-        UserError: it runs out again.
-    """
+    """Take an optimizer's step. The first allocates the state; where memory ran out, it is taken again."""
     if optimizer.state:
         return step(optimizer, *args, **kwargs)
     message = attempt(partial(step, optimizer, *args, **kwargs))[1]
     if message:
-        *_, last = optimizer.state or (
-            None,
-        )  # at work when it happened; some count the step before they take it
+        # The last one was at work when it happened; some count the step before they take it.
+        *_, last = optimizer.state or [None]
         for parameter, state in list(optimizer.state.items()):
             if state.get("step", 0) > 0 and parameter is not last:
                 parameter.grad = None  # it has been updated
@@ -85,15 +74,12 @@ def step_again(step, optimizer, *args, **kwargs):
                 del optimizer.state[parameter]
         message = attempt(partial(step, optimizer, *args, **kwargs))[1]
     if message:
-        raise UserError(
-            f"Out of memory for the optimizer's state ({message}); choose optimizer=adamw_8bit, or "
-            "method=lora."
-        )
+        way_out = "choose optimizer=adamw_8bit, or method=lora"
+        raise UserError(f"Out of memory for the optimizer's state ({message}); {way_out}.")
 
 
 def _load_paged(optimizer, state_dict: dict) -> None:
-    """Load a paged optimizer's state into pages again; bitsandbytes' own loading would leave it on the GPU
-    for good."""
+    """Load a paged optimizer's state into pages again; bitsandbytes' own would leave it on the GPU."""
     # The small rest follows at the first step.
     type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
     for parameter, state in optimizer.state.items():

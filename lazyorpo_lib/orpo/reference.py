@@ -1,7 +1,6 @@
 """DPO's frozen reference: what the model gave before training, once for each pair.
 
-ORPO has none. With adapters the untrained model is always at hand; with full tuning it is gone after the
-first step.
+ORPO has none. With adapters the untrained model is always at hand; with full tuning it is soon gone.
 """
 
 import contextlib
@@ -29,8 +28,7 @@ class Reference:
         return torch.stack([self.sums[pair.index] for pair in pairs])
 
     def remember(self, pairs: Sequence[EncodedPair]) -> Counter:
-        """Compute what is missing; count the tokens and forward passes. With full tuning: before the first
-        step."""
+        """Compute what is missing; count tokens and forward passes. With full tuning: before any step."""
         work, missing = Counter(), [pair for pair in pairs if pair.index not in self.sums]
         base = getattr(self.model, "disable_adapter", contextlib.nullcontext)
         with base():

@@ -10,7 +10,10 @@ from ..errors import expanded
 from ..model import load_tokenizer
 from ..orpo import data
 from ..orpo.batching import EncodedPair
-from ..orpo.encoding import Encoder, encode_rows, prepare_tokenizer
+from ..orpo.encoding import encode_rows, prepare_tokenizer
+from ..rows.candidates import candidates
+from ..rows.dataset import open_rows
+from ..rows.template import encoder_of
 from ..settings import Settings
 
 
@@ -84,7 +87,6 @@ def lengths_of(settings: Settings) -> Lengths:
         return preset_lengths(settings.dataset, settings)
     tokenizer = load_tokenizer(settings.base_model)
     prepare_tokenizer(tokenizer)
-    limits = {name: getattr(settings, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
-    rows = data.open_rows(settings.dataset, max_rows=settings.max_pairs)
-    pairs, _ = encode_rows(rows, Encoder(tokenizer, **limits), columns=settings.columns)
+    rows = candidates(open_rows(settings.dataset, max_rows=settings.max_pairs), settings.columns)
+    pairs, _ = encode_rows(rows, encoder_of(tokenizer, settings))
     return measured_lengths([encoded for _, encoded in pairs])

@@ -152,13 +152,9 @@ def _front_matter(values: dict, summary: dict, adapter: bool) -> str:
     accuracy = summary.get("accuracy_after", math.nan)
     if dataset and math.isfinite(accuracy):  # the hub takes results on its own datasets alone
         result = EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type="accuracy",
-            metric_value=round(accuracy, 4),
-            metric_name="Preference accuracy on held-out pairs",
-        )
+            task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
+            metric_value=round(accuracy, 4), metric_name="Preference accuracy on held-out pairs",
+        )  # fmt: skip
     return ModelCardData(
         base_model=base or None,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
@@ -186,12 +182,9 @@ def _changed(values: dict, sources: dict) -> list[tuple]:
 
 
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    finalize=_safe,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=_safe,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 _ENVIRONMENT.filters |= {
     "link": _link,
     "licence": _licence,

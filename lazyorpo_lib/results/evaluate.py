@@ -4,7 +4,6 @@ It trains nothing, draws nothing, writes no file and asks no judge. One model is
 with the adapter switched off. `kept` is the content of a run's held_out.json.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,19 +20,6 @@ from ..orpo.body import causal_lm, sizes_of
 WHEN = ("before", "after")  # training
 # The demo set's habit: the answer on the first line, then one line of reason.
 DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")
-
-
-def keep_held_out(kept: dict, when: str, *, columns, table, answers, prompts, chosen_shorter) -> dict:
-    """Add what was measured "before" or "after" training to what is kept in held_out.json.
-
-    Args:
-        columns: names of the table's columns. table: sums of each held-out pair, (pairs, columns).
-        prompts: of the first pairs, texts. answers: to these prompts; None where memory ran out.
-        chosen_shorter: whether chosen has fewer tokens than rejected, (pairs,).
-    """
-    fixed = {"columns": list(columns), "prompts": list(prompts), "chosen_shorter": list(chosen_shorter)}
-    rows = [[value if math.isfinite(value) else None for value in row] for row in table]
-    return kept | fixed | {when: {"pairs": rows, "answers": list(answers)}}
 
 
 def held_out_results(kept: dict, dataset: str) -> dict:

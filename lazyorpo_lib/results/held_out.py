@@ -5,6 +5,7 @@ It is handed the run, whose stages call it at their time. What the figures say i
 
 import contextlib
 import json
+import math
 from functools import partial
 
 from .. import folder as folders
@@ -42,16 +43,18 @@ def measure(run, when: str) -> None:
         trainer.evaluate(table)
     if run.main:
         path = run.folder / "held_out.json"
-        kept = evaluate.keep_held_out(
-            folders.read_json(path),
-            when,
-            columns=TERMS,
-            table=table.tolist(),
-            answers=texts,
-            prompts=[pair.prompt[-1]["content"] for pair in run.texts[: len(prompts)]],
-            chosen_shorter=[len(pair.chosen) < len(pair.rejected) for pair in pairs],
-        )
+        kept = folders.read_json(path) | {
+            "columns": TERMS,
+            "prompts": [pair.prompt[-1]["content"] for pair in run.texts[: len(prompts)]],
+            "chosen_shorter": [len(pair.chosen) < len(pair.rejected) for pair in pairs],
+            when: {"pairs": finite(table.tolist()), "answers": texts},
+        }
         marker.write_atomically(path, json.dumps(kept, indent=1).encode())
+
+
+def finite(table: list[list[float]]) -> list[list[float | None]]:
+    """Give a table as JSON takes it: None for what is not a finite number."""
+    return [[value if math.isfinite(value) else None for value in row] for row in table]
 
 
 def watch(run, step: int) -> None:

@@ -5,6 +5,7 @@ touched. In a notebook it is one image output, updated in place; elsewhere a fil
 """
 
 import io
+import itertools
 import logging
 import math
 import sys
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import BoxStyle, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -37,6 +40,7 @@ DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
 INK, QUIET, PAPER = "#222222", "#666666", "#FBFBF9"  # its own light paper, for dark themes too
 BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
 NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
+SIDES = ("chosen", "rejected")
 LN2, SHARE = math.log(2), (0.0, 1.0)
 NICE = [1, 2, 5, 10]  # steps of ticks
 STYLE = {
@@ -78,110 +82,105 @@ def _smooth(values):
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-class _Curve:
-    """One quantity: faint points, a smoothed line, hollow held-out marks, a label at the line's end."""
+class _Curve(NamedTuple):
+    """A quantity as it was drawn."""
 
-    def __init__(self, axes, name, color=INK, style="-", label="{:.2f}"):
-        self.name, self.text, self.end = name, label, None
-        (self.dots,) = axes.plot([], [], ".", color=color, alpha=0.36, markersize=4.5, markeredgewidth=0)
-        (self.line,) = axes.plot([], [], linestyle=style, color=color, linewidth=2.2)
-        (self.held_out,) = axes.plot([], [], ":o", color=color, linewidth=1.1, markersize=5)
-        self.held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
-        self.label = axes.annotate("", (1, 0), (8, 0), "axes fraction", "offset points", color=color)
-        self.label.set(va="center", weight="bold")
-
-    def take(self, rows):
-        """Take in the rows; returns the values that the axes must hold, single outliers left out."""
-        dots, marks = _points(rows, self.name), _points(rows, f"eval_{self.name}")
-        smooth = _smooth(dots[:, 1])
-        self.dots.set_data(*dots.T)
-        self.line.set_data(dots[:, 0], smooth)
-        self.held_out.set_data(*marks.T)
-        self.held_out.set_markevery(math.ceil(len(marks) / 25) or 1)
-        self.end = next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
-        text = "" if self.end is None else self.text.format(self.end)
-        self.label.set_text(text.replace("-", "\N{MINUS SIGN}"))
-        return [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
+    line: Line2D  # the smoothed one
+    seen: list[float]  # what the axes must hold, single outliers left out
+    end: float | None  # where it ends; None without points
 
 
-class _Picture:
-    """The figure of one run and its artists, made once, which costs most; `png` gives them new data."""
-
-    def __init__(self):
-        self.figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
-        rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
-        paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
-        paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=self.figure.transFigure, zorder=-1)
-        self.figure.add_artist(paper)
-        text = self.figure.text
-        self.title = text(0.03, 0.929, "", size=12.5, weight="bold", va="center", parse_math=False)
-        self.status = text(0.97, 0.929, "", size=10, color=QUIET, ha="right", va="center")
-        self.reading = text(0.03, 0.053, "", size=10.5, va="center")
-        self.main = self._add_axes("log-odds (nats)", 6)
-        self.main.set_position((0.058, BOTTOM, 0.5, TOP - BOTTOM))
-        (self.between,) = self.main.fill([0], [0], color=CHOSEN, alpha=0.13, linewidth=0)
-        sides = zip(("chosen", "rejected"), COLORS, DASHES, strict=False)
-        both = [_Curve(self.main, f"log_odds_{side}", *look, side + "\n{:+.2f}") for side, *look in sides]
-        self.curves, self.always = {self.main: both}, {self.main: ()}
-        for name, heading, note, level, always in PANELS:
-            axes = self._add_axes(heading, 2, note)
-            self.curves[axes], self.always[axes] = [_Curve(axes, name)], always
-            if always is SHARE:
-                axes.set_yticks([0, 0.5, 1])
-            if level is not None:
-                axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-
-    def _add_axes(self, heading, ticks, note=""):
-        axes = self.figure.add_axes((0, 0, 1, 1), label=heading, xlabel="optimizer step")
-        axes.set_title(heading, y=1, pad=6)  # a fixed y spares a layout at every draw
-        axes.set_title(note, **NOTE)
-        axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=NICE, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=NICE))
-        return axes
-
-    def png(self, rows, title, status, path=None) -> bytes:
-        self.title.set_text(title if len(title) <= 50 else title[:49] + "…")
-        self.status.set_text(status)
-        self.reading.set_text(reading.read_curves(rows).capitalize())
-        steps = [row["step"] for row in rows] or [0]
-        first, last = min(steps), max(*steps, min(steps) + 1)
-        side = 0.01 * (last - first)
-        for axes, curves in self.curves.items():
-            seen = [value for curve in curves for value in curve.take(rows)]
-            seen += self.always[axes] or ([] if seen else [0.0])
-            room = 0.06 * (max(seen) - min(seen)) or 0.5
-            axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
-            _place_labels(axes, curves)
-        self._stack()
-        marked = any(len(curve.held_out.get_xdata()) for curve in self.curves[self.main])
-        self.main.set_title("\N{WHITE CIRCLE} held-out pairs" if marked else "", **NOTE)
-        chosen, rejected = (curve.line.get_xydata() for curve in self.curves[self.main])
-        self.between.set_xy(np.concatenate([chosen, rejected[::-1]]) if len(chosen) else [[0, 0]])
-        return _png(self.figure, path)
-
-    def _stack(self):
-        """Put the small axes under each other; the odds term's only where it has a curve."""
-        small = [axes for axes in self.curves if axes is not self.main]
-        for axes, (name, *_) in zip(small, PANELS, strict=True):
-            axes.set_visible(name != "odds_gradient_share" or self.curves[axes][0].end is not None)
-        small = [axes for axes in small if axes.get_visible()]
-        height = (TOP - BOTTOM + GAP) / len(small)
-        for k, axes in enumerate(reversed(small)):
-            axes.set_position((0.705, BOTTOM + k * height, 0.22, height - GAP))
-            axes.tick_params(labelbottom=k == 0)
-            axes.xaxis.label.set_visible(k == 0)
+def _curve(axes, rows, name, color=INK, style="-") -> _Curve:
+    """Draw one quantity: faint points, a smoothed line, hollow held-out marks."""
+    dots, marks = _points(rows, name), _points(rows, f"eval_{name}")
+    smooth, gap = _smooth(dots[:, 1]), math.ceil(len(marks) / 25) or 1
+    axes.plot(*dots.T, ".", color=color, alpha=0.36, markersize=4.5, markeredgewidth=0)
+    (line,) = axes.plot(dots[:, 0], smooth, linestyle=style, color=color, linewidth=2.2)
+    (held_out,) = axes.plot(*marks.T, ":o", color=color, linewidth=1.1, markersize=5, markevery=gap)
+    held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
+    seen = [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
+    return _Curve(line, seen, next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None))
 
 
-def _place_labels(axes, curves):
-    """Put each label at the height of its line's end, two of them never on each other and inside the axes."""
+def _fit(axes, rows, curves, always=()):
+    """Give the axes their limits: all steps, what the curves show and the values that they always hold."""
+    steps = [row["step"] for row in rows] or [0]
+    first, last = min(steps), max(*steps, min(steps) + 1)
+    side = 0.01 * (last - first)
+    seen = [value for curve in curves for value in curve.seen]
+    seen += always or ([] if seen else [0.0])
+    room = 0.06 * (max(seen) - min(seen)) or 0.5
+    axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
+
+
+def _label(axes, curves, words):
+    """Write at the height of each line's end where it ends, two never on each other and inside the axes."""
     (low, high), apart = axes.get_ylim(), 0.15
-    shown = sorted((curve for curve in curves[::-1] if curve.end is not None), key=lambda curve: curve.end)
-    heights = [(curve.end - low) / (high - low) for curve in shown]
+    both = list(zip(curves, words, strict=True))[::-1]
+    shown = sorted((one for one in both if one[0].end is not None), key=lambda one: one[0].end)
+    heights = [(curve.end - low) / (high - low) for curve, _ in shown]
     if len(shown) == 2 and heights[1] - heights[0] < apart:
         middle = min(max(sum(heights) / 2, apart), 1 - apart)
         heights = [middle - apart / 2, middle + apart / 2]
-    for curve, height in zip(shown, heights, strict=True):
-        curve.label.xy = (1, height)
+    for (curve, text), height in zip(shown, heights, strict=True):
+        text, color = text.format(curve.end).replace("-", "\N{MINUS SIGN}"), curve.line.get_color()
+        label = axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", color=color)
+        label.set(va="center", weight="bold")
+
+
+def _axes(figure, place, heading, ticks, note=""):
+    axes = figure.add_axes(place, label=heading, xlabel="optimizer step")
+    axes.set_title(heading, y=1, pad=6)
+    axes.set_title(note, **NOTE)
+    axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=NICE, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=NICE))
+    return axes
+
+
+def _draw_sides(figure, rows):
+    """Draw the large axes: the log-odds of both answers, and the ground between them."""
+    marked = any(len(_points(rows, f"eval_log_odds_{side}")) for side in SIDES)
+    note = "\N{WHITE CIRCLE} held-out pairs" if marked else ""
+    axes = _axes(figure, (0.058, BOTTOM, 0.5, TOP - BOTTOM), "log-odds (nats)", 6, note)
+    looks = zip(SIDES, COLORS, DASHES, strict=False)
+    curves = [_curve(axes, rows, f"log_odds_{side}", *look) for side, *look in looks]
+    chosen, rejected = (curve.line.get_xydata() for curve in curves)
+    axes.fill(*np.concatenate([chosen, rejected[::-1]]).T, color=CHOSEN, alpha=0.13, linewidth=0)
+    _fit(axes, rows, curves)
+    _label(axes, curves, [side + "\n{:+.2f}" for side in SIDES])
+
+
+def _draw_panels(figure, rows):
+    """Draw the small axes under each other; the odds term's only where it has a curve."""
+    panels = [panel for panel in PANELS if panel[0] != "odds_gradient_share" or len(_points(rows, panel[0]))]
+    height = (TOP - BOTTOM + GAP) / len(panels)
+    for k, (name, heading, note, level, always) in enumerate(panels, 1):
+        place = (0.705, TOP + GAP - k * height, 0.22, height - GAP)
+        axes = _axes(figure, place, heading, 2, note)
+        curves = [_curve(axes, rows, name)]
+        if always is SHARE:
+            axes.set_yticks([0, 0.5, 1])
+        if level is not None:
+            axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+        axes.tick_params(labelbottom=k == len(panels))
+        axes.xaxis.label.set_visible(k == len(panels))
+        _fit(axes, rows, curves, always)
+        _label(axes, curves, ["{:.2f}"])
+
+
+def _figure(rows, title, status) -> Figure:
+    figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
+    rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
+    paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
+    paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=figure.transFigure, zorder=-1)
+    figure.add_artist(paper)
+    short = title if len(title) <= 50 else title[:49] + "…"
+    figure.text(0.03, 0.929, short, size=12.5, weight="bold", va="center", parse_math=False)
+    figure.text(0.97, 0.929, status, size=10, color=QUIET, ha="right", va="center")
+    figure.text(0.03, 0.053, reading.read_curves(rows).capitalize(), size=10.5, va="center")
+    _draw_sides(figure, rows)
+    _draw_panels(figure, rows)
+    return figure
 
 
 def _png(figure, path=None) -> bytes:
@@ -196,9 +195,9 @@ def _png(figure, path=None) -> bytes:
 
 
 @rc_context(STYLE)
-def draw(rows: list[dict], path=None, *, title: str = "") -> bytes:
+def draw(rows: list[dict], path=None, *, title: str = "", status: str = "") -> bytes:
     """Draw a history; returns PNG bytes, also written to `path` where one is given."""
-    return _Picture().png(rows, title, f"step {_last_step(rows):,}", path)
+    return _png(_figure(rows, title, status or f"step {_last_step(rows):,}"), path)
 
 
 def _last_step(rows) -> int:
@@ -246,7 +245,7 @@ class LivePlot:
         self.drawn, self.cost_seconds = 0, 0.0
         self._display = _kernel_display()
         self._off = not (self.path or self._display)
-        self._rows, self._handle, self._picture, self._first = [], None, None, None
+        self._rows, self._handle, self._first = [], None, None
         self._began, self._drawn_at, self._written_at = self.clock(), -math.inf, -math.inf
 
     def update(self, row: dict) -> None:
@@ -284,7 +283,7 @@ class LivePlot:
 
     def _draw(self, final):
         began = self.clock()
-        png = self._png(self._status(began, final))
+        png = draw(self._rows, title=self.title, status=self._status(began, final))
         if self._handle:
             self._handle.update(_bundle(png), raw=True, metadata=METADATA)
         elif self._display:
@@ -295,11 +294,6 @@ class LivePlot:
         self._drawn_at = self.clock()
         self.cost_seconds += self._drawn_at - began
         self.drawn += 1
-
-    @rc_context(STYLE)
-    def _png(self, status):
-        self._picture = self._picture or _Picture()
-        return self._picture.png(self._rows, self.title, status)
 
     def _status(self, now, final):
         step = _last_step(self._rows)
@@ -319,13 +313,8 @@ def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
     figure = FigureCanvasAgg(Figure(INCHES)).figure
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
-        lines = []
-        for k, rows in enumerate(histories.values()):
-            curve = _Curve(axes, name, COLORS[k % len(COLORS)], DASHES[k % len(DASHES)], label="")
-            curve.take(rows)
-            lines.append(curve.line)
-        axes.relim()
-        axes.autoscale_view()
+        looks = zip(histories.values(), itertools.cycle(COLORS), itertools.cycle(DASHES), strict=False)
+        lines = [_curve(axes, rows, name, *look).line for rows, *look in looks]
         axes.set(title=heading, xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
     names = [name.replace("$", r"\$") for name in histories]

@@ -1,8 +1,7 @@
 """What the curves of a run show, in words.
 
 Rows are those of history.jsonl: of training with `step` and the curves by name (`nll`, `or_loss`, …), of
-evaluations with `step` and the same names after `eval_`. It reads no file, computes no metric and draws
-nothing.
+evaluations with `step` and the same names after `eval_`. It reads no file, computes no metric, draws nothing.
 """
 
 import math
@@ -47,8 +46,7 @@ def read_curves(rows: list[dict]) -> str:
     """Say in one line what the curves show and what to do, e.g. "margin rising, nll flat: healthy".
 
     The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close,
-    at 0.5 chosen rises and rejected falls, at 1.0 both fall while the margin grows. They are signs, not
-    proofs.
+    at 0.5 chosen rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
     """
     train = [row for row in rows if not is_evaluation(row)]
     if train and train[-1].get("loss", 0) is None:

@@ -4,6 +4,7 @@ Each function works from the folder of a run alone, also of one from another mac
 and nothing leaves the machine but by `push`.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from ..machine import pick_precision, this_machine
 from ..model import load_finished, save_model
 from ..orpo.body import causal_lm
 from ..orpo.encoding import Encoder, Unusable
+from ..rows.template import Template
 from . import card
 from .evaluate import answers
 
@@ -124,14 +126,11 @@ def reply(
         messages: {"role", "content"} turns, the last one the user's; what is too long is cut from the left.
         on_text: called with each piece of the answer, a str, as soon as it is written.
         max_tokens: longest answer, tokens.
-
-    Raises:
-        UserError: the chat template takes no such turns, or memory runs out.
     """
     config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
     max_tokens = min(max_tokens, limit // 2)
-    encoder = Encoder(tokenizer, max_prompt_tokens=limit - max_tokens, max_tokens=limit)
+    encoder = Encoder(Template(tokenizer), max_prompt_tokens=limit - max_tokens, max_tokens=limit)
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
@@ -145,8 +144,7 @@ def reply(
     return text.removesuffix("…")
 
 
-def _say(piece: object) -> None:
-    say(piece, end="")
+_say = functools.partial(say, end="")
 
 
 def ask(run, question: str) -> None:
@@ -195,9 +193,6 @@ def push(run_folder, repo: str, *, private: bool = True) -> str:
 
     Returns:
         address of the repository.
-
-    Raises:
-        UserError: no token, no right to write there, no connection, or no such name is allowed.
     """
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):

@@ -97,8 +97,7 @@ def summarise(run, stopped: str) -> dict:
         "training_minutes": round(spent["training"], 3),
         # From the history, which a stop and going on leave whole.
         **{name: int(sum(values(rows, name))) for name in ("tokens", "forward_passes")},
-        # Of the whole run, with what is outside of torch's count; of training's tensors on a GPU, without
-        # that.
+        # Of the whole run, with what torch does not count; of training's tensors on a GPU, without that.
         "peak_memory_gib": round(spent["peak_gib"], 3),
         "peak_allocated_gib": spent.get("allocated_gib"),
         "bad_steps": trainer.bad_steps,

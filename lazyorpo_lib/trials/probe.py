@@ -13,12 +13,10 @@ GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy
 
 
 def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = print) -> Path:
-    """Carry out short runs around the given or_weight and learning_rate, each also a third and three times as
-    large.
+    """Carry out short runs around the or_weight and learning_rate, each also a third and thrice as large.
 
     The rule: among the trials whose held-out nll did not rise, the largest gain of the held-out log-odds
-    ratio; of equal ones the smaller learning rate. Where nll rose in all of them, the one in which it rose
-    least.
+    ratio; of equal ones the smaller learning rate. Where nll rose in all, the one in which it rose least.
 
     Args:
         steps: optimizer steps of a trial. It reads just as many pairs as these need.
@@ -33,17 +31,10 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         held_out = min(settings.eval_pairs or 32, 32)
     pairs_needed = 2 * (held_out + steps * settings.pairs_per_step)
     short = dataclasses.replace(
-        settings,
-        objective="orpo",
-        max_steps=steps,
-        warmup_steps=min(settings.warmup_steps, steps // 5),
-        eval_pairs=held_out,
-        max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
-        answers=0,
-        resume="auto",
-        hub_repo="",
-        watch_every_steps=0,
-    )
+        settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5),
+        eval_pairs=held_out, max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
+        answers=0, resume="auto", hub_repo="", watch_every_steps=0,
+    )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
     runs = []
     for or_weight, rate in ((w, r), (w, r / 3), (w, r * 3), (w / 3, r), (w * 3, r)):

@@ -41,12 +41,8 @@ def compare_recipes(
         dpo_learning_rate: of the DPO stage; 0: a thirtieth of `learning_rate`, about the usual ratio.
 
     Returns:
-        `comparison/` in the run's folder that the settings name: a folder for each run; comparison.json,
-        {"runs": [{"recipe", "seed", figure: value}], "said": [sentence]}; comparison.md and comparison.png,
-        the same as a table and a picture.
-
-    Raises:
-        UserError: no pair is held out, or a run failed.
+        `comparison/` in the run's folder: a folder a run; comparison.json, {"runs": [{"recipe", "seed",
+        figure: value}], "said": [sentence]}; the same as comparison.md, a table, and .png.
     """
     if not settings.eval_pairs:
         raise UserError("eval_pairs is 0: a comparison needs held-out pairs; give at least 40.")
@@ -116,7 +112,5 @@ def _verdict(folders: dict[str, list[Path]], other: str) -> str:
 def _sft_tokens(folder: Path) -> str:
     means = {side: n["mean"] for side, n in read_json(folder / "data_report.json")["tokens"].items()}
     share = 1 - means["rejected"] / sum(means.values())
-    return (
-        "SFT here also scores the rejected answers, for its curves; without them it would need "
-        f"{share:.0%} of its tokens and time."
-    )
+    less = f"without them it would need {share:.0%} of its tokens and time"
+    return f"SFT here also scores the rejected answers, for its curves; {less}."

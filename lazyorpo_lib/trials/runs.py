@@ -36,9 +36,6 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
 
     Args:
         merge: folder of a finished run whose merged model is this one's base.
-
-    Raises:
-        UserError: it failed or was interrupted; run again, it goes on.
     """
     folder = Path(settings.output_dir)
     if _is_finished(folder):
@@ -46,8 +43,7 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     take(folder, "run", "log.txt", "STOP")
     # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand
-    # these imports initialise it (peft's of bitsandbytes asks for the card's capability), which no forked
-    # process survives.
+    # these imports initialise it (peft's bitsandbytes asks what the card can), which no fork survives.
     forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload([run.__name__, "peft", "datasets"])

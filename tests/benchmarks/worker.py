@@ -22,11 +22,14 @@ from lazyorpo_lib import model
 from lazyorpo_lib.demo.model import DEMO_MODEL
 from lazyorpo_lib.fast.attention import RowAttention
 from lazyorpo_lib.fast.layouts import PairScorer
-from lazyorpo_lib.orpo import data
 from lazyorpo_lib.orpo.batching import EncodedPair, StepOrder, collate
+from lazyorpo_lib.orpo.data import clean
 from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.dataset import open_rows
+from lazyorpo_lib.rows.template import Template
 from lazyorpo_lib.settings import Settings
 
 # Published shapes, filled with random weights: speed and memory do not depend on their values.
@@ -78,8 +81,10 @@ def encoded_pairs(job: dict) -> list:
         ]
     tokenizer = model.load_tokenizer(DEMO_MODEL if job["model"] in SHAPES else job["model"])
     prepare_tokenizer(tokenizer)
-    encoder = Encoder(tokenizer, max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"])
-    cleaned, _ = data.clean(data.open_rows(job["dataset"]))
+    encoder = Encoder(
+        Template(tokenizer), max_prompt_tokens=job["max_tokens"] - 2, max_tokens=job["max_tokens"]
+    )
+    cleaned, _ = clean(candidates(open_rows(job["dataset"])))
     pairs = [ids for _, ids in encoder.encode(cleaned) if not isinstance(ids, str)]
     order = [
         i for step in StepOrder([p.tokens() for p in pairs], job["pairs"], seed=0).steps(0) for i in step

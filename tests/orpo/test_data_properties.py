@@ -15,7 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo.data import BadRow, Pair, clean, json_safe, open_rows, split_held_out, to_pair
+from lazyorpo_lib.orpo.data import Pair, clean, json_safe, split_held_out
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.dataset import open_rows
+from lazyorpo_lib.rows.messages import BadRow
+from lazyorpo_lib.rows.shapes import to_pair
 
 SCALE = int(os.environ.get("PROPERTY_SCALE", "1"))
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
@@ -177,7 +181,7 @@ def test_every_text_of_a_kept_row_is_read_or_scored_or_its_place_is_named():
 def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values):
     dropped = []
     rows = list(enumerate([GOOD, *values]))  # one row of a known shape, or the dataset is refused as a whole
-    pairs, report = clean(rows, on_drop=dropped.append)
+    pairs, report = clean(candidates(rows), on_drop=dropped.append)
     kept = [pair.index for pair in pairs]
     assert sorted(kept + [drop["index"] for drop in dropped]) == list(range(len(rows)))
     assert (report.read, report.kept, report.dropped.total()) == (len(rows), len(kept), len(dropped))
@@ -190,7 +194,7 @@ def test_every_row_is_kept_or_dropped_once_and_every_drop_can_be_written(values)
 @cases(1000)
 @given(st.lists(row, max_size=3))
 def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
-    once = list(clean(list(enumerate([GOOD, *values])))[0])
+    once = list(clean(candidates(list(enumerate([GOOD, *values]))))[0])
     again = [
         (
             pair.index,
@@ -202,7 +206,7 @@ def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
         )
         for pair in once
     ]
-    pairs, report = clean(again)
+    pairs, report = clean(candidates(again))
     assert list(pairs) == once
     assert report.kept == len(once)
 
@@ -213,7 +217,7 @@ def test_what_is_kept_is_kept_unchanged_when_cleaned_again(values):
 )
 def test_no_two_kept_pairs_contradict_or_repeat_each_other(values):
     rows = [(i, {"prompt": p, "chosen": a, "rejected": b}) for i, (p, a, b) in enumerate(values)]
-    kept = [(pair.prompt[0]["content"], pair.chosen, pair.rejected) for pair in clean(rows)[0]]
+    kept = [(pair.prompt[0]["content"], pair.chosen, pair.rejected) for pair in clean(candidates(rows))[0]]
     wanted = dict.fromkeys((p, a, b) for p, a, b in values if a != b and (p, b, a) not in values)
     assert kept == list(wanted)
 

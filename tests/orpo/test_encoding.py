@@ -11,6 +11,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.data import Pair
 from lazyorpo_lib.orpo.encoding import Encoder, PairFile, Subset, prepare_tokenizer
+from lazyorpo_lib.rows.template import Template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -137,7 +138,7 @@ TURNS = {
 
 def encode(tokenizer, prompt, chosen="Hi there.", rejected="Away!", **limits):
     prepare_tokenizer(tokenizer)
-    encoder = Encoder(tokenizer, **(dict(max_prompt_tokens=400, max_tokens=800) | limits))
+    encoder = Encoder(Template(tokenizer), **(dict(max_prompt_tokens=400, max_tokens=800) | limits))
     ((_, encoded),) = encoder.encode([Pair(0, tuple(prompt), chosen, rejected)])
     return encoder, encoded
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.orpo.data import Pair
 from lazyorpo_lib.orpo.encoding import Encoder, prepare_tokenizer
+from lazyorpo_lib.rows.template import Template
 from tests.orpo.test_data_properties import ODD, cases
 from tests.orpo.test_encoding import TOKENIZERS
 
@@ -43,7 +44,7 @@ def encoder_of(kind):
     if kind not in encoders:
         tokenizer = TOKENIZERS[kind]()
         prepare_tokenizer(tokenizer)
-        encoders[kind] = Encoder(tokenizer, max_prompt_tokens=300, max_tokens=400)
+        encoders[kind] = Encoder(Template(tokenizer), max_prompt_tokens=300, max_tokens=400)
     return encoders[kind]
 
 

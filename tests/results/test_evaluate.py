@@ -10,7 +10,7 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig
 from lazyorpo_lib import model
 from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.results import evaluate
+from lazyorpo_lib.results import evaluate, held_out
 from lazyorpo_lib.settings import Settings
 
 COLUMNS = ["nll", "nll_tokens", "log_odds_chosen", "log_odds_rejected", "accuracy"]
@@ -111,11 +111,10 @@ def test_a_sound_model_keeps_its_verdict(after):
 
 
 def test_figures_that_are_not_numbers_are_kept_as_none_and_told(tmp_path):
-    nan, inf, rows = float("nan"), float("inf"), {}
+    nan, inf, rows = float("nan"), float("inf"), {"columns": COLUMNS, "chosen_shorter": [True, False]}
     for when, bad in (("before", 1.0), ("after", nan)):
         table = [[bad, 3.0, inf if bad != bad else 1.0, 0.5, 1.0], [3.0, 3.0, 1.0, 0.5, 0.0]]
-        one = {"columns": COLUMNS, "answers": [], "prompts": [], "chosen_shorter": [True, False]}
-        rows = evaluate.keep_held_out(rows, when, table=table, **one)
+        rows[when] = {"pairs": held_out.finite(table), "answers": []}
     kept = json.loads(json.dumps(rows, allow_nan=False))
     assert kept["after"]["pairs"][0] == [None, 3.0, None, 0.5, 1.0]
     results = json.loads(json.dumps(evaluate.held_out_results(kept, "demo"), allow_nan=False))
@@ -131,20 +130,11 @@ def test_the_habit_is_one_line_and_then_one_reason():
 
 
 def test_held_out_results_are_told_only_where_both_sides_were_measured():
-    one = {
-        "columns": COLUMNS,
-        "table": [[6.0, 3.0, 1.0, 0.5, 1.0]] * 2,
-        "prompts": ["Why?"],
-        "chosen_shorter": [True, False],
-    }
-    before = evaluate.keep_held_out({}, "before", answers=["Blue."], **one)
+    table = [[6.0, 3.0, 1.0, 0.5, 1.0]] * 2
+    before = {"columns": COLUMNS, "prompts": ["Why?"], "chosen_shorter": [True, False]}
+    before |= {"before": {"pairs": table, "answers": ["Blue."]}}
     assert evaluate.held_out_results(before, "demo") == {} and evaluate.answers_side_by_side(before) == []
-    both = evaluate.keep_held_out(before, "after", answers=["Blue.\nWhy: Light scatters."], **one)
-    assert (
-        both["before"] == before["before"]
-        and both["after"]["pairs"] == one["table"] == before["before"]["pairs"]
-    )
-    assert json.loads(json.dumps(both)) == both
+    both = before | {"after": {"pairs": table, "answers": ["Blue.\nWhy: Light scatters."]}}
     found = evaluate.held_out_results(both, "demo")
     assert (found["accuracy_before"], found["accuracy_after"]) == (1.0, 1.0) and "on 2 pairs" in found[
         "verdict"

@@ -86,11 +86,11 @@ def pictures_cost(monkeypatch, clock):
     """Replace the picture by one that costs this many seconds of the clock."""
 
     def set_cost(seconds):
-        def png(self, *_):
+        def draw(*_, **__):
             clock.now += seconds
             return b"png"
 
-        monkeypatch.setattr(live._Picture, "png", png)
+        monkeypatch.setattr(live, "draw", draw)
 
     return set_cost
 
@@ -108,6 +108,14 @@ def pixels(png):
 def has_color(png, name, tolerance=12):
     wanted = [int(name[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((np.abs(pixels(png)[..., :3] - wanted).max(-1) <= tolerance).sum() > 100)
+
+
+def figure(rows, title="", status=""):
+    """The picture as matplotlib has it: the large axes first, then the small ones from top to bottom."""
+    with matplotlib.rc_context(live.STYLE):
+        drawn = live._figure(rows, title, status)
+        drawn.canvas.draw()
+    return drawn
 
 
 def test_first_and_last_are_always_drawn(tmp_path, clock, shown, pictures_cost):
@@ -193,7 +201,7 @@ def test_with_neither_file_nor_kernel_nothing_is_drawn(clock, no_notebook, pictu
 def test_an_error_is_logged_once_and_never_leaves(tmp_path, clock, shown, monkeypatch, caplog, broken):
     path, bad = tmp_path / "live.png", row(1)
     if broken == "png":
-        monkeypatch.setattr(live._Picture, "png", lambda *_: 1 / 0)
+        monkeypatch.setattr(live, "_figure", lambda *_: 1 / 0)
     elif broken == "row":
         bad = {"nll": "no step here"}
     elif broken == "disk":
@@ -212,7 +220,7 @@ def test_an_interrupt_while_drawing_is_the_callers(tmp_path, clock, monkeypatch)
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(live._Picture, "png", interrupted)
+    monkeypatch.setattr(live, "_figure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         live.LivePlot(tmp_path / "live.png", clock=clock).update(row(1))
 
@@ -243,44 +251,31 @@ def test_the_picture_reads_on_any_background(tmp_path):
     assert (inside[..., 3] > 250).all() and inside[0, 0, :3].min() > 240
 
 
-def test_ten_thousand_rows_are_at_most_six_hundred_points_a_line(tmp_path, no_notebook):
-    plot = live.LivePlot(tmp_path / "live.png")
-    for i in range(10_000):
-        plot._rows.append(row(i + 1, i / 10_000))
-        plot._rows.append(row(i + 1, i / 10_000, "eval_"))
-    plot._png("")
-    for curve in (curve for curves in plot._picture.curves.values() for curve in curves):
-        measured_on_both = curve.name != "odds_gradient_share"
-        for line in (curve.dots, curve.line, curve.held_out)[: 2 + measured_on_both]:
-            x, y = line.get_data()
-            assert 300 <= len(x) <= 600 and x[-1] == 10_000
-    chosen = plot._picture.curves[plot._picture.main][0].dots.get_ydata()
+def test_ten_thousand_rows_are_at_most_six_hundred_points_a_line():
+    both = [row(i + 1, i / 10_000, prefix) for i in range(10_000) for prefix in ("", "eval_")]
+    main, *small = figure(both).axes
+    lines = [line for axes in (main, *small) for line in axes.get_lines() if len(line.get_xdata()) != 2]
+    assert (
+        len(lines) == 6 * 3 and len(lines[-4].get_xdata()) == 0
+    )  # the odds term's share is training's alone
+    for x in (line.get_xdata() for line in lines if len(line.get_xdata())):
+        assert 300 <= len(x) <= 600 and x[-1] == 10_000
+    chosen = main.get_lines()[0].get_ydata()
     assert np.allclose(chosen, np.linspace(-1, 0, len(chosen)), atol=0.01)  # averaged, not left out
 
 
 @pytest.mark.parametrize("objective,panels", [("orpo", 4), ("sft", 3)])
-def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(
-    no_notebook, tmp_path, objective, panels
-):
-    plot = live.LivePlot(tmp_path / "live.png")
-    for one in healthy(20):
-        plot._rows.append(
-            {
-                name: value
-                for name, value in one.items()
-                if objective == "orpo" or name != "odds_gradient_share"
-            }
-        )
-    plot._png("")
-    small = [axes for axes in plot._picture.curves if axes.get_visible() and axes is not plot._picture.main]
+def test_the_odds_terms_share_of_the_gradient_is_drawn_where_it_is_known(objective, panels):
+    without = set() if objective == "orpo" else {"odds_gradient_share"}
+    rows = [{name: value for name, value in one.items() if name not in without} for one in healthy(20)]
+    _, *small = figure(rows).axes
     boxes = [axes.get_position() for axes in small]
     assert len(small) == panels and all(
         upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False)
     )
     assert [axes.xaxis.label.get_visible() for axes in small] == [False] * (panels - 1) + [True]
     if objective == "orpo":
-        (share,) = plot._picture.curves[small[2]]
-        assert share.name == "odds_gradient_share" and share.label.get_text() == "0.11"
+        assert [label.get_text() for label in small[2].texts] == ["0.11"]
         assert small[2].get_title("left") == "odds term (share of gradient)"
 
 
@@ -324,45 +319,39 @@ def test_short_histories_are_drawn(rows):
     assert len(live.draw(rows)) > 2000
 
 
-def test_one_outlier_does_not_flatten_the_curves(tmp_path, no_notebook):
-    plot = live.LivePlot(tmp_path / "live.png")
-    for one in healthy(200):
-        plot._rows.append(one | ({"log_odds_rejected": -500.0} if one["step"] == 100 else {}))
-    plot._png("")
-    assert plot._picture.main.get_ylim()[0] > -60
+def test_one_outlier_does_not_flatten_the_curves():
+    rows = [one | ({"log_odds_rejected": -500.0} if one["step"] == 100 else {}) for one in healthy(200)]
+    assert figure(rows).axes[0].get_ylim()[0] > -60
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.01, 0.2, 5.0])
 @pytest.mark.parametrize("level", [-3.0, 0.0, 3.0])
-def test_labels_never_touch_and_stay_inside(tmp_path, no_notebook, apart, level):
-    plot = live.LivePlot(tmp_path / "live.png")
+def test_labels_never_touch_and_stay_inside(apart, level):
+    rows = []
     for step in range(20):
         ends = {"log_odds_chosen": level * step / 19 + apart, "log_odds_rejected": level * step / 19}
-        plot._rows.append(row(step) | ends)
-    plot._png("")
-    boxes = [c.label.get_window_extent() for c in plot._picture.curves[plot._picture.main]]
-    assert boxes[0].y0 >= boxes[1].y1
-    assert boxes[1].y0 > plot._picture.main.get_window_extent().y0 - 20
+        rows.append(row(step) | ends)
+    main = figure(rows).axes[0]
+    boxes = {label.get_text().split()[0]: label.get_window_extent() for label in main.texts}
+    assert boxes["chosen"].y0 >= boxes["rejected"].y1
+    assert boxes["rejected"].y0 > main.get_window_extent().y0 - 20
 
 
-def test_long_and_odd_titles_do_no_harm(tmp_path, no_notebook):
-    plot = live.LivePlot(tmp_path / "live.png", title="$\\a$ " + "model_" * 40)
-    plot._rows.append(row(1))
-    plot._png("step 1,000,000 of 9,000,000 · 99 h 59 min left")
-    assert plot._picture.title.get_window_extent().x1 < plot._picture.status.get_window_extent().x0
+def test_long_and_odd_titles_do_no_harm():
+    status = "step 1,000,000 of 9,000,000 · 99 h 59 min left"
+    drawn = figure([row(1)], "$\\a$ " + "model_" * 40, status)
+    title, told, _ = (text.get_window_extent() for text in drawn.texts)
+    assert title.x1 < told.x0
 
 
 @pytest.mark.parametrize("change", [dict(), dict(chosen=-1, rejected=-3), dict(noise=6), dict(nll=1)])
-def test_the_reading_stands_under_the_curves_and_fits(tmp_path, no_notebook, change):
+def test_the_reading_stands_under_the_curves_and_fits(change):
     from tests.results.test_reading import curves
 
-    plot = live.LivePlot(tmp_path / "live.png")
-    for one in curves(**change):
-        plot._rows.append(one)
-    plot._png("")
-    text = plot._picture.reading
+    drawn = figure(curves(**change))
+    *_, text = drawn.texts
     assert text.get_text().lower() == reading.read_curves(curves(**change))
-    assert text.get_window_extent().x1 < plot._picture.figure.bbox.x1
+    assert text.get_window_extent().x1 < drawn.bbox.x1
 
 
 def test_progress_is_shown_from_the_folder_alone(tmp_path, shown, capsys):

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
-from lazyorpo_lib.orpo.data import clean, open_rows, split_held_out
+from lazyorpo_lib.orpo.data import clean, split_held_out
 from lazyorpo_lib.results import words
 from lazyorpo_lib.results.words import BagOfWords, said
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.dataset import open_rows
 
 VOCABULARY = [f"word{n}" for n in range(400)]
 
@@ -49,7 +51,7 @@ def test_it_sees_the_two_answers_alone_and_both_alike():
 
 
 def test_the_demos_habit_is_a_surface_one():
-    pairs = list(clean(open_rows("demo"))[0])
+    pairs = list(clean(candidates(open_rows("demo")))[0])
     made = bag((pair.chosen, pair.rejected) for pair in pairs)
     assert made.accuracy(*split_held_out(pairs, 40, 1)) > 0.97
 

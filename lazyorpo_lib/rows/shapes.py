@@ -9,36 +9,11 @@ reason, and a column that nobody asked for is named in `Pair.unused`.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
+from ..orpo.data import Message, Pair
 from . import columns as tables
-from .columns import Layout, are_texts, at, core, fold
-from .messages import BadRow, Message, as_messages, is_transcript, missing, read, transcript
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt, ending with a user turn or what a tool said, and its two answers."""
-
-    index: int  # the row's number in the dataset, from 0
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    shape: str = field(default="", compare=False)
-    chosen_with: dict = field(default_factory=dict)  # its reasoning_content and tool_calls
-    rejected_with: dict = field(default_factory=dict)
-    tools: tuple = ()
-    used: dict = field(default_factory=dict, compare=False)  # {column: what it was taken for}
-    unused: tuple = field(default=(), compare=False)  # columns, and fields of messages, that hold something
-
-    def answers(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
-        """Give the text of either answer with what comes beside it, the chosen one first."""
-        return (self.chosen, self.chosen_with), (self.rejected, self.rejected_with)
-
-    def as_bytes(self) -> bytes:
-        """Give all that the model will read and score of it, whatever a template makes of that."""
-        return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
+from .columns import Layout, at, core, fold
+from .messages import BadRow, as_messages, is_transcript, missing, read, transcript
 
 
 class _Row:
@@ -49,13 +24,12 @@ class _Row:
         self.used: dict[str, str] = {}
         self.unknown: set[str] = set()
 
-    def take(self, part: str, *names: str):
-        """Give the first cell that holds something, of what was mapped or of columns with these names."""
+    def take(self, part: str):
+        """Give what was mapped to a part, else the first cell that holds something of columns for it."""
         if part in self.columns:
             self.mark(self.columns[part], part)
             return at(self.cells, self.columns[part])
-        for name in names:
-            column = self.layout.names.get(name, name)
+        for column in self.layout.parts.get(part, ()):
             if column not in self.used and not missing(self.cells.get(column)):
                 self.used[column] = part
                 return self.cells[column]
@@ -91,23 +65,19 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
         sides[1] = sides[0][:-1] + sides[1]
     if not all(sides):
         raise BadRow("empty_answer")
-    if any(side[-1]["role"] != "assistant" for side in sides):
+    (*head, best), (*other, worst) = sides
+    if not best["role"] == worst["role"] == "assistant":
         raise BadRow("no_answer")
-    head, other = sides[0][:-1], sides[1][:-1]
     if head != other:
         raise BadRow("prompts_differ")
-    if (
-        not head
-        and not given
-        and not (row.layout.names.keys() & set(tables.PROMPTS) or "prompt" in row.columns)
-    ):
+    if not (head or given or row.layout.parts["prompt"] or "prompt" in row.columns):
         raise BadRow("unknown_shape")
-    has_user = any(turn["role"] == "user" for turn in head)
+    has_user = "user" in [turn["role"] for turn in head]
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
-    (chosen, chosen_with), (rejected, rejected_with) = (_parted(side[-1]) for side in sides)
+    (chosen, chosen_with), (rejected, rejected_with) = _parted(best), _parted(worst)
     shape = inside if has_user else "prompt" if "prompt" in row.columns else fold(name)
-    more = dict(chosen_with=chosen_with, rejected_with=rejected_with, tools=tools)
-    return _checked(Pair(index, prompt, chosen, rejected, shape, **more, used=row.used, unused=row.rest()))
+    texts = (prompt, chosen, rejected, shape)
+    return _checked(Pair(index, *texts, chosen_with, rejected_with, tools, row.used, row.rest()))
 
 
 def _answers(row: _Row) -> list:
@@ -117,7 +87,7 @@ def _answers(row: _Row) -> list:
     if {"chosen", "rejected"} & mapped or good and not {"a", "b"} & mapped:
         if not (good or {"chosen", "rejected"} <= mapped):
             raise BadRow("unknown_shape")
-        if len(fold(str(row.cells.get(good)))) == 1 and row.layout.both:  # "chosen": "B" names a side
+        if row.layout.both and len(fold(str(row.cells.get(good)))) == 1:  # "chosen": "B" names a side
             return _labelled(row)
         found = [row.take("chosen"), row.take("rejected")]
         for i, (part, column) in enumerate((("chosen", good), ("rejected", bad))):
@@ -138,10 +108,8 @@ def _labelled(row: _Row) -> list:
         sides = [("a", row.columns["a"]), ("b", row.columns["b"])]
         found = [row.take("a"), row.take("b")]
     else:
-        sides = next(
-            (pair for pair in row.layout.both if all(not missing(row.cells[n]) for _, n in pair)), ()
-        )
-        if not sides:
+        filled = (pair for pair in row.layout.both if not any(missing(row.cells[n]) for _, n in pair))
+        if not (sides := next(filled, ())):
             raise BadRow("empty_answer")
         found = [row.cells[name] for _, name in sides]
     first = _winner(row, sides)
@@ -165,11 +133,8 @@ def _winner(row: _Row, sides) -> int:
             votes += [_ordered(difference, row)]
             break
     labels = [row.columns["winner"]] if "winner" in row.columns else []
-    labels += [
-        name
-        for s, name in names.items()
-        if s in (*tables.SIGNED, *tables.LABELS) or core(s, {"id"}) in tables.LABELS[:5]
-    ]
+    own, any_of = tables.LABELS[:5], (*tables.SIGNED, *tables.LABELS)
+    labels += [name for s, name in names.items() if s in any_of or core(s, {"id"}) in own]
     for name in labels:
         vote = _vote(row, name, sides)
         if vote is not None:
@@ -177,9 +142,7 @@ def _winner(row: _Row, sides) -> int:
             votes.append(vote)
             break
     flags = {core(s, {"winner", "model"}): name for s, name in names.items() if s.startswith("winner_")}
-    for side in (
-        [*tokens, "tie"] if set(tokens) <= flags.keys() else ()
-    ):  # winner_model_a: 1, winner_model_b: 0
+    for side in [*tokens, "tie"] if set(tokens) <= flags.keys() else []:  # winner_model_a: 1, …_b: 0
         if side in flags and str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"):
             votes.append(tokens.index(side) if side in tokens else side)
         row.used |= {flags[side]: "label"} if side in flags else {}
@@ -213,9 +176,8 @@ def _vote(row: _Row, name: str, sides):
     if said in tables.TIES:
         return "tie"
     models = [row.cells.get(row.layout.names.get(f"model_{side}")) for side in tokens]
-    for way in (
-        [fold(column) for _, column in sides], tokens, models if models[0] != models[1] else [],
-    ):  # fmt: skip
+    columns, models = [fold(column) for _, column in sides], models if models[0] != models[1] else []
+    for way in (columns, tokens, models):
         for word in (value, said, core(said, {"model"})):
             if word in way:
                 return way.index(word)
@@ -231,10 +193,8 @@ def _is_number(value) -> bool:
 def _ranked(row: _Row) -> list:
     """Give the best and the worst of a list of answers that have scores or ranks."""
     names = row.layout.names
-    listed = next(
-        (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple)), None
-    )
-    if listed is None:
+    lists = (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple))
+    if (listed := next(lists, None)) is None:
         raise BadRow("unknown_shape")
     items, texts, marks, sign = row.cells[listed], [], [], 1
     if all(isinstance(item, dict) for item in items):
@@ -264,15 +224,14 @@ def _ranked(row: _Row) -> list:
 def _prompt(row: _Row) -> tuple[str, object]:
     """Give the prompt's column and what it holds, out of an object with `messages` too."""
     before = set(row.used)
-    cell = row.take("prompt", *tables.PROMPTS)
+    cell = row.take("prompt")
     name = next((n for n, part in row.used.items() if part == "prompt" and n not in before), "")
     is_message = isinstance(cell, dict) and {"role", "from"} & cell.keys()
     inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
     inner = next((n for n in inside if n in cell), None) if isinstance(cell, dict) else None
     if inner:
-        row.unknown |= {
-            f"{name}.{n}" for n, c in cell.items() if n not in (inner, "tools") and not missing(c)
-        }
+        others = [n for n, c in cell.items() if n not in (inner, "tools") and not missing(c)]
+        row.unknown |= {f"{name}.{n}" for n in others}
         if not missing(cell.get("tools")):
             row.cells = row.cells | {"tools": cell["tools"]}
         cell = cell[inner]
@@ -292,13 +251,10 @@ def _given(row: _Row, name: str, cell) -> list:
 def _history(row: _Row, prompt: str) -> list:
     """Give the turns before the prompt: messages, or a list of [said, answered]."""
     column = row.layout.names.get("history")
-    if (
-        column == prompt
-        or "history" not in row.columns
-        and not isinstance(read(row.cells.get(column)), list | tuple)
-    ):
+    is_talk = "history" in row.columns or isinstance(read(row.cells.get(column)), list | tuple)
+    if column == prompt or not is_talk:
         return []
-    talk = read(row.take("history", "history")) or []
+    talk = read(row.take("history")) or []
     if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in talk):
         said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
         if not all(isinstance(text, str) for _, text in said):
@@ -312,20 +268,19 @@ def _joined(row: _Row, head, given, has_user) -> tuple:
     turns = head + given
     if has_user:
         turns = given if given[-len(head) :] == head else head
-        if (
-            turns is head
-            and given
-            and given != [turn for turn in head if turn["role"] != "system"][-len(given) :]
-        ):
+        spoken = [turn for turn in head if turn["role"] != "system"]
+        if turns is head and given and given != spoken[-len(given) :]:
             row.used = {name: part for name, part in row.used.items() if part not in ("prompt", "history")}
-    if not any(turn["role"] == "system" for turn in turns):
+    if "system" not in [turn["role"] for turn in turns]:
         system = [turn for turn in given[:1] if turn["role"] == "system"]
-        turns = (as_messages(row.take("system", *tables.SYSTEMS), "system", row.unknown) or system) + turns
-    return tuple(turn for turn in turns if turn["role"] != "system" or turn["content"].strip())
+        turns = (as_messages(row.take("system"), "system", row.unknown) or system) + turns
+    return tuple([turn for turn in turns if turn["role"] != "system" or turn["content"].strip()])
 
 
 def _tools(row: _Row) -> tuple:
     column = row.columns.get("tools") or row.layout.names.get("tools", "tools")
+    if column not in row.cells and "tools" not in row.columns:
+        return ()
     tools = read(at(row.cells, column))
     if isinstance(tools, dict):
         tools = [tools]
@@ -340,17 +295,18 @@ def _parted(turn) -> tuple[str, dict]:
 
 
 def _checked(pair: Pair) -> Pair:
+    roles = [turn["role"] for turn in pair.prompt]
     try:
-        "".join([pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)]).encode()
-        if pair.tools or pair.chosen_with or pair.rejected_with or any(len(turn) > 2 for turn in pair.prompt):
+        "".join([pair.chosen, pair.rejected, *[turn["content"] for turn in pair.prompt]]).encode()
+        if pair.tools or pair.chosen_with or pair.rejected_with or max(map(len, pair.prompt), default=0) > 2:
             json.dumps([pair.prompt, pair.answers(), pair.tools], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise BadRow("invalid_text") from None
     except (TypeError, ValueError, RecursionError):  # tools or calls that are no JSON
         raise BadRow("malformed") from None
-    if not pair.prompt or missing(pair.prompt[-1]["content"]) and pair.prompt[-1]["role"] != "tool":
+    if not roles or missing(pair.prompt[-1]["content"]) and roles[-1] != "tool":
         raise BadRow("empty_prompt")
-    if pair.prompt[-1]["role"] not in ("user", "tool") or not any(t["role"] == "user" for t in pair.prompt):
+    if roles[-1] not in ("user", "tool") or "user" not in roles:
         raise BadRow("no_user_turn")
     said = [(text.strip(), more) for text, more in pair.answers()]
     if any(not text and "tool_calls" not in more for text, more in said):
@@ -358,26 +314,3 @@ def _checked(pair: Pair) -> Pair:
     if said[0] == said[1]:
         raise BadRow("identical_answers")
     return pair
-
-
-# ---- a row with several answers on a side; a row that is in no known shape
-
-
-def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, object]]:
-    """Make one row of each pair where a side is a list of texts: the first better answer against the first
-    worse one, and so on; the shorter list begins again. What is made is numbered, in place of the rows."""
-    extra = 0
-    for index, row in rows:
-        places = []
-        if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
-            bad, good = next(iter(found.items()))
-            places = [columns.get("chosen", good), columns.get("rejected", bad)]
-        lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]
-        if max(map(len, lists), default=1) == 1:
-            yield index + extra, row
-            continue
-        most = max(map(len, lists))
-        for i in range(most):
-            cells = {p: cell[i % len(cell)] for p, cell in zip(places, lists, strict=True)}
-            yield index + extra + i, row | cells
-        extra += most - 1

@@ -60,6 +60,7 @@ class Layout:
     names: dict[str, str]  # {folded: as written}
     good: dict[str, str]  # {as written: as written}: the better column for each worse one that has one
     both: list[tuple]  # ((side, column), (side, column)): two answers with a label elsewhere
+    parts: dict[str, list]  # {part: the columns that may hold it, the likeliest first}
 
     @classmethod
     @functools.lru_cache(256)
@@ -79,7 +80,9 @@ class Layout:
             for a, b in BOTH for left in cores.get(a, ()) for right in cores.get(b, ())
             if fold(left).removesuffix(a) == fold(right).removesuffix(b) or fold(left).startswith(a)
         ]  # fmt: skip
-        return cls(folded, {good[1]: good[0]} if good else {}, both)
+        known = {"prompt": PROMPTS, "system": SYSTEMS, "history": ["history"]}
+        parts = {part: [folded[n] for n in known[part] if n in folded] for part in known}
+        return cls(folded, {good[1]: good[0]} if good else {}, both, parts)
 
 
 def at(cell, path: str):
@@ -116,9 +119,8 @@ def advise(rows: list[tuple[dict, str]]) -> str:
     free = [n for n in names if any(isinstance(row.get(n), str | list | dict) and row[n] for row, _ in rows)]
     if any(reason == "label_unclear" for _, reason in rows):
         (_, a), (_, b) = layout.both[0] if layout.both else ((0, "a"), (0, "b"))
-        return (
-            f"which of two answers is better is not clear: write {a!r}, {b!r} or tie into the column winner"
-        )
+        unclear = "which of two answers is better is not clear"
+        return f"{unclear}: write {a!r}, {b!r} or tie into the column winner"
     if layout.good:
         free = [name for name in free if name not in {*layout.good, *layout.good.values()}]
         which = f"set columns to 'prompt={free[0]}' or whichever holds it" if free else "add a column prompt"
@@ -130,9 +132,8 @@ def advise(rows: list[tuple[dict, str]]) -> str:
     if len(free) > 2:
         return "set columns to 'prompt=…,chosen=…,rejected=…' with this dataset's column names"
     one = "each row has one answer, and " * any(fold(name) in ALONE for name in free)
-    return (
-        f"{one}a row needs a prompt, a better answer (chosen) and a worse one (rejected): add what is missing"
-    )
+    needed = "a prompt, a better answer (chosen) and a worse one (rejected)"
+    return f"{one}a row needs {needed}: add what is missing"
 
 
 def are_texts(cell) -> bool:

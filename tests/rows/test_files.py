@@ -12,9 +12,10 @@ import zipfile
 import pytest
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo import rows as rows_module
 from lazyorpo_lib.orpo.data import clean
-from lazyorpo_lib.orpo.rows import open_rows, written
+from lazyorpo_lib.rows import dataset
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.dataset import open_rows, written
 
 PAIRS = [{"prompt": f"Why {n}?", "chosen": "Because, so.", "rejected": "No."} for n in range(3)]
 COLUMNS = {name: [row[name] for row in PAIRS] for name in PAIRS[0]}
@@ -180,7 +181,7 @@ def test_a_folder_of_parts_is_read_in_order(tmp_path):
 
 def test_a_missing_file_names_those_near_by(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rows_module, "PLACES", ("", str(tmp_path / "drive")))
+    monkeypatch.setattr(dataset, "PLACES", ("", str(tmp_path / "drive")))
     write(tmp_path, "my_pairs.jsonl", "{}")
     write(tmp_path, "drive/MyDrive/others.csv", table())
     write(tmp_path, "script.py", "")
@@ -198,7 +199,7 @@ def answer(monkeypatch, content, kind="text/plain"):
             raise content
         return Answer(content)
 
-    rows_module._fetched.cache_clear()
+    dataset._fetched.cache_clear()
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
 
@@ -249,7 +250,7 @@ def test_rows_in_a_variable_are_written_beside_the_notebook_once(tmp_path, monke
     path = written(value)
     assert found(path)[0] == PAIRS and path == written(PAIRS)
     assert [file.name for file in tmp_path.iterdir()] == [path]
-    assert len(list(clean(open_rows(path))[0])) == 3
+    assert len(list(clean(candidates(open_rows(path)))[0])) == 3
 
 
 def test_a_dataset_of_the_hubs_library_is_taken(tmp_path, monkeypatch):

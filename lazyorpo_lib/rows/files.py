@@ -25,11 +25,8 @@ _CHINESE = re.compile(rb"[\xa1-\xa3\xb0-\xd7][\xa1-\xfe]")  # punctuation and co
 
 def ending(path: Path) -> str:
     """Give the ending that says what a file is: ".csv" of a.csv.gz."""
-    return (
-        "".join(path.suffixes[-2:]).lower().removesuffix(path.suffix.lower())
-        if _packed(path)
-        else (path.suffix.lower())
-    )
+    kind = path.suffix.lower()
+    return "".join(path.suffixes[-2:]).lower().removesuffix(kind) if _packed(path) else kind
 
 
 def _packed(path):
@@ -62,6 +59,10 @@ def _member(archive):
     return names[0]
 
 
+def _too_much(most):
+    return ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
+
+
 class _Unpacked(io.RawIOBase):
     """What an archive unpacks to, up to a limit."""
 
@@ -77,9 +78,7 @@ class _Unpacked(io.RawIOBase):
         buffer[:count] = data
         self.left -= count
         if self.left < 0:
-            raise ValueError(
-                f"it unpacks to more than {self.most // limits.MIB:,} MiB, too much for its size"
-            )
+            raise _too_much(self.most)
         return count
 
     def close(self):
@@ -142,9 +141,8 @@ def _unwrapped(values):
 def rows_inside(value) -> Iterator:
     """Give the rows of a list, of an object with a list of them, of columns; or the value itself."""
     if isinstance(value, list):
-        yield from (
-            row["row"] if isinstance(row, dict) and {"row", "row_idx"} <= row.keys() else row for row in value
-        )
+        wrapped = {"row", "row_idx"}
+        yield from (row["row"] if isinstance(row, dict) and wrapped <= row.keys() else row for row in value)
         return
     cells = value if isinstance(value, dict) else {}
     named = [value[name] for name in cells if str(name).lower() in LISTS and isinstance(value[name], list)]
@@ -164,13 +162,11 @@ def _columns(cells):
     inner = [list(cell.values()) if isinstance(cell, dict) else cell for cell in cells.values()]
     keys = {tuple(cell) for cell in cells.values() if isinstance(cell, dict)}
     is_table = all(isinstance(cell, list) for cell in inner) and len({len(cell) for cell in inner}) == 1
-    messages = (
-        any(isinstance(c, dict) and {"role", "from"} & c.keys() for cell in inner for c in cell[:1])
-        if is_table
-        else 0
-    )
     numbered = all(str(key).isdigit() for names in keys for key in names)
-    return inner if len(inner) > 1 and is_table and not messages and numbered else None
+    if len(inner) < 2 or not is_table or not numbered:
+        return None
+    talk = any(isinstance(c, dict) and {"role", "from"} & c.keys() for cell in inner for c in cell[:1])
+    return None if talk else inner
 
 
 def _json(data, number):
@@ -242,22 +238,19 @@ def sheet_rows(path, say) -> Iterator:
         import openpyxl
     except ImportError:
         raise ValueError("a .xlsx needs openpyxl: pip install openpyxl, or save it as .csv") from None
+    most = limits.unpacked(path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
-        unpacked, most = (
-            sum(part.file_size for part in archive.infolist()),
-            limits.unpacked(path.stat().st_size),
-        )
+        unpacked = sum(part.file_size for part in archive.infolist())
     if unpacked > most:
-        raise ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
+        raise _too_much(most)
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
         names = [str(name) if name is not None else "" for name in next(rows, ())]
         if len(book.sheetnames) > 1:
             say(f"Read the first sheet, {book.sheetnames[0]!r}, of {len(book.sheetnames)}.")
-        yield from (
-            dict(zip(names, row, strict=False)) for row in rows if any(cell is not None for cell in row)
-        )
+        filled = (row for row in rows if any(cell is not None for cell in row))
+        yield from (dict(zip(names, row, strict=False)) for row in filled)
     finally:
         book.close()
 
@@ -291,14 +284,8 @@ def _cells(column):
         return [None] * len(column)
 
 
-READERS = {
-    ".jsonl": json_rows,
-    ".ndjson": json_rows,
-    ".json": json_rows,
-    ".csv": table_rows,
-    ".tsv": table_rows,
-}
-READERS |= {".parquet": parquet_rows, ".xlsx": sheet_rows}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), json_rows)
+READERS |= {".csv": table_rows, ".tsv": table_rows, ".parquet": parquet_rows, ".xlsx": sheet_rows}
 
 
 def reader_of(path: Path):

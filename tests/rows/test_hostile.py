@@ -10,16 +10,16 @@ import sys
 import pytest
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo import limits
 from lazyorpo_lib.orpo.data import json_safe
-from lazyorpo_lib.orpo.rows import open_rows
+from lazyorpo_lib.rows import limits
+from lazyorpo_lib.rows.dataset import open_rows
 
 ROW = b'{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}\n'
 MUCH = 300 * 2**20
 READ = """
 import resource, sys
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo.rows import open_rows
+from lazyorpo_lib.rows.dataset import open_rows
 import pyarrow.parquet
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

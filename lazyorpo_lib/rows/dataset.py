@@ -1,4 +1,4 @@
-"""A dataset's name -> its rows, one at a time; `data.py` judges them.
+"""A dataset's name -> its rows, one at a time; `candidates.py` judges them.
 
 A file (see files.py), a folder of files, an https address of one, what a notebook holds in a variable, or a
 hub dataset, which comes through `datasets` with its cache; no code of a dataset is ever run.
@@ -65,9 +65,6 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
 
     Args:
         max_rows: read at most so many; 0 reads all.
-
-    Raises:
-        UserError: no such dataset, or it cannot be read; a file is first opened when it is iterated.
     """
     if re.match("https?://", dataset):
         return _file_rows(*_fetched(dataset), max_rows)
@@ -167,11 +164,7 @@ def _fetched(address: str) -> tuple[str, Path]:
 
 def written(value, folder: str = "") -> str:
     """Write rows that a notebook holds (a list of dicts, a DataFrame, a `datasets.Dataset`) to a file that is
-    named after what is in it, if it is not there yet; gives its name.
-
-    Raises:
-        UserError: it is none of these, or holds no rows.
-    """
+    named after what is in it, if it is not there yet; gives its name."""
     kind = type(value).__name__
     if hasattr(value, "keys") and hasattr(value, "num_rows"):  # a DatasetDict
         value = value["train"] if "train" in value else next(iter(value.values()))
@@ -184,10 +177,11 @@ def written(value, folder: str = "") -> str:
     if not rows or not all(isinstance(row, dict) and row for row in rows):
         ways = "a list of dicts, a DataFrame, a Dataset or a name"
         raise UserError(f"dataset is a {kind} without rows: give {ways}.")
-    lines = [
-        json.dumps(row, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)) for row in rows
-    ]
-    text = "".join(line + "\n" for line in lines).encode()
+
+    def plain(cell):  # of NumPy, or a date
+        return cell.tolist() if hasattr(cell, "tolist") else str(cell)
+
+    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows).encode()
     path = Path(folder, f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
     if not path.exists():
         write_atomically(path, text)

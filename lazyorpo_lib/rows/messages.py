@@ -8,20 +8,14 @@ import ast
 import json
 import math
 import re
-from typing import NotRequired, TypedDict
+
+from ..orpo.data import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "ai", "chatgpt"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "ipython", "observation"), "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _LIKE_MESSAGES = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value|messages)['"]\s*:""")
-
-
-class Message(TypedDict):
-    role: str  # system, user, assistant or tool
-    content: str
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list]
 
 
 class BadRow(Exception):
@@ -31,16 +25,14 @@ class BadRow(Exception):
 def missing(value) -> bool:
     """Tell whether a cell holds nothing."""
     if isinstance(value, str):
-        return not value.strip()
+        return not value or value.isspace()
     return value is None or value == [] or value == {} or isinstance(value, float) and math.isnan(value)
 
 
 def read(cell):
     """Give what a text holds that is a list or an object as JSON or as Python writes it; else the cell."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        ways = (json.loads, ast.literal_eval)[
-            : 1 if len(cell) > 2**20 else 2
-        ]  # which takes 100 bytes for one
+        ways = [json.loads] + [ast.literal_eval] * (len(cell) <= 2**20)  # which takes 100 bytes for one
         for parse in ways:
             try:
                 found = parse(cell.strip())
@@ -133,9 +125,8 @@ def _calls(cell) -> list:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("malformed")
         inner = inner | ({"arguments": read(inner["arguments"])} if "arguments" in inner else {})
-        found.append(
-            call | {"function": inner} if "function" in call else {"type": "function", "function": inner}
-        )
+        around = call if "function" in call else {"type": "function"}
+        found.append(around | {"function": inner})
     return found
 
 

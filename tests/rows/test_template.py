@@ -11,9 +11,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo import template
 from lazyorpo_lib.orpo.data import Pair
 from lazyorpo_lib.orpo.encoding import Encoder, PairFile, check_model, encode_rows
+from lazyorpo_lib.rows import template
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.template import Template
 
 START = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 HEAD = "<|im_start|>{{ m.role }}\n"
@@ -108,7 +110,7 @@ def said(role, content, **more):
 def written(shape, *prompt, chosen="Yes.", rejected="No.", clock=None, **more):
     """Prompt, chosen and rejected as the tokens decode; or the reason."""
     tokenizer = tokenizer_of(SHAPES.get(shape, shape))
-    encoder = Encoder(tokenizer, max_prompt_tokens=2000, max_tokens=4000, clock=clock)
+    encoder = Encoder(Template(tokenizer, clock), max_prompt_tokens=2000, max_tokens=4000)
     prompt = tuple(said("user", turn) if isinstance(turn, str) else turn for turn in prompt)
     ((_, found),) = encoder.encode([Pair(0, prompt, chosen, rejected, **more)])
     return found if isinstance(found, str) else tuple(tokenizer.decode(ids) for ids in found[1:])
@@ -248,7 +250,7 @@ def test_tools_and_what_they_answered_are_read():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_of_a_kept_pair_every_text_is_read_or_scored_once(shape):
     rng, count, tokenizer = random.Random(shape), itertools.count(), tokenizer_of(SHAPES[shape])
-    encoder = Encoder(tokenizer, max_prompt_tokens=3000, max_tokens=6000)
+    encoder = Encoder(Template(tokenizer), max_prompt_tokens=3000, max_tokens=6000)
 
     def text():
         outer = rng.choice(["", "", " ", "\n", "    "])
@@ -356,7 +358,7 @@ def test_limits_that_leave_a_stump_of_most_answers_are_refused():
 
     def kept(max_tokens):
         limits = dict(max_prompt_tokens=25, max_tokens=max_tokens, overlong="truncate")
-        return list(encode_rows(rows, Encoder(tokenizer, **limits))[0])
+        return list(encode_rows(candidates(rows), Encoder(Template(tokenizer), **limits))[0])
 
     assert len(kept(42)) == 9
     with pytest.raises(UserError, match="max_tokens is 30 .* raise max_tokens"):
@@ -364,7 +366,7 @@ def test_limits_that_leave_a_stump_of_most_answers_are_refused():
 
 
 def test_a_text_that_no_limit_could_hold_is_not_even_tokenized(monkeypatch):
-    encoder = Encoder(tokenizer_of(SHAPES["chatml"]), max_prompt_tokens=10, max_tokens=20)
+    encoder = Encoder(Template(tokenizer_of(SHAPES["chatml"])), max_prompt_tokens=10, max_tokens=20)
     monkeypatch.setattr(encoder, "_ids", lambda *given, **named: pytest.fail("it was"))
     ((_, found),) = encoder.encode([Pair(0, (said("user", "Hi"),), "a" * 10**5, "b")])
     assert found == "overlong"
@@ -374,8 +376,9 @@ def test_the_digest_is_of_the_texts_and_not_of_what_a_clock_wrote():
     rows = [(n, {"prompt": f"Why {n}?", "chosen": "Because.", "rejected": "No."}) for n in range(3)]
 
     def read(clock, rows=rows):
-        encoder = Encoder(tokenizer_of(SHAPES["date"]), max_prompt_tokens=200, max_tokens=400, clock=clock)
-        pairs, report = encode_rows(rows, encoder)
+        template = Template(tokenizer_of(SHAPES["date"]), clock)
+        encoder = Encoder(template, max_prompt_tokens=200, max_tokens=400)
+        pairs, report = encode_rows(candidates(rows), encoder)
         return [encoded for _, encoded in pairs], report.digest.hexdigest()
 
     (first, one), (second, other) = read(10**9), read(10**9 + 3 * 86400)

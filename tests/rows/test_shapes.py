@@ -5,9 +5,10 @@ import json
 import pytest
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.orpo.columns import fold
 from lazyorpo_lib.orpo.data import Report, clean
-from lazyorpo_lib.orpo.shapes import BadRow, to_pair
+from lazyorpo_lib.rows.candidates import candidates
+from lazyorpo_lib.rows.columns import fold
+from lazyorpo_lib.rows.shapes import BadRow, to_pair
 
 
 def turn(role, content, **more):
@@ -19,9 +20,9 @@ TALK_YES, TALK_NO = [U("Why?"), A("Yes")], [U("Why?"), A("No")]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 
 
-def cleaned(raw, **options):
+def cleaned(raw, columns=""):
     dropped = []
-    pairs, report = clean(list(enumerate(raw)), on_drop=dropped.append, **options)
+    pairs, report = clean(candidates(list(enumerate(raw)), columns), on_drop=dropped.append)
     return list(pairs), report, dropped
 
 

@@ -14,23 +14,13 @@ import time
 from collections.abc import Iterable
 
 from ..errors import UserError
+from ..orpo.encoding import Encoder, Unusable, tried
+from ..settings import Settings
 from . import limits
 
-# For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
-# and its own end token after each assistant turn. It is saved with the trained model.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
 SECONDS = 10  # for all that is written of 64 pairs
-THINKING = {
-    "enable_thinking": True,
-    "thinking": True,
-}  # what templates call it that do not think by themselves
+# What templates call it that do not think by themselves.
+THINKING = dict.fromkeys(("enable_thinking", "thinking"), True)
 _MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
 _OPEN = re.compile(r"<think>\s*$")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -38,10 +28,6 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _SWITCHES = re.compile(r"/no_think|/think|/system_override|</?think>")  # words that templates act upon
 
 Piece = tuple[str, bool]  # a text; whether names of special tokens in it are plain text
-
-
-class Unusable(Exception):
-    """A pair that cannot be encoded faithfully; its text is the reason, as counted in the data report."""
 
 
 class Template:
@@ -62,21 +48,17 @@ class Template:
         self._knows = str(tokenizer.chat_template)
         self._shows: dict[tuple, bool] = {}
 
-    def write_all(self, pairs: Iterable) -> list[tuple[list[Piece], ...] | str]:
-        """Write each pair as the pieces of its prompt, its chosen and its rejected answer with their ends; or
-        give the reason why it cannot be written.
-
-        Raises:
-            UserError: the template takes more time or memory than it may.
-        """
+    def write_all(self, pairs: Iterable) -> list[tuple[tuple[list[Piece], ...] | None, str]]:
+        """Write each pair as the pieces of its prompt, its chosen and rejected answer with their ends, and
+        ""; or give None and the reason why it cannot be written."""
         return self._limited(lambda: [tried(self._pair, pair) for pair in pairs])
 
     def prompt(self, messages) -> list[Piece]:
         """Write what the model answers from. Raises Unusable(reason)."""
-        found = self._limited(lambda: tried(self._around, messages, ()))
-        if isinstance(found, str):
-            raise Unusable(found)
-        return self._pieces(*found[:2], ())
+        around, reason = self._limited(lambda: tried(self._around, messages, ()))
+        if reason:
+            raise Unusable(reason)
+        return self._pieces(*around[:2], ())
 
     def _limited(self, write):
         try:
@@ -88,12 +70,8 @@ class Template:
         raise UserError(why)
 
     def _write(self, messages, tools, **more) -> str:
-        messages = [
-            m | dict.fromkeys(("reasoning", "thinking"), m["reasoning_content"])
-            if "reasoning_content" in m
-            else m
-            for m in messages
-        ]
+        name, others = "reasoning_content", ("reasoning", "thinking")
+        messages = [m | dict.fromkeys(others, m[name]) if name in m else m for m in messages]
         more |= {"tools": list(tools)} if tools else {}
         text = self.tokenizer.get_chat_template(None, more.get("tools"))
         text = _CLOCK.sub(lambda call: repr(self._now.strftime(call[2])), text)
@@ -262,9 +240,7 @@ class Template:
         elif opened:
             text = f"<think>\n\n</think>\n\n{text}"
         if opened:
-            text = (
-                text.removeprefix(opened[0]) if text.startswith(opened[0]) else text.removeprefix("<think>")
-            )
+            text = text.removeprefix(opened[0] if text.startswith(opened[0]) else "<think>")
         return text
 
     def _ended(self, body: str, after: str) -> str:
@@ -275,22 +251,18 @@ class Template:
         return body[: specials[-1].end()] if specials else body.rstrip() + self._end("")
 
 
+def encoder_of(tokenizer, settings: Settings, *, clock: float | None = None) -> Encoder:
+    """Give the encoder of a run: its tokenizer's template, and the limits of its settings."""
+    limits = {name: getattr(settings, name) for name in ("max_prompt_tokens", "max_tokens", "overlong")}
+    return Encoder(Template(tokenizer, clock), **limits)
+
+
 def _lone(side) -> dict:
     """Give an answer whose reasoning stands in its text and in a field with the text alone."""
     found = _THOUGHT.fullmatch(side["content"]) if "reasoning_content" in side else None
     if found and found[1].strip() != side["reasoning_content"].strip():
         raise Unusable("reasoning")  # which of the two?
     return {name: part for name, part in side.items() if not (found and name == "reasoning_content")}
-
-
-def tried(write, *given):
-    """Call `write`; give the reason in place of a result where it raises Unusable."""
-    try:
-        return write(*given)
-    except Unusable as why:
-        return str(why)
-    except RecursionError:  # tools that are nested deeper than anybody reads
-        return "template_refuses"
 
 
 def _merged(messages) -> list[dict]:

@@ -1,0 +1,1 @@
+"""What strangers wrote: rows of any file -> pairs; a pair -> its text in any chat template."""
