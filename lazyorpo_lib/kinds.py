@@ -1,4 +1,4 @@
-"""What a base_model is: where its files lie, its configuration, the class that trains its text.
+"""What a base_model is: its place, its config, the class that trains its text.
 
 What is none to train is refused here, from its files' names and its config.json alone, before any weight is
 fetched or read. It loads no weights.

@@ -1,4 +1,4 @@
-"""The part of a model that a text goes through: its body and layers, and the sizes that its config tells.
+"""The part of a model that a text goes through: body, layers, sizes.
 
 Towers for pictures and sounds may stand beside it, which no pair reaches. It computes nothing.
 """

@@ -6,6 +6,7 @@ tokens, the odds term in pairs, over all processes. It draws, prints and downloa
 """
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -91,7 +92,8 @@ class OrpoTrainer:
         place = dict(rank=accelerator.process_index, world=self.world)
         self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
         self.steps = settings.max_steps or math.ceil(settings.epochs * len(self.order))
-        self.wrapped, self.optimizer, self._window, self.carried = model, None, _Window(), {}
+        self.wrapped, self.optimizer, self.carried = model, None, {}
+        self._start_window()
 
     # The loop.
 
@@ -126,7 +128,8 @@ class OrpoTrainer:
 
     def train(self) -> None:
         """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
-        self._window, self._saved_at, every = _Window(), time.monotonic(), self.settings.eval_every_steps
+        self._start_window()
+        self._saved_at, every = time.monotonic(), self.settings.eval_every_steps
         self.stop_reason, self._bad_in_a_row = "", 0
         for pairs in self._steps_left():
             norm = self._clip(pairs, self._gradient(pairs))
@@ -174,7 +177,7 @@ class OrpoTrainer:
         """Leave the gradient of a step in the weights, in smaller pieces each time that memory runs out; the
         sums of TERMS over this rank's pairs, and two gradient norms, (len(TERMS) + 2,)."""
         if self.reference:
-            self._window.work.update(self.reference.remember(pairs))
+            self._work.update(self.reference.remember(pairs))
         self.wrapped.train()
         while True:
             self._computing = pairs
@@ -214,7 +217,7 @@ class OrpoTrainer:
             norms = loss.gradient_norms(table, batch.lengths, **step, or_weight=s.or_weight)
             sums += torch.cat([table.sum(0), norms]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
-        self._window.work.update(work)  # only here: a step that ran out of memory does not count
+        self._work.update(work)  # only here: a step that ran out of memory does not count
         return sums
 
     def _pair_table(self, logps: Tensor, batch: Batch) -> Tensor:
@@ -237,7 +240,7 @@ class OrpoTrainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
         sums = sums if self.world == 1 else self.accelerator.reduce(sums)
         norm, *sums = torch.cat([norm.float().view(1).to(self.device), sums]).tolist()
-        self._window.add(sums)
+        self._sums = [a + b for a, b in itertools.zip_longest(self._sums, sums, fillvalue=0.0)]
         # Any part of the loss that is not finite shows in it, whatever it is divided by.
         terms = dict(zip(loss.TERMS, sums, strict=False))
         whole = loss.objective(terms, nll_tokens=1, pairs=1, or_weight=s.or_weight, name=s.objective)
@@ -340,10 +343,15 @@ class OrpoTrainer:
         """Give the figures by name of the column sums of a pair table."""
         return loss.metrics(sums, self.settings.or_weight, self.settings.objective)
 
+    def _start_window(self) -> None:
+        """Begin the sums of a logged row, over all processes; its work is this process's."""
+        self._sums, self._work, self._since = [], Counter(), time.monotonic()
+
     def _log_step(self, learning_rate: float, norm: float) -> None:
-        sums, work, seconds = self._window.take()
-        work = {name: over_ranks(self.accelerator, count) for name, count in work.items()}
-        *sums, nll_norm, odds_norm = sums
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        work = {name: over_ranks(self.accelerator, count) for name, count in self._work.items()}
+        *sums, nll_norm, odds_norm = self._sums
+        self._start_window()
         row = self.metrics(sums)
         if self.settings.objective == "orpo" and nll_norm > 0:
             row["odds_gradient_share"] = odds_norm**0.5 / (odds_norm**0.5 + nll_norm**0.5)
@@ -381,21 +389,3 @@ class OrpoTrainer:
         )
         vars(self).update({name: progress[name] for name in KEPT if name in progress})
         self.schedule.load_state_dict(progress["schedule"])
-
-
-class _Window:
-    """Sums since the last logged row, over all processes; the work is this process's."""
-
-    def __init__(self):
-        self.totals, self.work, self.start = [], Counter(), time.monotonic()
-
-    def add(self, totals: list[float]) -> None:
-        old = self.totals or [0.0] * len(totals)
-        self.totals = [a + b for a, b in zip(old, totals, strict=True)]
-
-    def take(self) -> tuple[list[float], Counter, float]:
-        """The sums; the tokens and forward passes of the model behind them; the seconds."""
-        now = time.monotonic()
-        out = self.totals, self.work, max(now - self.start, 1e-9)
-        self.totals, self.work, self.start = [], Counter(), now
-        return out
