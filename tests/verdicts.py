@@ -119,7 +119,9 @@ separate forwards.
 - **refused**: the run ends at once, with the sentence that stands there in short.
 - **not tried**: no small model of it could be made here that takes text alone.
 
-{counts}. Layouts, quickest first: *shared* computes a pair's prompt once, in a row without padding;
+{counts}.
+
+Layouts, quickest first: *shared* computes a pair's prompt once, in a row without padding;
 *shared, dense masks* does so in transformers' own attention, whose cost grows with the square of the
 row; *packed* computes it twice; *padded* does that in padded rows. Image-and-text classes train their
 text part, on pairs of text. *No adapter on*: matrices that LoRA and QLoRA leave as they are, beside
