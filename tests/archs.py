@@ -60,7 +60,7 @@ from tests.verdicts import FAMILY, complaints, page
 EXACT = 1e-5  # relative
 NOISE = 10  # times what float32 costs the plain model, where that is more
 NATS = 1e-4  # a log-probability after saving, reloading, merging
-LIMIT = 60  # seconds for one model
+LIMIT = 120  # seconds for one model, on a busy machine; most take two
 WIDE = 300  # tokens: a window longer than the probe looks, on a CPU
 OR_WEIGHT = 0.5
 
@@ -231,9 +231,9 @@ def _measure(report: Report, model_type: str, changes: dict, folder: Path) -> di
             report["stood_in"] = "cannot be simulated" in plan.why
     if not report["refused"]:
         full(report, drawn, base, folder, pairs, wide)
-    if mute and not report["refused"]:
+    if mute and not (report["refused"] or report["crashed"]):
         report["faults"].append(f"its plain forward fails, which is not said: {mute[0]}")
-    elif not (report["refused"] or wide):
+    if not (mute or wide or report["refused"]):
         with report.stage("lora"):
             lora(report, drawn, base, folder, pairs, plan)
     return report.finish()

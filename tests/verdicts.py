@@ -57,8 +57,8 @@ FAMILY = {name: family for family, names in _LINES for name in names.split()}
 
 _AHEAD = "causal|ahead|sees|later tokens"  # it is no language model that predicts
 _RANDOM = "random|the same twice|determin"
-_UNLIKE = "separate|unlike|differ"  # no layout has the numbers of plain forwards
-_NO_TEXT = "text|pixel|image|sound|audio|encoder"  # it takes, or writes, something else
+_UNLIKE = "separate|unlike|differ|exactly"  # no layout has the numbers of plain forwards
+_NO_TEXT = "text|pixel|image|sound|audio|encoder|exactly"  # it takes, or writes, something else
 REFUSED = {
     **dict.fromkeys(
         "musicgen musicgen_melody blip blip-2 diffusion_gemma idefics instructblip".split(), _NO_TEXT
@@ -68,11 +68,11 @@ REFUSED = {
     "xlm": _AHEAD,
     "xlnet": _AHEAD + "|" + _UNLIKE,
     "paligemma": _AHEAD,
-    "reformer": _RANDOM,
+    "reformer": _RANDOM + "|" + _UNLIKE,
     "prophetnet": _UNLIKE,
     "cpmant": _UNLIKE,
-    "blt": "answer|generat|bytes|kind",
-    "xlstm": "answer|generat|kind",
+    "blt": "answer|generat|bytes|exactly",
+    "xlstm": "answer|generat|exactly",
     "emu3": "lack|missing",
     "llama, dynamic rope": _RANDOM + "|rope|position",
     "phi3, longrope": _UNLIKE + "|rope|position|original_max_position_embeddings",
@@ -119,7 +119,9 @@ separate forwards.
 - **refused**: the run ends at once, with the sentence that stands there in short.
 - **not tried**: no small model of it could be made here that takes text alone.
 
-{counts}. Layouts, quickest first: *shared* computes a pair's prompt once, in a row without padding;
+{counts}.
+
+Layouts, quickest first: *shared* computes a pair's prompt once, in a row without padding;
 *shared, dense masks* does so in transformers' own attention, whose cost grows with the square of the
 row; *packed* computes it twice; *padded* does that in padded rows. Image-and-text classes train their
 text part, on pairs of text. *No adapter on*: matrices that LoRA and QLoRA leave as they are, beside
