@@ -84,7 +84,7 @@ def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, objec
         if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
             bad, good = next(iter(found.items()))
             places = [columns.get("chosen", good), columns.get("rejected", bad)]
-        if not any(are_texts(row.get(place)) for place in places):
+        if not any([are_texts(row.get(place)) for place in places]):
             yield index + extra, row
             continue
         lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]

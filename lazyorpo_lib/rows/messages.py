@@ -44,6 +44,8 @@ def read(cell):
 
 def as_messages(cell, role: str, unknown: set) -> list:
     """Give a cell as messages: text is one turn of `role`, unless it is the prompt of a transcript."""
+    if missing(cell):
+        return []
     if isinstance(cell, str) and _LIKE_MESSAGES.match(cell):
         found = read(cell)
         found = found.get("messages") if isinstance(found, dict) and "messages" in found else found
@@ -51,8 +53,6 @@ def as_messages(cell, role: str, unknown: set) -> list:
             cell = found
         elif isinstance(found, str) and cell.lstrip().startswith("["):
             raise BadRow("messages_as_text")
-    if missing(cell):
-        return []
     if isinstance(cell, str):
         if role == "user" and is_transcript(cell) and cell.rstrip().endswith("\n\nAssistant:"):
             return transcript(cell)[:-1]
