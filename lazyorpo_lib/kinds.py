@@ -9,12 +9,13 @@ import os
 import re
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
 from .errors import UserError, expanded, explain_model
+from .folder import read_json
 from .orpo.body import sizes_of
 
 # The largest of what any model has, ten times: what is beyond comes of a damaged file.
@@ -53,10 +54,21 @@ def locate(base_model: str) -> str:
         if not os.path.isfile(path / "config.json"):
             raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
         check_files(path)
+        for file in _weights_of(path):
+            if not (path / file).is_file():
+                raise UserError(f"{given}, whose {file} is missing: bring it back, or fetch the model again.")
+            if (path / file).stat().st_size < 1000 and b"git-lfs" in (path / file).read_bytes():
+                raise UserError(f"{given}, whose {file} is a pointer of Git LFS: run git lfs pull there.")
         return str(path)
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
     return base_model
+
+
+def _weights_of(folder: Path) -> list[str]:
+    """List the files that a saved model's weights are in, with those that its index names and are gone."""
+    named = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
+    return sorted({*named, *(file.name for file in folder.glob("*.safetensors"))})
 
 
 def digest_of(base_model: str) -> str:
@@ -119,7 +131,9 @@ def class_of(config) -> type:
     if getattr(config, "is_encoder_decoder", False):
         why = "an encoder and a decoder: give a causal language model"
     elif kind not in causal and kind not in pictures:
-        why = "no causal language model: give one"
+        why = "none of transformers' causal language models, with pictures or without: give one"
+    elif not issubclass((causal if kind in causal else pictures)[kind], GenerationMixin):
+        why = "which does not write a text token by token: give a causal language model"
     if why:
         raise UserError(f"base_model is a {named or kind.model_type}, {why}.")
     # A class of the text alone must be able to load what it saves.

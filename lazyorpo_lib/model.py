@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_liger_kernel_available, logging
+from transformers.utils import cached_file, is_liger_kernel_available, logging
 
 from . import folder as folders
 from . import marker
@@ -97,7 +97,9 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     loader = class_of(load_config(base_model))
     with explain_model(base_model):
-        model, info = loader.from_pretrained(locate(base_model), output_loading_info=True, **options)
+        place = locate(base_model)
+        options |= dict(generation_config=_generation_config(place), output_loading_info=True)
+        model, info = loader.from_pretrained(place, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
             raise ValueError(
                 f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
@@ -112,7 +114,6 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model.generation_config = _valid(model.generation_config)
     if not takes_sdpa(model):
         model.set_attn_implementation("eager")
     model.config.use_cache = False
@@ -120,20 +121,21 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
     return model
 
 
-def _valid(config):
-    """Leave out of a model's generation settings what saving them would refuse."""
-    for _ in vars(config):
+def _generation_config(place: str):
+    """Read a model's generation settings without those that loading or saving them would refuse."""
+    try:
+        given = folders.read_json(Path(cached_file(place, "generation_config.json")))
+    except OSError:
+        return None  # it has none of its own
+    while True:
         try:
+            config = transformers.GenerationConfig(**given)
             config.validate(strict=True)
             return config
-        except ValueError as error:
-            bad = re.findall(r"^- `(\w+)`", str(error), re.M)
-            if not any(getattr(config, name, None) is not None for name in bad):
-                break  # it names none: only what ends an answer is kept
-            for name in bad:
-                setattr(config, name, None)
-    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return transformers.GenerationConfig(**{name: getattr(config, name) for name in ends})
+        except Exception as error:
+            named = given.keys() & re.findall(r"`(\w+)`", str(error))
+            for name in named or sorted(given, key=lambda name: name.endswith("_id"))[:1]:
+                del given[name]
 
 
 def load_for_training(settings: Settings, *, method: str, dtype: torch.dtype, device: str):

@@ -57,7 +57,9 @@ FAMILY = {name: family for family, names in _LINES for name in names.split()}
 
 _AHEAD = "causal|ahead|sees|later tokens"  # it is no language model that predicts
 _RANDOM = "random|the same twice|determin"
-_UNLIKE = "separate|unlike|differ|exactly"  # no layout has the numbers of plain forwards
+_UNLIKE = (
+    "separate|unlike|differ|exactly|plain text|sees the tokens"  # no layout has the numbers of plain forwards
+)
 _NO_TEXT = "text|pixel|image|sound|audio|encoder|exactly"  # it takes, or writes, something else
 REFUSED = {
     **dict.fromkeys(

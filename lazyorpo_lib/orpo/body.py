@@ -28,11 +28,10 @@ def towers_of(model) -> list[str]:
     """Name the outermost modules that no text reaches: those for pictures and sounds, and whatever the models
     between a causal LM and its body hold besides the body."""
     path, found = next(name for name, part in model.named_modules() if part is body_of(model)), []
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         parent, _, own = name.rpartition(".")
         beside = parent and path.startswith(f"{parent}.")
-        named = _TOWER.search(own) or _TOWER.search(type(module).__name__)
-        if (beside or named) and not is_within(path, [name]) and not is_within(name, found):
+        if (beside or _TOWER.search(own)) and not is_within(path, [name]) and not is_within(name, found):
             found.append(name)
     return [name for name in found if name]
 

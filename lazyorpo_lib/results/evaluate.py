@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import GenerationConfig
 
 from ..errors import UserError
-from ..machine import attempt, free_bytes
+from ..machine import attempt, free_bytes, is_out_of_memory
 from ..orpo.body import causal_lm, sizes_of
 
 WHEN = ("before", "after")  # training
@@ -215,8 +215,13 @@ def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict)
     given = dict(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device))
     lm = causal_lm(model)
     own, lm.generation_config = lm.generation_config, GenerationConfig(do_sample=False)
+    written = partial(model.generate, **given, pad_token_id=pad, **options)
     try:  # greedy, whatever the model's own settings are, with which generate() would fill what is not given
-        return model.generate(**given, pad_token_id=pad, use_cache=True, **options)[:, width:].tolist()
+        return written(use_cache=True)[:, width:].tolist()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return written(use_cache=False)[:, width:].tolist()  # some classes have no cache that works
     finally:
         lm.generation_config = own
 

@@ -447,7 +447,7 @@ def test_gemma_7b_on_an_a40_takes_adapters_but_not_full_tuning():
     [
         ("{", "not a valid JSON file"),
         ('{"model_type": "nonesuch"}', "does not know: choose another base_model"),
-        ('{"model_type": "vit"}', "no causal language model"),
+        ('{"model_type": "vit"}', "none of transformers' causal language models"),
         ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "check base_model"),
         (None, "holds no config.json"),
     ],
