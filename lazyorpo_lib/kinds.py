@@ -32,7 +32,7 @@ _OTHERS = {  # what a folder holds in place of a model, by the first file that t
 }
 _FROM = "give the language model that it was made from"
 _HEADS = {  # ends of the class that a config.json names, and what such a model puts out
-    "For(Sequence|Token)Classification|RewardModel|ForMultipleChoice": f"whose output is a score: {_FROM}",
+    r"For\w*Classification|RewardModel|ForMultipleChoice": f"whose output is a score: {_FROM}",
     "ForQuestionAnswering|ForNextSentencePrediction": f"whose output is no text: {_FROM}",
     "(?<!Head)Model": f"without an output layer, as models have that embed texts: {_FROM}",
     "ForMaskedLM|ForPreTraining": "an encoder, which sees the tokens it is to predict: give a causal one",

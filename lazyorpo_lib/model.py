@@ -104,9 +104,10 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
             raise ValueError(
                 f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
             )
-    if four_bit and device == "cpu":
-        # A copy, else what stays in 16 bit keeps the whole file mapped, with the pages read while quantising.
-        # Nothing is cast (peft.prepare_model_for_kbit_training would: 2 GiB more on Llama-3-8B).
+    if device == "cpu" and (four_bit or any(weights.dim() == 3 for weights in model.parameters())):
+        # A copy, else what stays as it was keeps the whole file mapped, with the pages read while quantising
+        # or fusing experts. Nothing is cast (peft.prepare_model_for_kbit_training would: 2 GiB more on
+        # Llama-3-8B).
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
@@ -176,8 +177,9 @@ def add_adapters(model, settings: Settings):
                 f"lora_dropout is {s.lora_dropout}, but base_model has fused experts, which take none: "
                 "set lora_dropout=0."
             ) from None
+        why = " ".join(str(error).split())[:160]
         raise UserError(
-            f"base_model takes no adapters ({error}): set method=full, or choose another."
+            f"base_model takes no adapters ({why}): set method=full, or choose another."
         ) from None
     replace_forwards(model)
     return model
@@ -196,7 +198,9 @@ def _without_adapter(model) -> str:
             fused = own == "out_proj" and hasattr(mixer, "conv1d") and hasattr(mixer, "D")
             if fused or shares[id(module.weight)] > 1 or not _is_product(module):
                 names.append(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)))
-    return "|".join([re.escape(name) + r"\..*" for name in towers_of(model)] + [*dict.fromkeys(names)])
+    # A tower's layer that is called by a number would have every layer of that number match.
+    beside = [re.escape(name) + r"\..*" for name in towers_of(model)]
+    return "|".join([*dict.fromkeys(names), *beside, *[r".*\.\d+"] * bool(beside)])
 
 
 def _is_product(layer: nn.Linear) -> bool:

@@ -48,6 +48,7 @@ from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.machine import GIB
 from lazyorpo_lib.model import causal_lm, load_config, load_finished, load_for_training, save_model
 from lazyorpo_lib.orpo.batching import EncodedPair, collate
+from lazyorpo_lib.orpo.encoding import PairFile, check_model
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer, checkpoint_layers
 from lazyorpo_lib.plan import costs, planner
@@ -267,6 +268,10 @@ def full(report: Report, drawn, base: Path, folder: Path, pairs, wide: bool) -> 
     if whole is None:
         return
     with report.stage("scorer"):
+        file = PairFile()
+        for pair in pairs:
+            file.append(pair)
+        check_model(file, whole)
         trainer = trainer_of(whole, settings, folder / "run", pairs)
         scorer = trainer.scorer
         report |= {"rung": scorer.rung, "head": "plain" if scorer.forward.plain else "own logits"}

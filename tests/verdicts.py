@@ -60,13 +60,14 @@ _RANDOM = "random|the same twice|determin"
 _UNLIKE = (
     "separate|unlike|differ|exactly|plain text|sees the tokens"  # no layout has the numbers of plain forwards
 )
-_NO_TEXT = "text|pixel|image|sound|audio|encoder|exactly"  # it takes, or writes, something else
+_NO_TEXT = "text|pixel|image|sound|audio|encoder|exactly|causal language|give the language"
 REFUSED = {
     **dict.fromkeys(
         "musicgen musicgen_melody blip blip-2 diffusion_gemma idefics instructblip".split(), _NO_TEXT
     ),
     **dict.fromkeys("instructblipvideo kosmos-2 kosmos-2.5 pi0 pix2struct pp_formulanet".split(), _NO_TEXT),
-    **dict.fromkeys("t5gemma2 udop vision-encoder-decoder".split(), _NO_TEXT),
+    **dict.fromkeys("t5gemma2 udop vision-encoder-decoder evolla molmo2".split(), _NO_TEXT),
+    "shieldgemma2": "lack",
     "xlm": _AHEAD,
     "xlnet": _AHEAD + "|" + _UNLIKE,
     "paligemma": _AHEAD,

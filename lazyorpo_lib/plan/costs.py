@@ -14,7 +14,7 @@ import torch
 
 from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
-from ..model import add_adapters
+from ..model import about_adapters, add_adapters
 from ..orpo.batching import EncodedPair
 from ..orpo.body import is_within, sizes_of, text_layers, towers_of
 from ..orpo.data import held_out_of
@@ -68,8 +68,8 @@ class _Shape:
         self.largest = max(p.numel() for p in parameters)
         self.text = sum(p.numel() for name, p in model.named_parameters() if not is_within(name, beside))
         self.bulk = sum(m.weight.numel() for m in quantised_layers(model))
-        experts = sum(p.numel() for p in parameters if p.dim() == 3)
-        self.active = self.bulk + round(used * experts)  # for one token
+        self.experts = sum(p.numel() for p in parameters if p.dim() == 3)  # fused; never in 4 bit
+        self.active = self.bulk + round(used * self.experts)  # for one token
         self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
         self.head, tied = head.weight.numel(), head.weight is embeddings.weight
         self.untied = 0 if tied else embeddings.weight.numel()  # in embeddings that are not the head too
@@ -82,6 +82,7 @@ class _Shape:
         with torch.device("meta"):
             adapted = add_adapters(model, settings)  # last: it changes the model
         self.adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        self.about_adapters = about_adapters(adapted)
 
 
 # A panel plans again at every change, and few changes need a new simulation.
@@ -153,9 +154,10 @@ class Costs:
         if self.full:
             return 4.0 * shape.total
         if self.method == "lora":
-            # On a CPU what is not converted stays a view of the file, and rows never looked up stay on the
-            # disk.
-            unread = shape.untied if self.machine.device == "cpu" and stored == self.dtype else 0
+            # On a CPU what is not converted or fused stays a view of the file, and rows never looked up stay
+            # on the disk.
+            viewed = self.machine.device == "cpu" and stored == self.dtype and not shape.experts
+            unread = shape.untied if viewed else 0
             return float(size * (shape.total - unread))
         # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)

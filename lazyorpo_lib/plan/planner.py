@@ -35,6 +35,7 @@ class Plan:
     changes: list[str]
     dtype: str
     lengths: Lengths
+    adapters: str  # which layers would have some, and which none
 
     as_dict = asdict
 
@@ -63,7 +64,7 @@ class Plan:
             layers, minutes = f"{m.checkpointed_layers} of {m.layers}", duration(m.minutes)
             row = f"{star:2}{m.method:8}{m.peak_gib:8.1f}{self.memory_gib:8.1f}  {fits:14}{minutes:>9}"
             rows.append(f"{row}{m.tokens_per_batch:9}{layers:>15}")
-        return "\n".join([*rows, self.why, *self.changes])
+        return "\n".join([*rows, self.why, *self.changes, *[self.adapters] * (self.chosen != "full")])
 
 
 def cards_table(plans: Sequence[Plan]) -> str:
@@ -121,8 +122,12 @@ def make_plan(
         why += f"; this kind of model cannot be simulated, so activations are {one.profile.stood_in}"
     if one.limit < one.memory * (1 - MARGIN) / GIB:
         why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
+    if chosen == "qlora" and one.shape.experts:
+        gib = dtype.itemsize * one.shape.experts / GIB
+        why += f"; {gib:.1f} GiB of fused experts stay in {8 * dtype.itemsize} bit, so it saves less"
     found = list(methods.values()), chosen, why, [] if methods[chosen].fits else _changes(one, methods)
-    return Plan(machine.name, one.memory / GIB, *found, str(dtype).removeprefix("torch."), lengths)
+    number_format, adapters = str(dtype).removeprefix("torch."), one.shape.about_adapters
+    return Plan(machine.name, one.memory / GIB, *found, number_format, lengths, adapters)
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:

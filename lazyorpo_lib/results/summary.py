@@ -14,8 +14,10 @@ import torch
 
 from ..fast.attention import kernels_taken
 from ..folder import read_rows
+from ..kinds import class_of
 from ..machine import allocated_gib, forget_peak_memory, memory_gib
 from ..model import about_adapters
+from ..orpo.body import causal_lm
 from .reading import values
 
 
@@ -34,7 +36,6 @@ def about_training(run) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     refused = "".join(f" Not {name}: {why}." for name, why in scorer.refused.items())
     lines = [f"{run.method}: {trained:,} of {total:,} weights are trained ({trained / total:.1%})."]
-    lines += [adapters] if (adapters := about_adapters(run.model)) else []
     lines += [f"Layout of a batch: {scorer.proven or scorer.rung}.{refused}"]
     lines += [f"Attention by: {'; '.join(kernels)}."] if (kernels := kernels_taken()) else []
     return "\n".join(lines)
@@ -91,6 +92,9 @@ def summarise(run, stopped: str) -> dict:
         "epochs": round(trainer.epoch, 4),
         "method": run.method,
         "layout": trainer.scorer.rung,
+        "proven": trainer.scorer.proven,
+        "adapters": about_adapters(run.model),
+        "class": class_of(causal_lm(run.model).config).__name__,
         "precision": str(run.dtype).removeprefix("torch."),
         "device": run.machine.name,
         "minutes": round(spent["all"], 3),

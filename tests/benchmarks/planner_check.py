@@ -1,4 +1,4 @@
-"""Predicted against measured peaks on the CPU: four small shapes x three methods, each in its own process.
+"""Predicted against measured peaks on the CPU: six small shapes x three methods, each in its own process.
 
     python -m tests.benchmarks.planner_check            # prints a table, writes results/planner_cpu.json
     python -m tests.benchmarks.planner_check llama lora # one case
@@ -19,6 +19,8 @@ from pathlib import Path
 
 from lazyorpo_lib.machine import Machine
 
+_EXPERTS = dict(vocab_size=32000, hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
+_EXPERTS |= dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts_per_tok=2)
 # name: (model type, config, pairs in a micro-batch, tokens of prompt, chosen, rejected, checkpointed layers)
 SHAPES = {
     "llama": (
@@ -87,6 +89,16 @@ SHAPES = {
         150,
         150,
         2,
+    ),
+    "mixtral": ("mixtral", _EXPERTS | dict(num_local_experts=8), 1, 300, 200, 200, 2),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _EXPERTS | dict(num_experts=16, moe_intermediate_size=384),
+        2,
+        200,
+        150,
+        150,
+        0,
     ),
 }
 METHODS = ("full", "lora", "qlora")
