@@ -108,6 +108,20 @@ def load_config(base_model: str):
     return config
 
 
+def is_quantised(config) -> bool:
+    """Tell whether a model's weights are saved in few bits, so that adapters alone can be trained on them."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def check_method(config, method: str, name: str) -> None:
+    """Raise UserError where the weights of a base model cannot be trained by a method."""
+    if method == "full" and is_quantised(config):
+        raise UserError(
+            f"method is full, but the weights of base_model {name!r} are quantised, and cannot be trained "
+            "themselves: set method=qlora or lora, or give the model that it was made from."
+        )
+
+
 def class_of(config) -> type:
     """Choose the Auto class of transformers that loads the whole model of a config, its text for training.
 

@@ -139,6 +139,7 @@ class Run(Staged):
 
     def _load_pairs(self) -> data.Report:
         s, pairs, words = self.settings, PairFile(), BagOfWords()
+        kinds.check_method(kinds.load_config(s.base_model), s.method, s.base_model)
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")

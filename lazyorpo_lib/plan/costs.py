@@ -109,6 +109,8 @@ class Costs:
         if key not in _shapes:
             _shapes[key] = _Shape(config, settings)
         self.shape = _shapes[key]
+        four_bit = (getattr(config, "quantization_config", None) or {}).get("load_in_4bit")
+        self.held = "qlora" if four_bit and method == "lora" else method  # how the weights are
         self.trained = self.shape.text if self.full else self.shape.adapters
         self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
         self.pairs = max(1, math.ceil(settings.pairs_per_step / cards))  # of a step on one card
@@ -140,11 +142,11 @@ class Costs:
             parts = (lengths.prompt, lengths.chosen, lengths.rejected)
             pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in parts]
             rows.append([EncodedPair(i, *pair) for i in range(count)])
-        key = config.to_json_string(), self.method, self.dtype, machine.device, machine.capability[0] >= 8
+        key = config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
         key += settings.lora_rank, settings.lora_dropout > 0, settings.nll_over, self.cards > 1
         key += tuple(len(part) for row in rows for part in row[0][1:])
         if key not in _profiles:
-            what = self.method, self.dtype, machine, rows, self.cards > 1
+            what = self.held, self.dtype, machine, rows, self.cards > 1
             _profiles[key] = simulate(config, settings, *what)
         return _profiles[key]
 
@@ -153,7 +155,7 @@ class Costs:
         shape, size = self.shape, self.dtype.itemsize
         if self.full:
             return 4.0 * shape.total
-        if self.method == "lora":
+        if self.held == "lora":
             # On a CPU what is not converted or fused stays a view of the file, and rows never looked up stay
             # on the disk.
             viewed = self.machine.device == "cpu" and stored == self.dtype and not shape.experts
@@ -242,7 +244,7 @@ class Costs:
         moved, launches = self.profile.work(row, shape.layers, checkpointed)
         if not self.cuda:  # all but the weights is in the share of the rate that is measured
             bytes_of = {"full": (4 + size) * shape.total, "lora": size * shape.total}
-            moved = bytes_of.get(self.method, (0.5 + 2 * size) * shape.bulk) * (2 + again)
+            moved = bytes_of.get(self.held, (0.5 + 2 * size) * shape.bulk) * (2 + again)
             launches = 0.0
         computing = self.pairs * pair / self.rate
         moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..kinds import load_config
+from ..kinds import is_quantised, load_config
 from ..machine import GIB, Machine, check_apple, pick_precision, this_machine
 from ..session import duration
 from ..settings import Settings
@@ -108,10 +108,11 @@ def make_plan(
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
-    kinds = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
+    optimizers = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
     costs, methods = {}, {}
-    for method in METHODS if four_bit else METHODS[:2]:  # neither Apple GPUs nor FSDP have 4-bit weights
-        for some in kinds:
+    # Neither Apple GPUs nor FSDP have 4-bit weights; weights that are saved so are not trained in full.
+    for method in METHODS[is_quantised(config) : 3 if four_bit else 2]:
+        for some in optimizers:
             costs[method] = Costs(config, some, machine, card, lengths, dtype, method, cards)
             methods[method] = costs[method].best()
             if methods[method].fits:
@@ -154,7 +155,9 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
     """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
     if settings.method != "auto":
         return settings.method, f"{settings.method}: chosen in the settings"
-    full = methods["full"]
+    full = methods.get("full")
+    if full is None:
+        return "qlora", "qlora: the weights of this base model are quantised as they come"
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
         why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
         return "full", f"full: {why}"
