@@ -4,16 +4,19 @@ What is none to train is refused here, from its files' names and its config.json
 fetched or read. It loads no weights.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
-from .demo.model import DEMO_MODEL, TINY_MODEL, home_of
+from .demo.model import DEMO_MODEL, TINY_MODEL, home_of, hub_answers
 from .errors import UserError, expanded, explain_model
 from .folder import read_json
 from .orpo.body import sizes_of
@@ -62,7 +65,18 @@ def locate(base_model: str) -> str:
         return str(path)
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"{given}, but there is no such folder; give a folder or a hub id (owner/name).")
-    return base_model
+    here = _snapshot(base_model)  # the hub's client would ask for minutes where nobody answers
+    return str(here) if here and not hub_answers() else base_model
+
+
+def _snapshot(base_model: str) -> Path | None:
+    """Give the folder in the hub's cache that holds the whole of a model, if there is one."""
+    with contextlib.suppress(HFValidationError):
+        config = try_to_load_from_cache(base_model, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else None
+        if folder and (weights := _weights_of(folder)) and all((folder / file).is_file() for file in weights):
+            return folder
+    return None
 
 
 def _weights_of(folder: Path) -> list[str]:
@@ -75,8 +89,9 @@ def digest_of(base_model: str) -> str:
     """Give a text that another model, or another version of it, would not have: the hub's, or a digest of
     the folder's config and of 64 places of each file of weights."""
     place = Path(locate(base_model))
-    if not place.is_dir():  # the hub's cache, whose files are links to blobs that are named by their content
-        place = Path(cached_file(base_model, "config.json")).parent
+    if not place.is_dir() or place == _snapshot(base_model):
+        # The hub's cache, whose files are links to blobs that are named by their content.
+        place = place if place.is_dir() else Path(cached_file(base_model, "config.json")).parent
         names = [(f.name, f.resolve().name, f.stat().st_size) for f in sorted(place.glob("*.safetensors"))]
         return hashlib.sha256(repr(names).encode()).hexdigest()
     digest = hashlib.sha256((place / "config.json").read_bytes())

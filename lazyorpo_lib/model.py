@@ -325,7 +325,8 @@ def _load_adapter(folder: Path, dtype: torch.dtype, device: str, merge: bool):
         raise ValueError(f"its config names {kind!r} over {named!r}, not LORA over a model")
     base = load_base(named, dtype=dtype, device=device)
     if merge and getattr(base, "quantization_method", None):  # into 4 or 8 bit nothing can be folded
-        base = base.dequantize().to(dtype)
+        base = base.dequantize(dtype=dtype)
+        base._weight_conversions = None  # else a save would want to pack them again
     model = peft.PeftModel.from_pretrained(base, folder)
     found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if other := saved.keys() ^ found.keys():

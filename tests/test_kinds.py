@@ -224,3 +224,56 @@ def test_dropout_before_fused_experts_is_one_sentence():
         model.add_adapters(
             kinds.class_of(config).from_config(config), Settings(lora_rank=4, lora_dropout=0.1)
         )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_is_quantised_as_it_comes_takes_adapters_and_merges_into_what_was_tuned(
+    bits, base, tmp_path
+):
+    how = dict(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=transformers.BitsAndBytesConfig(**how), device_map={"": "cpu"}
+    )
+    quantised.save_pretrained(base)
+    for method in ("auto", "lora", "qlora"):
+        kinds.check_method(kinds.load_config(str(base)), method, "base")
+    with pytest.raises(UserError, match="set method=qlora or lora"):
+        kinds.check_method(kinds.load_config(str(base)), "full", "base")
+    settings = Settings(base_model=str(base), lora_rank=4)
+    tuned = model.load_for_training(settings, method="lora", dtype=torch.float32, device="cpu")
+    for name, weights in tuned.named_parameters():
+        if "lora_B" in name:
+            weights.data.normal_(0, 0.1)
+    tokenizer = model.load_tokenizer(str(base))
+    model.save_model(tuned, tokenizer, tmp_path / "model", base_model=str(base))
+    merged, _ = model.load_finished(tmp_path / "model", merge=True)
+    model.save_model(merged, tokenizer, tmp_path / "merged", base_model="")
+    again, _ = model.load_finished(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, merged(ids).logits)
+        if bits == 4:  # 8 bit also rounds what goes in
+            assert (again(ids).logits - tuned.eval()(ids).logits).abs().max() < 1e-5
+
+
+def test_a_model_in_the_hubs_cache_is_taken_from_there_where_the_hub_does_not_answer(
+    base, tmp_path, monkeypatch
+):
+    cache = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(base, cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    find = kinds.try_to_load_from_cache
+    monkeypatch.setattr(kinds, "try_to_load_from_cache", lambda *x: find(*x, cache_dir=tmp_path / "hub"))
+    monkeypatch.setattr(kinds, "hub_answers", lambda: False)
+    place = kinds.locate("me/tiny")
+    assert place == str(cache / "snapshots" / "abc") and kinds.load_config("me/tiny").model_type == "llama"
+    offline = kinds.digest_of("me/tiny")
+    monkeypatch.setattr(kinds, "hub_answers", lambda: True)
+    assert kinds.locate("me/tiny") == "me/tiny"
+    monkeypatch.setattr(kinds, "cached_file", lambda *x: str(cache / "snapshots" / "abc" / x[1]))
+    assert kinds.digest_of("me/tiny") == offline
+    (cache / "snapshots" / "abc" / "model.safetensors").unlink()  # a part of it is no model
+    monkeypatch.setattr(kinds, "hub_answers", lambda: False)
+    assert kinds.locate("me/tiny") == "me/tiny"

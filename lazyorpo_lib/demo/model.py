@@ -31,12 +31,13 @@ def home_of(base_model: str) -> str | None:
     if base_model == TINY_MODEL:
         return str(_cached(TINY_MODEL, write_tiny))
     is_here = isinstance(try_to_load_from_cache(base_model, "config.json"), str)
-    if base_model != DEMO_MODEL or is_here or _hub_answers():
+    if base_model != DEMO_MODEL or is_here or hub_answers():
         return None
     return str(_cached("SmolLM2-135M-Instruct", _write_demo_model))
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Tell whether the hub can be reached, within seconds."""
     with contextlib.suppress(Exception):  # of whichever HTTP library; offline by HF_HUB_OFFLINE
         get_session().head(constants.ENDPOINT, timeout=5)
         return True
