@@ -262,6 +262,7 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
     Raises:
         UserError: `folder` holds something else than an older one of these.
     """
+    causal_lm(model).config.use_cache = True  # training had it off
     with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
         if hasattr(model, "peft_config"):
             model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)

@@ -166,8 +166,9 @@ class _Probe:
         self.words = min(config.vocab_size, 1000)
         most = 4608 if self.device.type == "cuda" else 512
         positions = min(sizes_of(config, "max_position_embeddings"), default=10**9)
-        turned = getattr(config, "rope_parameters", None)  # by an angle: rows may have any length
-        self.positions = positions if not turned and positions <= 4096 else 0
+        # Some hold masks or numbers for that many tokens, and a row may be longer.
+        held = positions <= 4096 and any(positions in table.shape for table in model.buffers())
+        self.positions = positions if held else 0
         near = [size + 5 for _, size in self.windows if size + 5 <= min(most, positions - 9)]
         for self.prompt in (max(near, default=17), 17):
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -282,7 +283,7 @@ class _Probe:
         moved = self._scored(self.other)
         if not (leak := (moved - self.truth)[rest].abs().max().item()) <= self.tolerance:
             return f"one answer leaks into another ({leak:.2g} nats)"
-        if self.positions and self.scorer.layout != "padded":  # some have buffers as long as the longest text
+        if self.positions and self.scorer.layout != "padded":
             self._scored([EncodedPair(i, *[[5] * 16] * 3) for i in range(self.positions // 48 + 1)])
         return ""
 

@@ -77,7 +77,6 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
         marker.check(out, "merged model")
         dtype = dtype or getattr(torch, read_json(folder / "summary.json").get("precision", "float32"))
         merged, tokenizer = load_finished(folder / "model", dtype=dtype, merge=True)
-        merged.config.use_cache = True  # training had it off
         save_model(merged, tokenizer, out, base_model="")
     return out
 
