@@ -91,16 +91,10 @@ _profiles: dict[tuple, Profile] = {}
 
 
 class Costs:
-    """One method on one device.
-
-    Args:
-        card: the machine's data sheet, a Card, or None.
-        dtype: of the computation.
-        cards: how many such devices share the weights, their gradients and the optimizer's state.
-    """
+    """One method on one device, or on as many `cards` that share weights, gradients and optimizer state."""
 
     def __init__(
-        self, config, settings: Settings, machine: Machine, card, lengths: Lengths, dtype, method, cards=1
+        self, config, settings: Settings, machine: Machine, lengths: Lengths, dtype, method, cards=1
     ):
         self.settings, self.machine, self.lengths = settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
@@ -115,7 +109,7 @@ class Costs:
         # Eight random pairs are rarely half as long again as eight mean ones.
         self.most = max(lengths.longest, round(self.pairs * min(lengths.longest, 1.5 * lengths.mean)), 16)
         self.profile = self._profile(config)
-        self.rate, self.bandwidth, self.rate_source = rates(machine, card, dtype)
+        self.rate, self.bandwidth, self.rate_source = rates(machine, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
         if machine.free_gib is not None:  # counted when this process had its context already
