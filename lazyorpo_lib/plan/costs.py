@@ -148,8 +148,7 @@ class Costs:
         if self.full:
             return 4.0 * shape.total
         if self.method == "lora":
-            # On a CPU what is not converted or fused stays a view of the file, and rows never looked up stay
-            # on the disk.
+            # On a CPU what is not converted or fused is a view of the file: rows never looked up stay there.
             viewed = self.machine.device == "cpu" and stored == self.dtype and not shape.experts
             unread = shape.untied if viewed else 0
             return float(size * (shape.total - unread))
@@ -206,12 +205,8 @@ class Costs:
         return sum(self.parts(tokens, checkpointed).values())
 
     def _operations(self, row: float, again: float) -> tuple[float, float, float, float]:
-        """Count the operations for a pair: in the layers, in attention's scores, in the head; and of its
-        evaluation.
-
-        Args:
-            row: tokens of its micro-batch. again: share of the layers that are computed twice.
-        """
+        """Count the operations for a pair: in the layers, in attention's scores, in the head; of its
+        evaluation. `row`: tokens of its micro-batch; `again`: share of the layers that run twice."""
         lengths, shape = self.lengths, self.shape
         p, c, r = lengths.prompt, lengths.chosen, lengths.rejected
         # Layers: forward and gradients of activations, with full tuning of weights too.
