@@ -184,9 +184,9 @@ def size(*names: str) -> tuple[int, float]:
 # What the rooms have, so that they only get smaller. The aims: orpo/ 1,650 lines, 66 KB; with the ground,
 # model, run and command line 3,200 lines; all 7,200 lines, 320 KB.
 CEILINGS = {
-    ("orpo",): (1900, 90),
-    ("orpo", *GROUND, "model", "run", "__main__"): (4230, 201),
-    (): (10310, 500),
+    ("orpo",): (1880, 89.5),
+    ("orpo", *GROUND, "model", "run", "__main__"): (4200, 200),
+    (): (10250, 496),
 }
 
 
