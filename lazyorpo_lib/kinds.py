@@ -34,11 +34,14 @@ _OTHERS = {  # what a folder holds in place of a model, by the first file that t
     "params.json": "holds weights as their maker's own library has them: give it in transformers' form",
 }
 _FROM = "give the language model that it was made from"
-_HEADS = {  # ends of the class that a config.json names, and what such a model puts out
-    r"For\w*Classification|RewardModel|ForMultipleChoice": f"whose output is a score: {_FROM}",
-    "ForQuestionAnswering|ForNextSentencePrediction": f"whose output is no text: {_FROM}",
-    "(?<!Head)Model": f"without an output layer, as models have that embed texts: {_FROM}",
-    "ForMaskedLM|ForPreTraining": "an encoder, which sees the tokens it is to predict: give a causal one",
+_EMBEDS = f"without an output layer, as models have that embed texts: {_FROM}"
+_ENCODER = "an encoder, which sees the tokens it is to predict: give a causal one"
+# Ends of the class that a config.json names: what such a model puts out, unless this setting is true.
+_HEADS = {
+    r"For\w*Classification|RewardModel|ForMultipleChoice": (f"whose output is a score: {_FROM}", ""),
+    "ForQuestionAnswering|ForNextSentencePrediction": (f"whose output is no text: {_FROM}", ""),
+    "(?<!Head)Model": (_EMBEDS, "tie_word_embeddings"),
+    "ForMaskedLM|ForPreTraining": (_ENCODER, "is_decoder"),
 }
 
 
@@ -52,7 +55,7 @@ def locate(base_model: str) -> str:
         return home_of(base_model) or base_model
     if os.path.exists(path):
         has = [name for name in _OTHERS if any(path.glob(name))]
-        if has and not (has[0] != "modules.json" and any(path.glob("model*.safetensors"))):
+        if has and (has[0] == "modules.json" or not any(path.glob("model*.safetensors"))):
             raise UserError(f"{given}, which {_OTHERS[has[0]]}.")
         if not os.path.isfile(path / "config.json"):
             raise UserError(f"{given}, which holds no config.json; give the folder of a saved model.")
@@ -138,25 +141,13 @@ def check_method(config, method: str, name: str) -> None:
 
 
 def class_of(config) -> type:
-    """Choose the Auto class of transformers that loads the whole model of a config, its text for training.
-
-    Raises:
-        UserError: it is not causal; what it is, and what to give instead.
-    """
+    """Choose the Auto class of transformers that loads the whole model of a config, its text for training;
+    UserError where it is not causal."""
     kind, named = type(config), (config.architectures or [""])[0]
-    text = config.get_text_config(decoder=True)
-    causal, pictures = (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-    why = next((why for ends, why in _HEADS.items() if re.search(f"({ends})$", named)), "")
-    if (
-        "encoder," in why
-        and getattr(config, "is_decoder", False)
-        or "without" in why
-        and config.tie_word_embeddings
-    ):
-        why = ""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    pictures = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    heads = (head for ends, head in _HEADS.items() if re.search(f"({ends})$", named))
+    why = next((why for why, unless in heads if not getattr(config, unless, False)), "")
     if getattr(config, "is_encoder_decoder", False):
         why = "an encoder and a decoder: give a causal language model"
     elif kind not in causal and kind not in pictures:
@@ -166,5 +157,6 @@ def class_of(config) -> type:
     if why:
         raise UserError(f"base_model is a {named or kind.model_type}, {why}.")
     # A class of the text alone must be able to load what it saves.
-    whole = kind in causal and (causal[kind].config_class is kind or type(text) in causal)
+    text = type(config.get_text_config(decoder=True))
+    whole = kind in causal and (causal[kind].config_class is kind or text in causal)
     return AutoModelForCausalLM if whole or kind not in pictures else AutoModelForImageTextToText

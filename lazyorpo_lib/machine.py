@@ -5,6 +5,7 @@ It trains nothing and knows no model.
 
 import contextlib
 import functools
+import math
 import os
 import re
 import time
@@ -41,11 +42,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at what there is.
-
-    Raises:
-        UserError: a torch that cannot use the GPU that the driver has; a GPU that others fill.
-    """
+    """Look at what there is; UserError for a GPU that torch cannot use, or that others fill."""
     if torch.cuda.is_available():
         return _this_gpu(int(os.environ.get("LOCAL_RANK", 0)))  # each of several processes has its own
     visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # all else hides all
@@ -128,14 +125,20 @@ def _cpu_flags() -> set[str]:
 @functools.cache  # so that the runs of a process agree
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """Time a large product of random matrices (of equal numbers it is quicker); operations a second."""
-    n, seconds = 768 if device == "cpu" else 4096, []
+    n = 768 if device == "cpu" else 4096
     own = torch.Generator(device).manual_seed(0)  # the run's random numbers stay as they are
     a = torch.randn(n, n, dtype=dtype, device=device, generator=own)
-    while len(seconds) < 5 and sum(seconds) < 0.5:
+    return 2 * n**3 / quickest(lambda: (a @ a)[0, 0].item(), within=0.5)
+
+
+def quickest(work: Callable[[], Any], within: float = math.inf) -> float:
+    """Time the quickest of five calls, of fewer where they take longer than `within`; all in seconds."""
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < within:
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        work()
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    return min(seconds)
 
 
 def memory_gib(device) -> float:
@@ -177,8 +180,7 @@ def free_bytes(device) -> int:
 def attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
     """Call `compute`; give what it returns and "", or None and why where memory ran out, the cache emptied.
 
-    Of several processes none can go back alone, for the others wait in a collective: there the error is
-        raised.
+    Of several processes none can go back alone: the others wait in a collective, so the error is raised.
     """
     try:
         return compute(), ""

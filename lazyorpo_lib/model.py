@@ -101,13 +101,11 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         options |= dict(generation_config=_generation_config(place), output_loading_info=True)
         model, info = loader.from_pretrained(place, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
-            raise ValueError(
-                f"its files lack {len(lacking)} of the weights of its config.json, as {lacking[0]}"
-            )
+            lack = f"{len(lacking)} of the weights of its config.json, as {lacking[0]}"
+            raise ValueError(f"its files lack {lack}")
     if device == "cpu" and (four_bit or any(weights.dim() == 3 for weights in model.parameters())):
         # A copy, else what stays as it was keeps the whole file mapped, with the pages read while quantising
-        # or fusing experts. Nothing is cast (peft.prepare_model_for_kbit_training would: 2 GiB more on
-        # Llama-3-8B).
+        # or fusing. Nothing is cast (as peft.prepare_model_for_kbit_training would: 2 GiB on Llama-3-8B).
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
@@ -158,11 +156,7 @@ def load_for_training(settings: Settings, *, method: str, dtype: torch.dtype, de
 
 
 def add_adapters(model, settings: Settings):
-    """Wrap a model in LoRA adapters on every linear layer that its text goes through, but the head.
-
-    Raises:
-        UserError: no layer takes one; dropout in front of fused experts, which PEFT cannot do.
-    """
+    """Wrap a model in LoRA adapters on every linear layer that its text goes through, but the head."""
     peft, s = import_peft(), settings
     shape = dict(r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout)
     shape |= dict(exclude_modules=_without_adapter(model) or None, task_type="CAUSAL_LM")
@@ -177,10 +171,8 @@ def add_adapters(model, settings: Settings):
                 f"lora_dropout is {s.lora_dropout}, but base_model has fused experts, which take none: "
                 "set lora_dropout=0."
             ) from None
-        why = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"base_model takes no adapters ({why}): set method=full, or choose another."
-        ) from None
+        why = f"takes no adapters ({' '.join(str(error).split())[:160]})"
+        raise UserError(f"base_model {why}: set method=full, or choose another.") from None
     replace_forwards(model)
     return model
 
@@ -205,9 +197,8 @@ def _without_adapter(model) -> str:
 
 def _is_product(layer: nn.Linear) -> bool:
     """Tell whether a layer is as its kind says: some models' subclasses give tuples, or take groups."""
-    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith(
-        "transformers.models"
-    ):
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers.models"):
         return True
     try:
         with torch.no_grad():
@@ -218,17 +209,16 @@ def _is_product(layer: nn.Linear) -> bool:
 
 def about_adapters(model) -> str:
     """Say which layers of a model have adapters and which linear ones and experts none; "" in full tuning."""
-    adapted, bare, inside = Counter(), Counter(), {id(causal_lm(model).get_output_embeddings())}
-    for name, module in causal_lm(model).named_modules():
+    lm, adapted, bare = causal_lm(model), Counter(), Counter()
+    inside = {id(lm.get_output_embeddings())}
+    for name, module in lm.named_modules():
         own = name.replace(".base_layer", "").rpartition(".")[2]
         if hasattr(module, "lora_A"):
-            adapted[".".join(filter(None, (own, getattr(module, "parameter_name", ""))))] += 1
+            adapted[f"{own}.{getattr(module, 'parameter_name', '')}".strip(".")] += 1
             inside |= {id(part) for part in module.modules()}
         elif id(module) not in inside:
-            experts = any(p.dim() == 3 for p in module.parameters(recurse=False))
-            bare[own] += isinstance(module, nn.Linear | Conv1D) or (
-                experts and not isinstance(module, nn.Conv1d)
-            )
+            fused = not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(False))
+            bare[own] += fused or isinstance(module, nn.Linear | Conv1D)
     if not adapted:
         return ""
     adapted, bare = (", ".join(f"{n} {name}" for name, n in names.items() if n) for names in (adapted, bare))
@@ -258,9 +248,6 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
     Args:
         base_model: what an adapter names as its base, not a folder of this machine; empty for a merged model.
         weights: where the model holds only a part of them.
-
-    Raises:
-        UserError: `folder` holds something else than an older one of these.
     """
     causal_lm(model).config.use_cache = True  # training had it off
     with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
@@ -288,13 +275,10 @@ def _name_as_transformers_4(config: Path) -> None:
     config.write_text(json.dumps(saved, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def load_finished(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", merge: bool = False
-):
-    """Load a finished run's model and tokenizer from its `model/` folder, ready to answer.
+def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device="cpu", merge: bool = False):
+    """Load a finished run's model, its weights in `dtype`, and tokenizer from its `model/`, ready to answer.
 
     Args:
-        dtype: of the weights.
         merge: fold the adapter into the base weights, also where training had them in 4 bit.
     """
     folder = expanded(folder)

@@ -47,8 +47,7 @@ class RowAttention:
     Args:
         kernels: {name: function as `_flash`}, the best first; None for KERNELS; each is proven first.
         kernel_devices: device types that have these kernels.
-        cpu_kernel_devices: those with torch's kernel for the CPU, which from 2.9 on reads a key for many
-            heads.
+        cpu_kernel_devices: those with torch's kernel for the CPU; from 2.9 on it reads a key for many heads.
         mask: makes the mask of one answer, as `causal_mask`.
         name: of the attention implementation that transformers is told.
 

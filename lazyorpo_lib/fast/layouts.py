@@ -19,16 +19,15 @@ from .head import ScoringForward
 
 # (name, layout of batching.py, attention or None for the model's own), best first.
 LADDER = (
-    ("shared", "shared", NAME),
-    ("shared, dense masks", "shared", "eager"),
-    ("packed", "packed", None),
-    ("padded", "padded", None),
-)
+    ("shared", "shared", NAME), ("shared, dense masks", "shared", "eager"),
+    ("packed", "packed", None), ("padded", "padded", None),
+)  # fmt: skip
 # How many tokens back a layer looks, by all names that configs have for it.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 WINDOWS += ("keep_window_size", "sliding_window_size")
 # Those that a rung keeps at any length: its own masks, or rows in which a document lies in one piece.
 KEPT = {
+    "shared": ("sliding_window",),
     "shared, dense masks": ("sliding_window", "attention_chunk_size"),
     "packed": ("sliding_window",),
     "padded": WINDOWS,
@@ -69,6 +68,7 @@ class PairScorer:
         model, plain = self.model, self.forward.plain
         with torch.no_grad(), _as_trained(model):
             probe, self.refused = _Probe(self), {}
+            self.attention.windows.clear()
             for self.rung, self.layout, implementation in LADDER:
                 model.set_attn_implementation(implementation or self.own_attention)
                 if not (why := probe.refusal()):
@@ -84,8 +84,8 @@ class PairScorer:
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch) -> Iterator[dict]:
-        """Give the keyword arguments with which the (possibly wrapped) model computes `batch`. Forward and
-        backward belong inside the block: after it ordinary attention holds again."""
+        """Give the keyword arguments with which the (possibly wrapped) model computes `batch`; its backward
+        too belongs inside the block, after which ordinary attention holds again."""
         given = dict(input_ids=batch.input_ids, hidden_index=batch.hidden_index, targets=batch.targets)
         if self.layout == "padded":
             given["attention_mask"] = batch.attention_mask
@@ -171,8 +171,11 @@ class _Probe:
         self.positions = positions if held else 0
         near = [size + 5 for _, size in self.windows if size + 5 <= min(most, positions - 9)]
         for self.prompt in (max(near, default=17), 17):
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 return self._draw()
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
         raise UserError(
             f"The weights leave no memory on {self.device} for a forward of 26 tokens: "
             "choose a smaller base_model, or method=qlora."
@@ -247,21 +250,19 @@ class _Probe:
                 logps = torch.log_softmax(logits[: len(answer)].float(), dim=-1)
                 found.append(logps.gather(1, ids[0, len(pair.prompt) : end, None])[:, 0])
                 first.append(logps[0, pair.chosen])
-        return torch.cat(found), max(
-            (a - b).abs().max().item() for a, b in zip(first[::2], first[1::2], strict=True)
-        )
+        moved = [(a - b).abs().max().item() for a, b in zip(first[::2], first[1::2], strict=True)]
+        return torch.cat(found), max(moved)
 
     def refusal(self) -> str:
         """Say why the scorer's present rung is wrong for the model; nothing if it is right."""
         scorer = self.scorer
         beyond = {name: size for name, size in self.windows if size >= self.prompt}
-        kept = KEPT.get(scorer.rung, ("sliding_window",))
-        if lost := next((name for name in beyond if name not in kept), None):
+        if lost := next((name for name in beyond if name not in KEPT[scorer.rung]), None):
             return f"{lost} {beyond[lost]} is longer than what is tried"
         why = self._tried()
         if why and scorer.forward.plain:
             scorer.forward.plain = False  # perhaps it is only the head that is not what it seems
-            why = why and self._tried() and why
+            why = self._tried() and why
         if not why and scorer.rung == "shared" and not scorer.attention.windows.issuperset(beyond.values()):
             return f"its attention is not told of {max(beyond, key=beyond.get)} {max(beyond.values())}"
         return why

@@ -27,13 +27,14 @@ def body_of(model) -> nn.Module:
 def towers_of(model) -> list[str]:
     """Name the outermost modules that no text reaches: those for pictures and sounds, and whatever the models
     between a causal LM and its body hold besides the body."""
-    path, found = next(name for name, part in model.named_modules() if part is body_of(model)), []
+    body, found = body_of(model), []
+    path = next(name for name, part in model.named_modules() if part is body)
     for name, _ in model.named_modules():
         parent, _, own = name.rpartition(".")
         beside = parent and path.startswith(f"{parent}.")
         if (beside or _TOWER.search(own)) and not is_within(path, [name]) and not is_within(name, found):
             found.append(name)
-    return [name for name in found if name]
+    return found
 
 
 def is_within(name: str, places: list[str]) -> bool:

@@ -31,9 +31,6 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
 
     Args:
         dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
-
-    Raises:
-        UserError: the accelerate config asks for DeepSpeed; the tracker of `report_to` is not installed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise UserError(
@@ -58,13 +55,8 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
 
 
 def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
-    """Tell whether FSDP shares out the weights; keep log-probabilities and gradient sums in 32 bit where it
-    does.
-
-    Raises:
-        UserError: what it would train wrongly: its first version, weights that not every process reads, 4
-            bit, DPO.
-    """
+    """Tell whether FSDP shares out the weights, and have it keep log-probabilities and gradient sums in 32
+    bit; UserError for what it would train wrongly."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return False

@@ -1,8 +1,8 @@
 """Log-probabilities the plain way: what every faster way must equal.
 
-Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for three
-things: the `layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns. A
-wing may hand it a faster one that does the same.
+Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for the
+`layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns; a wing may
+hand it a faster one that does the same.
 """
 
 import contextlib
@@ -38,13 +38,11 @@ class PlainScorer:
 
     @contextlib.contextmanager
     def inputs(self, batch: Batch):
-        """Give the model's keyword arguments for a batch; they hold until the block ends, its backward
-        included."""
+        """Give the model's keyword arguments for a batch; its backward too belongs inside the block."""
         yield dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def read(self, out, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Give the log-probability of each scored token, (M,) float32, and the loss of a router of experts,
-        or None."""
+        """Give the log-probability of each scored token, (M,) float32, and a router's loss, or None."""
         logits = out.logits.flatten(0, 1).index_select(0, batch.hidden_index).float()
         return torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0], None
 
@@ -64,9 +62,6 @@ def score(
     Args:
         model: as it is trained, with what is wrapped around it.
         note: told when memory ran out, and smaller batches follow.
-
-    Raises:
-        UserError: memory runs out on a single pair.
     """
     layout, training = scorer.layout, model.training
 

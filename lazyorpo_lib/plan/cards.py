@@ -1,20 +1,17 @@
-"""GPUs by their data sheets, found by the names people write, and how fast a step may count on a machine to
-be.
+"""GPUs by their data sheets, found by the names people write, and the speed a step may count on.
 
-It knows no model and plans nothing. COPY_SHARE and a card's share are stated constants that no run has
-checked.
+It knows no model and plans nothing. COPY_SHARE and a card's share are stated, and no run has checked them.
 """
 
 import functools
 import re
-import time
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from ..errors import UserError
-from ..machine import GIB, Machine, product_rate
+from ..machine import GIB, Machine, product_rate, quickest
 
 COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
 # Of the rate of a product that is timed here; off CUDA it covers all of a step.
@@ -83,11 +80,7 @@ def listed(name: str, *sizes: float) -> Card | None:
 
 def find_card(name: str) -> Card | Machine:
     """Find a card of CARDS by name, as people or its driver write it; or make a machine of `cpu` or `apple`,
-    with GiB of RAM behind a dash or else this machine's.
-
-    Raises:
-        UserError: no such name.
-    """
+    with GiB of RAM behind a dash or else this machine's."""
     if card := listed(name):
         return card
     if match := re.fullmatch(r"(cpu|apple)(?:[ -](\d+)(?: ?gb)?)?", name.strip().lower()):
@@ -99,19 +92,14 @@ def find_card(name: str) -> Card | Machine:
 @functools.cache
 def copy_rate(device: str) -> float:
     """Time a copy of 256 MiB; bytes read and written a second."""
-    large, seconds = torch.zeros(2**28, dtype=torch.uint8, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        large.clone()[0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * large.numel() / min(seconds)
+    large = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    return 2 * large.numel() / quickest(lambda: large.clone()[0].item())
 
 
-def rates(machine: Machine, card: Card | None, dtype: torch.dtype) -> tuple[float, float, str]:
+def rates(machine: Machine, dtype: torch.dtype) -> tuple[float, float, str]:
     """Give the operations and bytes a second that a step may count on, and where the first comes from."""
-    if card is None and machine.device == "cuda":
-        card = listed(machine.name, machine.memory_gib)
-    if card is not None:
+    card = listed(machine.name, machine.memory_gib) if machine.device == "cuda" else None
+    if card:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
         said = f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
         return peak * 1e12 * card.share, card.bandwidth * 1e9 * COPY_SHARE, said

@@ -91,16 +91,10 @@ _profiles: dict[tuple, Profile] = {}
 
 
 class Costs:
-    """One method on one device.
-
-    Args:
-        card: the machine's data sheet, a Card, or None.
-        dtype: of the computation.
-        cards: how many such devices share the weights, their gradients and the optimizer's state.
-    """
+    """One method on one device, or on as many `cards` that share weights, gradients and optimizer state."""
 
     def __init__(
-        self, config, settings: Settings, machine: Machine, card, lengths: Lengths, dtype, method, cards=1
+        self, config, settings: Settings, machine: Machine, lengths: Lengths, dtype, method, cards=1
     ):
         self.settings, self.machine, self.lengths = settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
@@ -117,7 +111,7 @@ class Costs:
         # Eight random pairs are rarely half as long again as eight mean ones.
         self.most = max(lengths.longest, round(self.pairs * min(lengths.longest, 1.5 * lengths.mean)), 16)
         self.profile = self._profile(config)
-        self.rate, self.bandwidth, self.rate_source = rates(machine, card, dtype)
+        self.rate, self.bandwidth, self.rate_source = rates(machine, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
         if machine.free_gib is not None:  # counted when this process had its context already
@@ -156,8 +150,7 @@ class Costs:
         if self.full:
             return 4.0 * shape.total
         if self.held == "lora":
-            # On a CPU what is not converted or fused stays a view of the file, and rows never looked up stay
-            # on the disk.
+            # On a CPU what is not converted or fused is a view of the file: rows never looked up stay there.
             viewed = self.machine.device == "cpu" and stored == self.dtype and not shape.experts
             unread = shape.untied if viewed else 0
             return float(size * (shape.total - unread))
@@ -214,12 +207,8 @@ class Costs:
         return sum(self.parts(tokens, checkpointed).values())
 
     def _operations(self, row: float, again: float) -> tuple[float, float, float, float]:
-        """Count the operations for a pair: in the layers, in attention's scores, in the head; and of its
-        evaluation.
-
-        Args:
-            row: tokens of its micro-batch. again: share of the layers that are computed twice.
-        """
+        """Count the operations for a pair: in the layers, in attention's scores, in the head; of its
+        evaluation. `row`: tokens of its micro-batch; `again`: share of the layers that run twice."""
         lengths, shape = self.lengths, self.shape
         p, c, r = lengths.prompt, lengths.chosen, lengths.rejected
         # Layers: forward and gradients of activations, with full tuning of weights too.

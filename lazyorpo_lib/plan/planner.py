@@ -91,18 +91,13 @@ def make_plan(
     """Plan a run with every method.
 
     Args:
-        config: of the model, from `model.load_config`.
         target: a machine, a card, or a name that `find_card` knows.
-        lengths: `measured_lengths` of encoded pairs, or `preset_lengths` before there are any.
         dtype: of the computation; None takes what `pick_precision` gives.
         cards: how many such devices share the weights, their gradients and the optimizer's state (FSDP).
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
-
-    Raises:
-        UserError: unknown card; a model that transformers cannot build.
     """
     target = find_card(target) if isinstance(target, str) else target
-    card, machine = (target, target.machine) if isinstance(target, Card) else (None, target)
+    machine = getattr(target, "machine", target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
@@ -113,22 +108,23 @@ def make_plan(
     # Neither Apple GPUs nor FSDP have 4-bit weights; weights that are saved so are not trained in full.
     for method in METHODS[is_quantised(config) : 3 if four_bit else 2]:
         for some in optimizers:
-            costs[method] = Costs(config, some, machine, card, lengths, dtype, method, cards)
+            costs[method] = Costs(config, some, machine, lengths, dtype, method, cards)
             methods[method] = costs[method].best()
             if methods[method].fits:
                 break
     chosen, why = _choose(settings, methods, machine)
     one = costs[chosen]
-    if one.profile.stood_in:
-        why += f"; this kind of model cannot be simulated, so activations are {one.profile.stood_in}"
-    if one.limit < one.memory * (1 - MARGIN) / GIB:
-        why += f"; only {machine.free_gib:.1f} GiB of {machine.name} are free, another process holds the rest"
-    if chosen == "qlora" and one.shape.experts:
-        gib = dtype.itemsize * one.shape.experts / GIB
-        why += f"; {gib:.1f} GiB of fused experts stay in {8 * dtype.itemsize} bit, so it saves less"
-    found = list(methods.values()), chosen, why, [] if methods[chosen].fits else _changes(one, methods)
-    number_format, adapters = str(dtype).removeprefix("torch."), one.shape.about_adapters
-    return Plan(machine.name, one.memory / GIB, *found, number_format, lengths, adapters)
+    return Plan(
+        device=machine.name,
+        memory_gib=one.memory / GIB,
+        methods=list(methods.values()),
+        chosen=chosen,
+        why=why + _reservations(one),
+        changes=[] if methods[chosen].fits else _changes(one, methods),
+        dtype=str(dtype).removeprefix("torch."),
+        lengths=lengths,
+        adapters=one.shape.about_adapters,
+    )
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
@@ -171,6 +167,20 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
             return name, f"{name}: {words[name]}; {reason}"
         reason += f", {name} {methods[name].peak_gib:.1f}"
     return name, f"{name}: nothing fits, and this comes nearest; {reason}"
+
+
+def _reservations(costs: Costs) -> str:
+    """Say what else there is to know of the method chosen: a stand-in, too little memory, experts."""
+    said, machine, size = "", costs.machine, costs.dtype.itemsize
+    if costs.profile.stood_in:
+        said += f"; this kind of model cannot be simulated, so activations are {costs.profile.stood_in}"
+    if costs.limit < costs.memory * (1 - MARGIN) / GIB:
+        free = f"only {machine.free_gib:.1f} GiB of {machine.name} are free"
+        said += f"; {free}, another process holds the rest"
+    if costs.method == "qlora" and costs.shape.experts:
+        gib = size * costs.shape.experts / GIB
+        said += f"; {gib:.1f} GiB of fused experts stay in {8 * size} bit, so it saves less"
+    return said
 
 
 def _changes(costs: Costs, methods: dict[str, MethodPlan]) -> list[str]:

@@ -53,11 +53,7 @@ class Profile:
 
     def peak(self, tokens: int, layers: int, checkpointed: int, held: bool) -> tuple[float, float, float]:
         """Find the highest point of a micro-batch: bytes without weights, the head's share, the gradients'.
-
-        Args:
-            held: gradients of earlier micro-batches are there from the start, so that the backward makes
-                none.
-        """
+        Where those are `held`, of earlier micro-batches, the backward makes none."""
         at, made = self.at(tokens), 0.0 if held else self.layer_gradient
         again, stored = checkpointed - (LAYERS - 1), layers - checkpointed - 1  # layers more than in the cut
 

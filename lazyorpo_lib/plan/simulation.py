@@ -212,9 +212,7 @@ def _in_float32(norm: nn.LayerNorm, x):
     return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
-def simulate(
-    config, settings: Settings, method: str, dtype, machine: Machine, rows, sharded: bool = False
-) -> Profile:
+def simulate(config, settings: Settings, method, dtype, machine: Machine, rows, sharded=False) -> Profile:
     """Run forward and backward of a micro-batch of each of `rows` as `machine` would.
 
     A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a
@@ -222,7 +220,6 @@ def simulate(
 
     Args:
         rows: lists of EncodedPair. sharded: the weights are gathered by FSDP.
-
     """
     counts, llama = [sum(pair.tokens() for pair in row) for row in rows], _llama_like(config)
     for model, stood_in in ((config, ""), (llama, "those of a Llama of its shape")):

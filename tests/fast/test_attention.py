@@ -448,7 +448,13 @@ def test_the_probe_draws_no_random_number_of_the_run_and_seeds_no_device(monkeyp
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def windowed(limit):
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+def windowed(limit, error=FULL[0]):
     """A model with a window of 100, and the lengths of the texts that its forward was given; too little
     memory past `limit` tokens."""
     model, lengths = tiny_model("mistral", sliding_window=100), []
@@ -457,7 +463,7 @@ def windowed(limit):
     def forward(*args, input_ids, **kwargs):
         lengths.append(input_ids.shape[1])
         if lengths[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(*args, input_ids=input_ids, **kwargs)
 
     model.forward = forward
@@ -472,14 +478,16 @@ def test_the_probe_reaches_past_a_window_but_makes_no_logits_of_the_prompt():
     assert max(made) <= 10
 
 
-def test_where_memory_does_not_reach_past_a_window_the_probe_is_shorter():
-    model, lengths = windowed(limit=100)
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_where_memory_does_not_reach_past_a_window_the_probe_is_shorter(error):
+    model, lengths = windowed(100, error)
     assert PairScorer(model).rung == "shared" and lengths[0] > 105 > max(lengths[1:])
 
 
-def test_weights_that_leave_no_memory_are_told_in_a_sentence():
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_weights_that_leave_no_memory_are_told_in_a_sentence(error):
     with pytest.raises(UserError, match="no memory on cpu.*smaller base_model"):
-        PairScorer(windowed(limit=0)[0])
+        PairScorer(windowed(0, error)[0])
 
 
 def test_a_soft_cap_is_never_lost_where_transformers_says_that_sdpa_would_do(monkeypatch):

@@ -147,7 +147,7 @@ def test_layer_norms_and_experts_are_simulated_themselves_also_where_layers_run_
 def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
     card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
     lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
-    foretold = costs.Costs(config, settings, card.machine, card, lengths, torch.bfloat16, "lora").profile
+    foretold = costs.Costs(config, settings, card.machine, lengths, torch.bfloat16, "lora").profile
     assert not foretold.stood_in
     row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
     direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
