@@ -91,7 +91,6 @@ def make_plan(
     """Plan a run with every method.
 
     Args:
-        target: a machine, a card, or a name that `find_card` knows.
         dtype: of the computation; None takes what `pick_precision` gives.
         cards: how many such devices share the weights, their gradients and the optimizer's state (FSDP).
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
