@@ -98,7 +98,8 @@ def copy_rate(device: str) -> float:
 
 def rates(machine: Machine, dtype: torch.dtype) -> tuple[float, float, str]:
     """Give the operations and bytes a second that a step may count on, and where the first comes from."""
-    card = listed(machine.name, machine.memory_gib) if machine.device == "cuda" else None
+    here = torch.cuda.is_available()  # else nothing can be timed, and the name alone must do
+    card = listed(machine.name, *[machine.memory_gib] * here) if machine.device == "cuda" else None
     if card:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
         said = f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
