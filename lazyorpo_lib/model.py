@@ -30,9 +30,9 @@ from . import marker
 from .errors import UserError, expanded, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
-from .kinds import check_files, class_of, load_config, locate
+from .kinds import check_files, class_of, is_quantised, load_config, locate
 from .machine import Machine
-from .orpo.body import causal_lm, is_within, towers_of
+from .orpo.body import causal_lm, fused_experts, is_within, towers_of
 from .settings import Settings
 
 
@@ -92,10 +92,10 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         four_bit: NF4 with double quantisation; embeddings, head and norms keep `dtype`.
     """
     options = dict(dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
-    if four_bit:
+    loader = class_of(config := load_config(base_model))
+    if four_bit and not is_quantised(config):  # else its weights stay as they come
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    loader = class_of(load_config(base_model))
     with explain_model(base_model):
         place = locate(base_model)
         options |= dict(generation_config=_generation_config(place), output_loading_info=True)
@@ -103,7 +103,7 @@ def load_base(base_model: str, *, dtype: torch.dtype, device: str, four_bit: boo
         if lacking := sorted(info["missing_keys"]):  # transformers would take random numbers for them
             lack = f"{len(lacking)} of the weights of its config.json, as {lacking[0]}"
             raise ValueError(f"its files lack {lack}")
-    if device == "cpu" and (four_bit or any(weights.dim() == 3 for weights in model.parameters())):
+    if device == "cpu" and (four_bit or fused_experts(model)):
         # A copy, else what stays as it was keeps the whole file mapped, with the pages read while quantising
         # or fusing. Nothing is cast (as peft.prepare_model_for_kbit_training would: 2 GiB on Llama-3-8B).
         for parameter in model.parameters():

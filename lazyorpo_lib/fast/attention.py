@@ -99,10 +99,9 @@ class RowAttention:
         if more.get("softcap"):
             raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
         inputs, device, row = (query, key, value), query.device.type, self.row
-        if row is not None:
-            self.windows.add(sliding_window)
-        else:
+        if row is None:
             return sdpa_attention_forward(module, *inputs, attention_mask, dropout, scaling, **more)
+        self.windows.add(sliding_window)
         if torch.is_autocast_enabled(device):  # rotary embeddings of float32 weights leave float32
             inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
         if sliding_window is not None and sliding_window >= max(row.longest):

@@ -61,10 +61,20 @@ class PairScorer:
         self.model, self.forward = model, ScoringForward(model)
         self.attention = attention or RowAttention()
         self.own_attention = model.config._attn_implementation
-        self.prove()
+        try:
+            self.prove()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            device = model.get_input_embeddings().weight.device
+            raise UserError(
+                f"The weights leave no memory on {device} for a forward of 26 tokens: "
+                "choose a smaller base_model, or method=qlora."
+            ) from None
 
     def prove(self) -> None:
-        """Choose the rung; call it again after anything that changes the forward."""
+        """Choose the rung; call it again after anything that changes the forward. A RuntimeError where memory
+        runs out says nothing of the model."""
         model, plain = self.model, self.forward.plain
         with torch.no_grad(), _as_trained(model):
             probe, self.refused = _Probe(self), {}
@@ -170,16 +180,14 @@ class _Probe:
         held = positions <= 4096 and any(positions in table.shape for table in model.buffers())
         self.positions = positions if held else 0
         near = [size + 5 for _, size in self.windows if size + 5 <= min(most, positions - 9)]
-        for self.prompt in (max(near, default=17), 17):
-            try:
-                return self._draw()
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not is_out_of_memory(error):
-                    raise
-        raise UserError(
-            f"The weights leave no memory on {self.device} for a forward of 26 tokens: "
-            "choose a smaller base_model, or method=qlora."
-        )
+        self.prompt = max(near, default=17)
+        try:
+            self._draw()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            self.prompt = 17
+            self._draw()
 
     def said(self) -> str:
         """Say what was proven, of the rung that was taken."""

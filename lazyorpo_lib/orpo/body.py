@@ -64,6 +64,12 @@ def checkpoint_layers(model, count: int) -> int:
     return min(count, len(layers))
 
 
+def fused_experts(model) -> list[nn.Parameter]:
+    """List the weights that hold the experts of a layer in one, which are no layers of their own."""
+    inside = (m for m in model.modules() if not isinstance(m, nn.Conv1d))
+    return [p for m in inside for p in m.parameters(recurse=False) if p.dim() == 3]
+
+
 def sizes_of(config, *names: str, least: int = 1) -> list[int]:
     """List the numbers that a text's config has under these names, in every layer where they differ."""
     text, found = config.get_text_config(decoder=True), []

@@ -273,10 +273,7 @@ class OrpoTrainer:
         elif self.checkpointed_layers < layers:
             more = self.checkpointed_layers + math.ceil((layers - self.checkpointed_layers) / 2)
             self.checkpointed_layers = checkpoint_layers(self.model, more)
-            with (
-                self.accelerator.autocast(),
-                contextlib.suppress(UserError),
-            ):  # of memory, for which it is tried
+            with self.accelerator.autocast():
                 attempt(self.scorer.prove)
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:

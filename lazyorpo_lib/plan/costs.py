@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from ..errors import UserError
 from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
 from ..model import about_adapters, add_adapters
 from ..orpo.batching import EncodedPair
-from ..orpo.body import is_within, sizes_of, text_layers, towers_of
+from ..orpo.body import fused_experts, is_within, sizes_of, text_layers, towers_of
 from ..orpo.data import held_out_of
 from ..settings import Settings
 from .cards import rates
@@ -68,7 +69,7 @@ class _Shape:
         self.largest = max(p.numel() for p in parameters)
         self.text = sum(p.numel() for name, p in model.named_parameters() if not is_within(name, beside))
         self.bulk = sum(m.weight.numel() for m in quantised_layers(model))
-        self.experts = sum(p.numel() for p in parameters if p.dim() == 3)  # fused; never in 4 bit
+        self.experts = sum(p.numel() for p in fused_experts(model))  # never in 4 bit
         self.active = self.bulk + round(used * self.experts)  # for one token
         self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
         self.head, tied = head.weight.numel(), head.weight is embeddings.weight
@@ -79,10 +80,14 @@ class _Shape:
         heads, hidden = max(sizes_of(config, "num_attention_heads"), default=1), embeddings.weight.shape[1]
         self.attention_width = heads * max(sizes_of(config, "head_dim"), default=hidden // heads)
         self.dense = not takes_sdpa(model)  # attention of every token of a row with every other
-        with torch.device("meta"):
-            adapted = add_adapters(model, settings)  # last: it changes the model
-        self.adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        self.about_adapters = about_adapters(adapted)
+        self.adapters, self.about_adapters, self.refusal = 0, "", None
+        try:  # last: it changes the model
+            with torch.device("meta"):
+                adapted = add_adapters(model, settings)
+            self.adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            self.about_adapters = about_adapters(adapted)
+        except UserError as why:  # which is no matter of full tuning
+            self.refusal = why
 
 
 # A panel plans again at every change, and few changes need a new simulation.
@@ -99,10 +104,12 @@ class Costs:
         self.settings, self.machine, self.lengths = settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
         self.cuda, self.full = machine.device == "cuda", method == "full"
-        key = config.to_json_string(), settings.lora_rank
+        key = config.to_json_string(), settings.lora_rank, settings.lora_dropout > 0
         if key not in _shapes:
             _shapes[key] = _Shape(config, settings)
         self.shape = _shapes[key]
+        if self.shape.refusal and settings.method == method != "full":
+            raise self.shape.refusal
         four_bit = (getattr(config, "quantization_config", None) or {}).get("load_in_4bit")
         self.held = "qlora" if four_bit and method == "lora" else method  # how the weights are
         self.trained = self.shape.text if self.full else self.shape.adapters

@@ -152,7 +152,7 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
         return settings.method, f"{settings.method}: chosen in the settings"
     full = methods.get("full")
     if full is None:
-        return "qlora", "qlora: the weights of this base model are quantised as they come"
+        return "lora", "lora: the weights of this base model are quantised as they come"
     if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
         why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
         return "full", f"full: {why}"
