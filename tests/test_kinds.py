@@ -277,3 +277,30 @@ def test_a_model_in_the_hubs_cache_is_taken_from_there_where_the_hub_does_not_an
     (cache / "snapshots" / "abc" / "model.safetensors").unlink()  # a part of it is no model
     monkeypatch.setattr(kinds, "hub_answers", lambda: False)
     assert kinds.locate("me/tiny") == "me/tiny"
+
+
+def plan_of(config, **settings):
+    from lazyorpo_lib.plan.planner import make_plan, preset_lengths
+
+    settings = Settings(**settings)
+    return make_plan(config, settings, "A40", preset_lengths("demo", settings))
+
+
+def test_what_hinders_adapters_hinders_no_full_tuning_and_is_told_where_adapters_are_asked_for():
+    config = transformers.MixtralConfig(**SMALL | EXPERTS)
+    assert plan_of(config, method="full", lora_dropout=0.1).chosen == "full"
+    with pytest.raises(UserError, match="set lora_dropout=0"):
+        plan_of(config, method="lora", lora_dropout=0.1)
+
+
+def test_a_quantised_base_is_planned_with_adapters_and_without_full_tuning():
+    quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = transformers.LlamaConfig(**SMALL, quantization_config=quantised)
+    plan = plan_of(config)
+    assert plan.chosen == "lora" and [m.method for m in plan.methods] == ["lora", "qlora"]
+
+
+def test_of_qlora_it_is_said_what_fused_experts_keep_and_a_mixer_without_any_is_not_told_of():
+    said = plan_of(transformers.MixtralConfig(**SMALL | EXPERTS), method="qlora").why
+    assert "fused experts stay in 16 bit" in said
+    assert "experts" not in plan_of(transformers.Mamba2Config(**SMALL, **MAMBA), method="qlora").why
