@@ -249,8 +249,8 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
         base_model: what an adapter names as its base, not a folder of this machine; empty for a merged model.
         weights: where the model holds only a part of them.
     """
-    causal_lm(model).config.use_cache = True  # training had it off
     with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
+        causal_lm(model).config.use_cache = True  # training had it off
         if hasattr(model, "peft_config"):
             model.save_pretrained(scratch, state_dict=weights, save_embedding_layers=False)
             config = scratch / "adapter_config.json"
