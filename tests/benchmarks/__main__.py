@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
+from lazyorpo_lib.demo.model import DEMO_MODEL
 from lazyorpo_lib.machine import this_machine
-from lazyorpo_lib.model import DEMO_MODEL
 
 SYSTEMS = {
     "TRL": dict(system="trl", nll_over="prompt+answer"),

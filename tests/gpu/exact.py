@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
+from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import layouts
 from lazyorpo_lib.fast.attention import RowAttention
@@ -471,7 +472,7 @@ def qlora(small: bool):
     with tempfile.TemporaryDirectory() as folder:
         stored = build(shape, torch.bfloat16)
         stored.save_pretrained(f"{folder}/base", max_shard_size="2GB")
-        models.load_tokenizer(models.TINY_MODEL).save_pretrained(f"{folder}/base")
+        models.load_tokenizer(TINY_MODEL).save_pretrained(f"{folder}/base")
         del stored
         clean()
         settings = Settings(base_model=f"{folder}/base", method="qlora")
@@ -683,7 +684,7 @@ def _capped_looks(trainer, model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield same("pairs evaluated under the cap", trainer.pair_tables(some).isfinite().all().item(), True)
-        tokenizer = models.load_tokenizer(models.TINY_MODEL)
+        tokenizer = models.load_tokenizer(TINY_MODEL)
         prompts = [[7 + i % 200] * 4000 for i in range(64)]
         texts = evaluate.answers(model, tokenizer, prompts, max_tokens=4, end_ids=[2])
         yield same("answers under the cap", len(texts), 64)
@@ -716,10 +717,10 @@ def twice(small: bool):
         return load(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(models, "load_for_training", loading):
-        base = models.TINY_MODEL if small else f"{folder}/base"
+        base = TINY_MODEL if small else f"{folder}/base"
         if not small:
             build(config("smollm2-135m", vocab_size=512), torch.float32).save_pretrained(base)
-            models.load_tokenizer(models.TINY_MODEL).save_pretrained(base)
+            models.load_tokenizer(TINY_MODEL).save_pretrained(base)
         for k, way in enumerate(way for way in ways for _ in range(2)):
             given = (
                 dict(
@@ -809,7 +810,7 @@ def probe(small: bool):
 
 def answers(small: bool):
     """Prompts answered together and one by one: the same texts."""
-    tokenizer = models.load_tokenizer(models.TINY_MODEL)
+    tokenizer = models.load_tokenizer(TINY_MODEL)
     base = build(
         config("smollm2-135m", small, num_hidden_layers=2 if small else 8, vocab_size=len(tokenizer)),
         torch.float32,

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lazyorpo_lib import model as models
 from lazyorpo_lib import run as runs
+from lazyorpo_lib.demo.model import DEMO_MODEL, TINY_MODEL
 from lazyorpo_lib.machine import pick_precision, this_machine
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.settings import Settings, resolve
@@ -242,12 +243,12 @@ def trl(small: bool, name: str, checkpointed: bool):
     tokens."""
     with tempfile.TemporaryDirectory() as home:
         # Where no hub is in reach the kit looks here for the demo's model; bytes stand for its tokens.
-        shutil.copytree(models.locate(models.TINY_MODEL), f"{home}/lazyorpo/SmolLM2-135M-Instruct")
+        shutil.copytree(models.locate(TINY_MODEL), f"{home}/lazyorpo/SmolLM2-135M-Instruct")
         model = name
         if small or name == "smollm2-135m":
             model = f"{home}/model"
             build(config("smollm2-135m", small), torch.float32).save_pretrained(model)
-            models.load_tokenizer(models.TINY_MODEL).save_pretrained(model)
+            models.load_tokenizer(TINY_MODEL).save_pretrained(model)
         rows = [(max(1, p - 20), c, r) for p, c, r in lengths(80, longest=700, shrink=8 if small else 1)]
         texts = [
             dict(zip(("prompt", "chosen", "rejected"), (_letters(k, n) for n in row), strict=True))
@@ -400,7 +401,7 @@ def real(small: bool):
     from huggingface_hub.constants import HF_HOME
 
     there = Path(HF_HOME, "lazyorpo", "SmolLM2-135M-Instruct").is_dir()
-    if not there and not isinstance(try_to_load_from_cache(models.DEMO_MODEL, "config.json"), str):
+    if not there and not isinstance(try_to_load_from_cache(DEMO_MODEL, "config.json"), str):
         raise Skip("its weights are not on this machine")
     with tempfile.TemporaryDirectory() as folder:
         given = dict(preset="demo", output_dir=folder)
