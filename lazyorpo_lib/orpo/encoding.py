@@ -20,7 +20,7 @@ import torch
 from ..errors import UserError
 from . import data
 from .batching import EncodedPair
-from .body import sizes_of
+from .body import causal_lm, is_within, sizes_of, towers_of
 
 # For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
 # and its own end token after each assistant turn. It is saved with the trained model.
@@ -252,10 +252,7 @@ def check_model(pairs: PairFile, model) -> None:
     if pairs.highest >= vocabulary:
         why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"
         raise UserError(f"base_model does not go with its tokenizer: {why}; choose another base_model.")
-    places = [part.weight for name, part in model.named_modules() if _is_place(name, part)]
-    places += [table for name, table in model.named_buffers() if name.endswith("embed_positions")]
-    most = sizes_of(model.config, "max_position_embeddings")
-    learned = min([len(table) for table in places] + (most if places else []), default=0)
+    learned = _learned_positions(causal_lm(model))
     sides = pairs.lengths_of_sides()
     longest = int((sides["prompt"] + np.maximum(sides["chosen"], sides["rejected"])).max(initial=0))
     if learned and longest > learned:
@@ -277,7 +274,11 @@ def _stretched_past(config) -> float:
     return min((kind.get("original_max_position_embeddings") or own for kind in stretched), default=math.inf)
 
 
-def _is_place(name: str, part) -> bool:
-    """Tell whether a module holds learned positions of text, not those of pictures or sounds."""
-    learned = isinstance(part, torch.nn.Embedding) and re.match("pos|wpe|embed_pos", name.rpartition(".")[2])
-    return bool(learned) and not re.search("vis|image|audio|patch", name)
+def _learned_positions(model) -> int:
+    """Count the positions that a model has learned for text; 0 where it needs none."""
+    tables = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
+    places = [(n, table) for n, table in tables if re.match("pos|wpe|embed_pos", n.rpartition(".")[2])]
+    places += [(n, table) for n, table in model.named_buffers() if n.endswith("embed_positions")]
+    towers = towers_of(model) if places else []
+    lengths = [len(table) for n, table in places if not is_within(n, towers)]
+    return min(lengths + sizes_of(model.config, "max_position_embeddings")) if lengths else 0
