@@ -2,8 +2,9 @@
 
     python -m tests
 
-The notebooks run on the `tiny` preset, once more with Colab's versions, and the main one once as the real
-demo. The oldest versions that requirements.txt allows plan and train too. The first thing that fails ends it.
+The main notebook runs as the real demo, the others on the `tiny` preset, and the main ones once more with
+Colab's versions. The oldest versions that requirements.txt allows plan and train too. The first thing that
+fails ends it.
 """
 
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
@@ -103,34 +104,18 @@ def on_the_floor(python: str, folder: str) -> None:
     )
 
 
-def notebooks(folder: str) -> None:
-    """Every notebook here, and what runs with other versions: gigabytes of torch, installed one after the
-    other meanwhile."""
-    here, aside = sys.executable, ThreadPoolExecutor(1)
-    colab = aside.submit(environment, os.path.join(folder, "colab"), "-r", "tests/colab-constraints.txt")
-    floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())
-    try:
-        for name in NOTEBOOKS:
-            run(
-                here,
-                *LAX,
-                f"notebooks/{name}.ipynb",
-                LAZYORPO_PRESET="tiny",
-                LAZYORPO_OUTPUT_DIR=os.path.join(folder, name),
-            )
-        quick = dict(LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0")
-        run(
-            here,
-            *LAX,
-            "notebooks/orpo_vs_sft_dpo.ipynb",
-            LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus"),
-            **quick,
-        )
-        with_colabs_versions(colab.result(), folder)
-        on_the_floor(floor.result(), folder)
-        run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))
-    finally:
-        aside.shutdown(cancel_futures=True)
+def notebooks(folder: str, colab: Future, floor: Future) -> None:
+    """Every notebook here (LazyORPO as the real demo), and what runs with other versions."""
+    quick = dict(LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0")
+    for name, settings in (
+        ("LazyORPO_standalone", {"LAZYORPO_PRESET": "tiny"}),
+        ("orpo_vs_sft_dpo", quick),
+        ("LazyORPO", {}),
+    ):
+        out = os.path.join(folder, name)
+        run(sys.executable, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_OUTPUT_DIR=out, **settings)
+    with_colabs_versions(colab.result(), folder)
+    on_the_floor(floor.result(), folder)
 
 
 def main() -> None:
@@ -148,20 +133,18 @@ def main() -> None:
         "tests/nbval_sanitize.cfg",
         "notebooks/orpo_by_hand.ipynb",
     )
+    aside = ThreadPoolExecutor(1)  # gigabytes of torch are installed one after the other meanwhile
     with tempfile.TemporaryDirectory() as folder:
-        notebooks(folder)
-    # Two tests at a time of one thread each: small models gain nothing from two threads.
-    run(
-        here,
-        *PYTEST,
-        "-n",
-        "2",
-        "--dist",
-        "loadgroup",
-        "--durations=10",
-        OMP_NUM_THREADS="1",
-        MKL_NUM_THREADS="1",
-    )
+        try:
+            colabs = ("-r", "tests/colab-constraints.txt")
+            colab = aside.submit(environment, os.path.join(folder, "colab"), *colabs)
+            floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())
+            # Two tests at a time of one thread each: small models gain nothing from two threads.
+            threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+            run(here, *PYTEST, "-n", "2", "--durations=40", **threads)
+            notebooks(folder, colab, floor)
+        finally:
+            aside.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

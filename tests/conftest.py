@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ import torch
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
     del os.environ[name]
+
+
+# Files whose tests look at the same runs, which take a minute and more.
+SHARED = re.compile(r".*/test_(browser|power|recipes|run|scale|stages)\.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of such a file to one process, those files first, and any other test by itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return found[0] if (found := SHARED.match(nodeid)) else nodeid
+
+    return ByFile(config, log)
 
 
 @pytest.fixture

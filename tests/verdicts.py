@@ -142,6 +142,10 @@ of the adapters) must equal those of plain, unpadded forwards of each prompt and
 relative, or to ten times what float32 costs the plain model; log-probabilities after saving, reloading
 and merging to 1e-4 nats. `tests/test_archs.py` does the same in CI, and again with windows longer than
 the test at the start of a run looks. Real checkpoints, 16 bit and GPUs were not tried for this page.
+
+transformers 5.24.0, tried on 2026-11-26 (`--only`, its new names), adds `apertus1p5_text`, `dory`, `exaone`,
+`lara_mini`, `sarvam_mla` and `sarvam_moe`, which are right, and `apertus1p5`, `hy_v4_vl`, `inkling2_loop` and
+`inkling2_loop_text`, of which no small form was found. A whole Gemma 3n with timm is right (torch 2.11).
 """
 
 

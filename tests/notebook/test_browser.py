@@ -35,7 +35,6 @@ HOSTILE = "<script>window.hostile = 1</script><img src=nowhere onerror='window.h
 CHANGED = {"epochs": "120", "learning_rate": "5e-3"}
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("browser"),  # all in one process: they look at the same two runs
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
     pytest.mark.skipif(
         find_spec("playwright") is None, reason="Playwright's Python package is not installed"
