@@ -20,19 +20,20 @@ from .errors import UserError, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
+from .orpo.body import sizes_of
 from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
-from .results.summary import Spent, about_training, data_report, summarise
+from .results.summary import Spent, about_training, data_report, settings_record, summarise
 from .results.words import BagOfWords, said
 from .rows.candidates import candidates
 from .rows.dataset import open_rows
 from .rows.template import encoder_of
 from .session import Stop, Stopped, progress_bar
-from .settings import Settings
+from .settings import Settings, settle
 from .stages import Staged, stage
 
 
@@ -90,10 +91,9 @@ class Run(Staged):
         if self.drive and not (checkpoints.complete(self.folder) or drive.mirror(self.drive, self.folder)):
             self.drive = None  # what an earlier session left there is not written over by less
         older = self._read("settings.json")
-        begun = folders.is_begun(self.folder, settings)
-        # What auto chose when the run began holds to its end, also on another kind of machine.
-        chosen = older.get("chosen", {}) if begun else {}
-        self.settings = dataclasses.replace(settings, **chosen)
+        self.record = settings_record(self, older, begun=folders.is_begun(self.folder, settings))
+        self.settings = dataclasses.replace(settings, **self.record["chosen"])
+        self._take(*settle(self.settings, gpu_gib=self.machine.gpu_gib))
         try:
             self.dtype, why = pick_precision(self.settings.precision, self.machine)
         except UserError:
@@ -103,18 +103,19 @@ class Run(Staged):
             self.settings = dataclasses.replace(self.settings, precision="auto")
             self.dtype, why = pick_precision("auto", self.machine)
         self.finished = bool(self._read("summary.json").get("finished"))
-        self.record = {"version": __version__, "fingerprint": folders.fingerprint(settings)}
-        self.record |= {"settings": dataclasses.asdict(settings), "sources": self.sources, "chosen": chosen}
-        if begun:
-            self.record |= {name: older[name] for name in ("version", "base") if name in older}
         if self.record["version"] != __version__:
             self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
-        self.record["clock"] = older.get("clock") or time.time()  # what a chat template is told as the time
         if self.finished:  # its record stays as it is
             folders.release(self.folder)
         else:
             self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
+
+    def _take(self, settings: Settings, why: dict[str, str]) -> None:
+        """Take what was decided; settings.json tells it, so that whoever goes on takes the same."""
+        changed = {n: value for n, value in vars(settings).items() if value != getattr(self.settings, n)}
+        self.settings, self.record["sources"] = settings, self.record["sources"] | why
+        self.record["chosen"] = self.record["chosen"] | changed
 
     def _write(self, name: str, content: dict) -> None:
         if self.main:
@@ -138,8 +139,10 @@ class Run(Staged):
             self.show(f"{error} The run is finished, and its results follow all the same.")
 
     def _load_pairs(self) -> data.Report:
-        s, pairs, words = self.settings, PairFile(), BagOfWords()
-        kinds.check_method(kinds.load_config(s.base_model), s.method, s.base_model)
+        pairs, words, config = PairFile(), BagOfWords(), kinds.load_config(self.settings.base_model)
+        self._take(*settle(self.settings, positions=sizes_of(config, "max_position_embeddings")))
+        s = self.settings
+        kinds.check_method(config, s.method, s.base_model)
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
@@ -208,18 +211,19 @@ class Run(Staged):
         forget_peak_memory()
         # Of several processes all take the first one's plan.
         (self.plan,) = broadcast_object_list([self._plan()])
-        s = self.settings = dataclasses.replace(self.settings, optimizer=self.plan.optimizer)
+        auto = {name: value for name, (value, _) in self.plan.auto.items()}
+        s = dataclasses.replace(self.settings, optimizer=self.plan.optimizer, **auto)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
             here = f"{self.folder} is not on every machine the folder that the first process writes"
             raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
+        why = {"method": self.plan.why} | {name: why for name, (_, why) in self.plan.auto.items()}
+        self._take(s, {n: f"auto: {why}" for n, why in why.items() if getattr(self.settings, n) == "auto"})
         chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
-        if s.optimizer != self.record["settings"]["optimizer"]:
-            chosen["optimizer"] = s.optimizer
         self._make_trainer()
         base = kinds.digest_of(s.base_model)
         self._keep_to("base model", s.base_model, self.record.get("base"), base)
-        self.record |= {"chosen": chosen, "base": base}
+        self.record |= {"chosen": self.record["chosen"] | chosen, "base": base}
         self._write("settings.json", self.record)
         self.show(about_training(self))
 

@@ -4,6 +4,7 @@ It is handed the run, and computes nothing that the run does not know.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 from functools import partial
@@ -12,13 +13,26 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from .. import __version__
 from ..fast.attention import kernels_taken
-from ..folder import read_rows
+from ..folder import fingerprint, read_rows
 from ..kinds import class_of
 from ..machine import allocated_gib, forget_peak_memory, memory_gib
 from ..model import about_adapters
 from ..orpo.body import causal_lm
 from .reading import values
+
+
+def settings_record(run, older: dict, *, begun: bool) -> dict:
+    """Give the content of settings.json as a run is opened; `older`: what it holds, of a run that `begun`."""
+    # What auto chose when the run began holds to its end, also on another kind of machine.
+    kept = older if begun else {}
+    chosen, why = kept.get("chosen", {}), kept.get("sources", {})
+    record = {"version": __version__, "fingerprint": fingerprint(run.given)}
+    record |= {"settings": dataclasses.asdict(run.given), "chosen": chosen}
+    record["sources"] = run.sources | {name: why[name] for name in chosen if name in why}
+    record |= {name: kept[name] for name in ("version", "base") if name in kept}
+    return record | {"clock": older.get("clock") or time.time()}  # what a chat template is told as the time
 
 
 def data_report(run, pairs, digest: str) -> dict:
