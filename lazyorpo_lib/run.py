@@ -20,7 +20,6 @@ from .errors import UserError, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
-from .orpo.body import sizes_of
 from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
@@ -32,7 +31,7 @@ from .results.words import BagOfWords, said
 from .rows.candidates import candidates
 from .rows.dataset import open_rows
 from .rows.template import encoder_of
-from .session import Stop, Stopped, progress_bar
+from .session import Stop, Stopped, pod_stopper, progress_bar, stop_pod
 from .settings import Settings, settle
 from .stages import Staged, stage
 
@@ -60,7 +59,8 @@ class Run(Staged):
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
         self.folder, self.drive, self.began = folders.folder_of(settings), None, None
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        self.stop = Stop(self.folder / "STOP", settings.max_minutes, several=several)
+        cost = dict(max_cost=settings.max_cost, price=settings.price_per_hour)
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes, several=several, **cost)
 
     def begin_stage(self) -> None:
         """Start the clock, and hold the folder, unless the run is finished and only looked at."""
@@ -81,6 +81,8 @@ class Run(Staged):
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
         check_tracker(settings.report_to)
+        if settings.on_finish == "stop-pod" and (why := pod_stopper()[1]):
+            self.show(why)
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
             known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
@@ -140,7 +142,7 @@ class Run(Staged):
 
     def _load_pairs(self) -> data.Report:
         pairs, words, config = PairFile(), BagOfWords(), kinds.load_config(self.settings.base_model)
-        self._take(*settle(self.settings, positions=sizes_of(config, "max_position_embeddings")))
+        self._take(*settle(self.settings, positions=kinds.positions_of(config)))
         s = self.settings
         kinds.check_method(config, s.method, s.base_model)
         self.tokenizer = model.load_tokenizer(s.base_model)
@@ -211,19 +213,18 @@ class Run(Staged):
         forget_peak_memory()
         # Of several processes all take the first one's plan.
         (self.plan,) = broadcast_object_list([self._plan()])
-        auto = {name: value for name, (value, _) in self.plan.auto.items()}
-        s = dataclasses.replace(self.settings, optimizer=self.plan.optimizer, **auto)
+        taken = {"optimizer": self.plan.optimizer, "precision": str(self.dtype).removeprefix("torch.")}
+        taken |= {name: value for name, (value, _) in self.plan.auto.items()}
+        why = {name: f"auto: {why}" for name, (_, why) in self.plan.auto.items()}
+        self._take(dataclasses.replace(self.settings, **taken), why)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
             here = f"{self.folder} is not on every machine the folder that the first process writes"
             raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
-        why = {"method": self.plan.why} | {name: why for name, (_, why) in self.plan.auto.items()}
-        self._take(s, {n: f"auto: {why}" for n, why in why.items() if getattr(self.settings, n) == "auto"})
-        chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
         self._make_trainer()
-        base = kinds.digest_of(s.base_model)
-        self._keep_to("base model", s.base_model, self.record.get("base"), base)
-        self.record |= {"chosen": self.record["chosen"] | chosen, "base": base}
+        name, older = self.settings.base_model, self.record.get("base")
+        self.record["base"] = kinds.digest_of(name)
+        self._keep_to("base model", name, older, self.record["base"])
         self._write("settings.json", self.record)
         self.show(about_training(self))
 
@@ -297,11 +298,7 @@ class Run(Staged):
         if not found and folders.read_rows(self.folder / "history.jsonl"):
             self.show("No checkpoint is there to go on from: the run begins anew.")
         if self.main:
-            for later in [c for c in checkpoints.numbered(self.folder) if checkpoints.step_of(c) > last]:
-                marker.remove(later)  # damaged, and newer than what may be kept
-            for name in ("history.jsonl", "watched.jsonl"):
-                folders.truncate_after(self.folder / name, last)
-            marker.remove(self.folder / ".saving")
+            checkpoints.clear_after(self.folder, last)
         if found:
             self.show(f"Going on from step {last}.")
         if kept := self._read("held_out.json"):
@@ -360,6 +357,9 @@ class Run(Staged):
             self.show(f"Pushed to {share.push(self.folder, repo)} (private unless it existed).")
             self._write("summary.json", summary | {"pushed_to": repo})
         folders.release(self.folder)  # who only looks at it holds up nobody
+        alone = anew and (self.trainer.stop_reason or not self.interrupted)  # else somebody is there
+        if alone and self.settings.on_finish == "stop-pod":
+            stop_pod(self.show)
         return summary
 
     def _save(self, stopped: str) -> dict:

@@ -76,6 +76,12 @@ class Settings:
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
     max_minutes: float = _setting(0.0,
         "stop and save after this many minutes of training; 0: no limit", 0, 10**6)
+    price_per_hour: float = _setting(0.0,
+        "what an hour of this machine costs, so that plans and results tell the cost; 0: not said", 0, 10**6)
+    max_cost: float = _setting(0.0,
+        "stop and save once training has cost so much, by price_per_hour; 0: no limit", 0, 10**9)
+    on_finish: str = _choice("nothing stop-pod",
+        "stop-pod: stop this pod of RunPod's when the run is finished, or ended by a limit")
     max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", 0, 10**9)
     eval_pairs: int = _setting("auto",
         "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6)
@@ -113,6 +119,11 @@ class Settings:
                     f"{name} holds a token, a password or a signed address, and settings are written down: "
                     "leave it out; the hub's token belongs in HF_TOKEN, and a file is given by its path."
                 )
+        if self.max_cost and not self.price_per_hour:
+            raise UserError(
+                f"max_cost is {self.max_cost:g}, but price_per_hour is not said: set it to what an hour of "
+                "this machine costs, or give max_minutes instead."
+            )
         if self.max_tokens != "auto" and self.max_prompt_tokens >= self.max_tokens:
             given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
             why = "prompt plus answer must be longer than the prompt alone"

@@ -208,6 +208,19 @@ def test_limits_that_clash_are_named():
         Settings(max_prompt_tokens=50, max_tokens=40)
 
 
+@pytest.mark.parametrize(
+    "given,said",
+    [({"price_per_hour": "cheap"}, "price_per_hour is 'cheap', but must be a number"),
+     ({"price_per_hour": -1}, "must lie between 0 and"), ({"max_cost": -2, "price_per_hour": 1}, "between"),
+     ({"max_cost": 2}, "price_per_hour is not said.*max_minutes"),
+     ({"on_finish": "halt"}, "one of nothing, ")],
+)  # fmt: skip
+def test_money_that_makes_no_sense_is_one_sentence(given, said):
+    with pytest.raises(UserError, match=said) as error:
+        resolve([("flag", given)])
+    assert "\n" not in str(error.value)
+
+
 def test_a_misspelt_environment_variable_is_not_silent():
     assert from_environment({"LAZYORPO_EPOCHS": "2", "PATH": "x"}) == {"epochs": 2.0}
     with pytest.raises(UserError, match="did you mean epochs"):

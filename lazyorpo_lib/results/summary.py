@@ -98,7 +98,7 @@ class Spent:
 def summarise(run, stopped: str) -> dict:
     """Give the content of summary.json; the held-out results stand in it too. `stopped`: why, or empty."""
     trainer, plan, rows = run.trainer, run.plan.method, read_rows(run.folder / "history.jsonl")
-    spent = run.spent.totals()
+    spent, price = run.spent.totals(), run.settings.price_per_hour
     return {
         "finished": not stopped,
         "why": stopped or "every step was taken",
@@ -113,6 +113,7 @@ def summarise(run, stopped: str) -> dict:
         "device": run.machine.name,
         "minutes": round(spent["all"], 3),
         "training_minutes": round(spent["training"], 3),
+        "cost": round(spent["all"] / 60 * price, 2) if price else None,
         # From the history, which a stop and going on leave whole.
         **{name: int(sum(values(rows, name))) for name in ("tokens", "forward_passes")},
         # Of the whole run, with what torch does not count; of training's tensors on a GPU, without that.
