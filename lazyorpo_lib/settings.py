@@ -199,7 +199,9 @@ def _usual(settings: Settings, known: dict) -> dict[str, tuple]:
     if "weights" in known:
         row = next(row for limit, row in _BY_WEIGHTS.items() if known["weights"] < limit)
         full, size = known["method"] == "full", f"{known['weights'] / 1e9:.2g} billion weights"
-        rate, what = row[1 if full else 2], f"{'full tuning of' if full else 'adapters on'} {size}"
+        part = 30 if settings.objective == "dpo" else 1  # whose rates are about so much lower
+        what = f"{'full tuning of' if full else 'adapters on'} {size}"
+        rate = [float(f"{r / part:.2g}") for r in row[1 if full else 2]]
         found |= {"or_weight": (row[0][0], size, *row[0][1:]), "learning_rate": (rate[0], what, *rate[1:])}
     if pairs is not None:
         passes = next(passes for limit, passes in _EPOCHS.items() if pairs < limit)
@@ -233,8 +235,13 @@ def unusual(settings: Settings, **known) -> list[str]:
     said, usual = [], _usual(settings, known)
     for name in ("learning_rate", "or_weight", "epochs", "warmup_steps"):
         value, (_, what, low, high) = getattr(settings, name), usual[name]
-        ignored = known["weights"] < _TOY or name == "epochs" and settings.max_steps
-        if not ignored and value != "auto" and not low / _FAR <= value <= high * _FAR:
+        idle = {"epochs": settings.max_steps, "or_weight": settings.objective != "orpo"}.get(name)
+        if (
+            not idle
+            and known["weights"] > _TOY
+            and value != "auto"
+            and not low / _FAR <= value <= high * _FAR
+        ):
             far = f"is far {'above' if value > high else 'below'} what is usual for"
             said.append(f"{name} {value:g} {far} {what} ({low:g} to {high:g}); it is kept.")
     return said
@@ -300,8 +307,7 @@ def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
         gpu_gib: memory of the GPU at hand, GiB; 0 without one.
     """
     if explicit.get("base_model", "auto") != "auto" or "dataset" in explicit:
-        pairs = "" if "dataset" in explicit else "; dataset is the demo's until it is chosen too"
-        return "", f"a model or dataset was chosen; auto goes by the machine, the model and the pairs{pairs}"
+        return "", "a model or dataset was chosen; auto goes by the machine, the model and the pairs"
     if not gpu_gib:
         return "demo", "no GPU and no model or dataset chosen: the demo, a few minutes on a CPU"
     why = f"about {COLAB_MINUTES} minutes of training on a T4"
@@ -327,13 +333,15 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
     if preset == "auto":
         preset, why = pick_preset(explicit, gpu_gib)
     from_preset = dict(PRESETS.get(preset, {}))
+    if not preset and gpu_gib and "dataset" not in explicit:  # another model is no reason for other pairs
+        from_preset = {name: PRESETS["colab-t4"][name] for name in ("dataset", "max_pairs")}
     if "epochs" in explicit:
         from_preset.pop("max_steps", None)  # whoever asks for epochs does not mean a preset's short cut
     settings = Settings(**DEFAULTS | from_preset | explicit | {"preset": preset or "auto"})
     settings, decided = settle(settings, gpu_gib=gpu_gib)
     if not preset and (same := _preset_of(settings)):
         why += f"; model and pairs are those of preset {same}: set preset={same} to take all its values"
-    sources = {name: f"preset {preset}" for name in from_preset} | sources
+    sources = {name: f"preset {preset or 'colab-t4'}" for name in from_preset} | sources
     sources = {name: (sources | decided).get(name, "default") for name in FIELDS}
     return settings, sources, f"preset {preset or 'none'}: {why}"
 

@@ -107,6 +107,8 @@ RUNS = [
     (14.7, {"dataset": "my.csv"}, 1.54, "lora", 20_000, T4_MODEL, "auto", (5e-5, 0.25, 1, 100, 2048, 0)),
     (44.4, {"dataset": "my.csv"}, 1.54, "qlora", 3000, T4_MODEL, "auto", (5e-5, 0.25, 2, 37, 2048, 0)),
     (0, {"dataset": "my.csv"}, 0.135, "lora", 640, DEMO_MODEL, "auto", (5e-4, 0.5, 3, 12, 2048, 0)),
+    (14.7, {"base_model": SEVEN}, 7.6, "qlora", 5936, SEVEN, "auto", (5e-5, 0.1, 1, 37, 2048, 6000)),
+    (0, {"base_model": SEVEN}, 7.6, "lora", 200, SEVEN, "auto", (5e-5, 0.1, 3, 3, 2048, 0)),
     (0, {"dataset": "my.csv"}, 0.135, "full", 640, DEMO_MODEL, "auto", (1e-5, 0.5, 3, 12, 2048, 0)),
     (14.7, {"base_model": SEVEN, "dataset": "x"}, 7.6, "qlora", 640, SEVEN, "auto",
      (5e-5, 0.1, 3, 12, 2048, 0)),
@@ -166,6 +168,8 @@ def test_model_and_pairs_of_a_preset_name_it_and_change_nothing(base, dataset, p
         (0.1, "lora", {"warmup_steps": 400}, "warmup_steps 400 is far above what is usual for 300 steps"),
         (0.1, "lora", {"learning_rate": 2e-3, "or_weight": 1.0, "epochs": 5.0, "warmup_steps": 50}, ""),
         (0.1, "lora", {"epochs": 100.0, "max_steps": 40}, ""),
+        (7.6, "lora", {"objective": "sft", "or_weight": 9.0}, ""),
+        (7.6, "lora", {"objective": "dpo", "learning_rate": 5e-4}, "far above .* .1.7e-06 to 1.7e-05."),
         (1e-3, "lora", {"learning_rate": 0.01}, ""),  # a toy, for tests
         (7.6, "full", {}, ""),
     ],
@@ -176,6 +180,15 @@ def test_a_value_far_from_usual_is_told_in_a_sentence(billions, method, values, 
     assert len(told) == bool(said) and re.search(said, " ".join(told))
     known = settle(given, weights=billions * 1e9, method=method, pairs=800)[0]
     assert {name: getattr(known, name) for name in values} == values
+
+
+def test_another_model_keeps_the_pairs_of_the_machine_and_another_dataset_its_model():
+    settings, sources, _ = resolve([("panel", {"base_model": SEVEN})], gpu_gib=14.7)
+    assert (settings.dataset, sources["dataset"]) == ("argilla/dpo-mix-7k", "preset colab-t4")
+    assert resolve([("panel", {"base_model": SEVEN})])[0].dataset == "demo"
+    settings, sources, _ = resolve([("panel", {"dataset": "my.csv"})], gpu_gib=14.7)
+    assert (settings.base_model, sources["base_model"]) == (T4_MODEL, "auto: a GPU with 15 GiB")
+    assert (settings.max_pairs, sources["max_pairs"]) == (0, "default")
 
 
 def test_a_model_of_few_positions_shortens_what_is_read_of_its_own_accord():
