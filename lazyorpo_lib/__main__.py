@@ -1,7 +1,8 @@
 """The command line: every setting is a flag of `run`, the default; a table of the other commands.
 
-Exit status: 0 done, or stopped by max_minutes; 2 the user's mistake, one line on stderr; 130 interrupted, or
-stopped by gradients that were not finite: with a checkpoint, once a step is done.
+Exit status: 0 done, or stopped by max_minutes or max_cost; 2 the user's mistake, one line on stderr; 3 no
+gain beyond the noise, where --fail-within-noise asks; 130 interrupted, or stopped by gradients that were not
+finite: with a checkpoint, once a step is done.
 """
 
 import argparse
@@ -33,7 +34,9 @@ def train(arguments: list[str]) -> int:
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
     check_requirements()
     layers = [("env", from_environment()), ("file", _settings_of(given["settings"])), ("flag", flags)]
-    resolve(layers)  # mistakes are told before anything heavy is imported
+    early, *_ = resolve(layers)  # mistakes are told before anything heavy is imported
+    if given["fail_within_noise"] and not early.eval_pairs:
+        raise UserError("--fail-within-noise needs held-out pairs, and eval_pairs is 0: give some, or auto.")
     if given["probe"] and not (Path(__file__).parent / "trials").is_dir():
         raise UserError("--probe is not in the standalone notebook: use a clone, or what pip installed.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -62,7 +65,11 @@ def train(arguments: list[str]) -> int:
 
         done = execute(settings, sources)
         done.show(f"Everything is in {done.folder}")
-        return 130 if done.interrupted else 0
+        if done.interrupted or not given["fail_within_noise"]:
+            return 130 if done.interrupted else 0
+        found = done.held_out_results()
+        more = found.get("accuracy_after", 0) > found.get("accuracy_before", 0)
+        return 0 if more and found["verdict"].endswith(": more than noise.") else 3
     return 0
 
 
@@ -95,6 +102,7 @@ def _run_parser() -> _Parser:
         "--plan": "only say whether it will fit and how long it will take",
         "--probe": "only recommend or_weight and learning_rate, after a few short runs",
         "--json": "the plan as one JSON object (of all cards: a list of them)",
+        "--fail-within-noise": "end with status 3 where held-out accuracy has not risen beyond its noise",
     }.items():
         parser.add_argument(flag, action="store_true", help=words)
     cards = "plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards"

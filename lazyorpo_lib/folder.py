@@ -27,9 +27,10 @@ FILES = (
 )  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
-    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "save_every_minutes",
-    "save_every_steps", "keep_checkpoints", "log_every_steps", "eval_every_steps", "watch_every_steps",
-    "answers", "answer_tokens", "tokens_per_batch", "checkpointed_layers",
+    "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "max_cost",
+    "price_per_hour", "on_finish", "save_every_minutes", "save_every_steps", "keep_checkpoints",
+    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens",
+    "tokens_per_batch", "checkpointed_layers",
 }  # fmt: skip
 _held: dict[Path, FileLock] = {}  # folders this process is at work in
 

@@ -126,6 +126,11 @@ def load_config(base_model: str):
     return config
 
 
+def positions_of(config) -> list[int]:
+    """List how many tokens a model says that it can read; empty where it says nothing."""
+    return sizes_of(config, "max_position_embeddings")
+
+
 def is_quantised(config) -> bool:
     """Tell whether a model's weights are saved in few bits, so that adapters alone can be trained on them."""
     return getattr(config, "quantization_config", None) is not None

@@ -26,13 +26,13 @@ from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
-from .results.summary import Spent, about_training, data_report, summarise
+from .results.summary import Spent, about_training, data_report, settings_record, summarise
 from .results.words import BagOfWords, said
 from .rows.candidates import candidates
 from .rows.dataset import open_rows
 from .rows.template import encoder_of
-from .session import Stop, Stopped, progress_bar
-from .settings import Settings
+from .session import Stop, Stopped, pod_stopper, progress_bar, stop_pod
+from .settings import Settings, settle
 from .stages import Staged, stage
 
 
@@ -59,7 +59,8 @@ class Run(Staged):
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by accelerate launch
         self.folder, self.drive, self.began = folders.folder_of(settings), None, None
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        self.stop = Stop(self.folder / "STOP", settings.max_minutes, several=several)
+        cost = dict(max_cost=settings.max_cost, price=settings.price_per_hour)
+        self.stop = Stop(self.folder / "STOP", settings.max_minutes, several=several, **cost)
 
     def begin_stage(self) -> None:
         """Start the clock, and hold the folder, unless the run is finished and only looked at."""
@@ -80,6 +81,8 @@ class Run(Staged):
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
         check_tracker(settings.report_to)
+        if settings.on_finish == "stop-pod" and (why := pod_stopper()[1]):
+            self.show(why)
         if self.main:
             folders.keep_base_apart(settings.base_model, self.folder)
             known = [f"{checkpoint.name}/" for checkpoint in checkpoints.numbered(self.folder)]
@@ -90,10 +93,9 @@ class Run(Staged):
         if self.drive and not (checkpoints.complete(self.folder) or drive.mirror(self.drive, self.folder)):
             self.drive = None  # what an earlier session left there is not written over by less
         older = self._read("settings.json")
-        begun = folders.is_begun(self.folder, settings)
-        # What auto chose when the run began holds to its end, also on another kind of machine.
-        chosen = older.get("chosen", {}) if begun else {}
-        self.settings = dataclasses.replace(settings, **chosen)
+        self.record = settings_record(self, older, begun=folders.is_begun(self.folder, settings))
+        self.settings = dataclasses.replace(settings, **self.record["chosen"])
+        self._take(*settle(self.settings, gpu_gib=self.machine.gpu_gib))
         try:
             self.dtype, why = pick_precision(self.settings.precision, self.machine)
         except UserError:
@@ -103,18 +105,19 @@ class Run(Staged):
             self.settings = dataclasses.replace(self.settings, precision="auto")
             self.dtype, why = pick_precision("auto", self.machine)
         self.finished = bool(self._read("summary.json").get("finished"))
-        self.record = {"version": __version__, "fingerprint": folders.fingerprint(settings)}
-        self.record |= {"settings": dataclasses.asdict(settings), "sources": self.sources, "chosen": chosen}
-        if begun:
-            self.record |= {name: older[name] for name in ("version", "base") if name in older}
         if self.record["version"] != __version__:
             self.show(f"Begun with version {self.record['version']} of the kit; this is {__version__}.")
-        self.record["clock"] = older.get("clock") or time.time()  # what a chat template is told as the time
         if self.finished:  # its record stays as it is
             folders.release(self.folder)
         else:
             self._write("settings.json", self.record)
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
+
+    def _take(self, settings: Settings, why: dict[str, str]) -> None:
+        """Take what was decided; settings.json tells it, so that whoever goes on takes the same."""
+        changed = {n: value for n, value in vars(settings).items() if value != getattr(self.settings, n)}
+        self.settings, self.record["sources"] = settings, self.record["sources"] | why
+        self.record["chosen"] = self.record["chosen"] | changed
 
     def _write(self, name: str, content: dict) -> None:
         if self.main:
@@ -138,8 +141,10 @@ class Run(Staged):
             self.show(f"{error} The run is finished, and its results follow all the same.")
 
     def _load_pairs(self) -> data.Report:
-        s, pairs, words = self.settings, PairFile(), BagOfWords()
-        kinds.check_method(kinds.load_config(s.base_model), s.method, s.base_model)
+        pairs, words, config = PairFile(), BagOfWords(), kinds.load_config(self.settings.base_model)
+        self._take(*settle(self.settings, positions=kinds.positions_of(config)))
+        s = self.settings
+        kinds.check_method(config, s.method, s.base_model)
         self.tokenizer = model.load_tokenizer(s.base_model)
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
@@ -208,18 +213,18 @@ class Run(Staged):
         forget_peak_memory()
         # Of several processes all take the first one's plan.
         (self.plan,) = broadcast_object_list([self._plan()])
-        s = self.settings = dataclasses.replace(self.settings, optimizer=self.plan.optimizer)
+        taken = {"optimizer": self.plan.optimizer, "precision": str(self.dtype).removeprefix("torch.")}
+        taken |= {name: value for name, (value, _) in self.plan.auto.items()}
+        why = {name: f"auto: {why}" for name, (_, why) in self.plan.auto.items()}
+        self._take(dataclasses.replace(self.settings, **taken), why)
         if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
             here = f"{self.folder} is not on every machine the folder that the first process writes"
             raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
-        chosen = {"method": self.method, "precision": str(self.dtype).removeprefix("torch.")}
-        if s.optimizer != self.record["settings"]["optimizer"]:
-            chosen["optimizer"] = s.optimizer
         self._make_trainer()
-        base = kinds.digest_of(s.base_model)
-        self._keep_to("base model", s.base_model, self.record.get("base"), base)
-        self.record |= {"chosen": chosen, "base": base}
+        name, older = self.settings.base_model, self.record.get("base")
+        self.record["base"] = kinds.digest_of(name)
+        self._keep_to("base model", name, older, self.record["base"])
         self._write("settings.json", self.record)
         self.show(about_training(self))
 
@@ -293,11 +298,7 @@ class Run(Staged):
         if not found and folders.read_rows(self.folder / "history.jsonl"):
             self.show("No checkpoint is there to go on from: the run begins anew.")
         if self.main:
-            for later in [c for c in checkpoints.numbered(self.folder) if checkpoints.step_of(c) > last]:
-                marker.remove(later)  # damaged, and newer than what may be kept
-            for name in ("history.jsonl", "watched.jsonl"):
-                folders.truncate_after(self.folder / name, last)
-            marker.remove(self.folder / ".saving")
+            checkpoints.clear_after(self.folder, last)
         if found:
             self.show(f"Going on from step {last}.")
         if kept := self._read("held_out.json"):
@@ -356,6 +357,9 @@ class Run(Staged):
             self.show(f"Pushed to {share.push(self.folder, repo)} (private unless it existed).")
             self._write("summary.json", summary | {"pushed_to": repo})
         folders.release(self.folder)  # who only looks at it holds up nobody
+        alone = anew and (self.trainer.stop_reason or not self.interrupted)  # else somebody is there
+        if alone and self.settings.on_finish == "stop-pod":
+            stop_pod(self.show)
         return summary
 
     def _save(self, stopped: str) -> dict:

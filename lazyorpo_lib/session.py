@@ -1,11 +1,14 @@
 """The person at the other end: a stop that is asked for, progress, times in words.
 
-It ends no process, computes nothing, and writes no file; it removes STOP. Standard library alone at import.
+It ends no process but a pod that is to be stopped, computes nothing, and writes no file; it removes STOP.
+Standard library alone at import.
 """
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +25,8 @@ class Stopped(KeyboardInterrupt):
 
 class Stop:
     """Whether training is to end after the present step: because of an interrupt (the first one; a second one
-    acts at once), SIGTERM, a terminal that closes, a file named STOP in the run's folder, or `max_minutes`.
+    acts at once), SIGTERM, a terminal that closes, a file named STOP in the run's folder, `max_minutes`, or
+    `max_cost` at the `price` of an hour.
 
     Attributes:
         reason: why; empty while there is none. asked: whether somebody asked, and not the clock.
@@ -31,8 +35,12 @@ class Stop:
         several: whether other processes go on with this one, so that none may end alone.
     """
 
-    def __init__(self, file: Path | None = None, max_minutes: float = 0.0, several: bool = False):
-        self.file, self.max_minutes, self.several, self.patient = file, max_minutes, several, several
+    def __init__(
+        self, file: Path | None = None, max_minutes=0.0, several: bool = False, *, max_cost=0.0, price=0.0
+    ):
+        self.file, self.several, self.patient = file, several, several
+        self.limits = {f"max_minutes={max_minutes:g} are over": max_minutes}
+        self.limits[f"max_cost={max_cost:g} is spent"] = 60 * max_cost / (price or 1)
         self._forget()
 
     def _forget(self) -> None:
@@ -100,9 +108,10 @@ class Stop:
 
     def is_due(self, *, look: bool) -> bool:
         """Tell whether to end now. `look`: for the file too, which one process of several does."""
-        over = self.max_minutes and time.monotonic() - self._began > 60 * self.max_minutes
+        minutes = (time.monotonic() - self._began) / 60
+        over = [why for why, limit in self.limits.items() if limit and minutes > limit]
         if not (look and self.was_asked()) and over:
-            self.reason = self.reason or f"max_minutes={self.max_minutes:g} are over"
+            self.reason = self.reason or over[0]
         return bool(self.reason)
 
     def agree(self, due: bool, asked: bool, hurried: bool) -> None:
@@ -126,8 +135,32 @@ def progress_bar(total: int | None, unit: str, **options):
     return tqdm(total=total, unit=" " + unit, disable=hidden, mininterval=0.5, leave=False, **options)
 
 
-def duration(minutes: float) -> str:
-    """Say a time in words: 40 s, 14 min, 2.5 h."""
+def duration(minutes: float, price: float = 0.0) -> str:
+    """Say a time in words: 40 s, 14 min, 2.5 h; with the `price` of an hour what it costs: 14 min = 0.10."""
+    cost = f" = {minutes / 60 * price:.2f}" if price else ""
     if minutes < 1:
-        return f"{max(1, round(60 * minutes))} s"
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+        return f"{max(1, round(60 * minutes))} s{cost}"
+    return (f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h") + cost
+
+
+def pod_stopper() -> tuple[list[str], str]:
+    """Give the command that stops this pod of RunPod's, or none and why."""
+    pod, tool = os.environ.get("RUNPOD_POD_ID"), shutil.which("runpodctl")
+    if pod and tool:
+        return [tool, "stop", "pod", pod], ""
+    why = "runpodctl is not here" if pod else "this is no pod of RunPod's (RUNPOD_POD_ID is not set)"
+    return [], f"on_finish is stop-pod, but {why}: nothing will be stopped, so stop the machine yourself."
+
+
+def stop_pod(show: Callable[[str], None]) -> None:
+    """Stop this pod, where it is one, or say what hinders it; what is on its volume stays."""
+    command, why = pod_stopper()
+    if command:
+        show("The pod is being stopped, as on_finish says.")
+        done = subprocess.run(command, capture_output=True, text=True)
+        why = (
+            f"runpodctl did not stop the pod ({(done.stderr or done.stdout).strip()[:200]}): do it yourself."
+        )
+        why = why if done.returncode else ""
+    if why:
+        show(why)

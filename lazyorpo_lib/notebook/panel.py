@@ -14,7 +14,7 @@ from ..errors import UserError, without_secrets
 from ..marker import write_atomically
 from ..rows.dataset import ENDINGS, written
 from ..rows.files import reader_of
-from ..settings import DEFAULTS, FIELDS, Settings, coerce, from_environment, resolve
+from ..settings import DEFAULTS, FIELDS, PRESETS, Settings, coerce, from_environment, resolve
 
 try:
     import ipywidgets
@@ -36,7 +36,8 @@ GROUPS = {
 GROUPS["Run"] = tuple(name for name in FIELDS if name not in sum(GROUPS.values(), FIRST))
 SUGGESTIONS = {
     "base_model": (
-        DEFAULTS["base_model"], "Qwen/Qwen2.5-1.5B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
+        "auto", *(PRESETS[name]["base_model"] for name in ("demo", "colab-t4", "phi2-article")),
+        "mistralai/Mistral-7B-v0.1",
     ),
     "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import marker
 from ..errors import UserError, explain_disk
+from ..folder import truncate_after
 
 PROGRESS = "progress.json"
 
@@ -159,6 +160,15 @@ def _draw_on(states: dict, device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def clear_after(folder: Path, step: int) -> None:
+    """Take away what an earlier process left behind the checkpoint of `step`, from which a run goes on."""
+    for later in [c for c in numbered(folder) if step_of(c) > step]:
+        marker.remove(later)  # damaged, and newer than what may be kept
+    for name in ("history.jsonl", "watched.jsonl"):
+        truncate_after(folder / name, step)
+    marker.remove(folder / ".saving")
 
 
 def remove(folder: Path, *, keep: int = 0) -> None:

@@ -25,7 +25,7 @@ from transformers import get_scheduler
 from ..errors import UserError
 from ..machine import attempt, memory_gib
 from ..session import Stop
-from ..settings import Settings
+from ..settings import Settings, settle
 from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
 from .body import checkpoint_layers, text_layers
@@ -74,6 +74,9 @@ class OrpoTrainer:
         on_step: Callable[[int], None] = lambda step: None,
         on_save: Callable[[], None] = lambda: None,
     ):
+        whole = {True: "full", False: "lora"}[all(p.requires_grad for p in model.parameters())]
+        known = dict(weights=sum(p.numel() for p in model.parameters()), pairs=len(train_pairs))
+        settings, _ = settle(settings, method=whole, **known)  # what no plan has
         self.model, self.settings, self.accelerator, self.folder = model, settings, accelerator, Path(folder)
         self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
         self.on_row, self.on_step, self.on_save = on_row, on_step, on_save

@@ -14,7 +14,7 @@ from ..orpo.encoding import encode_rows, prepare_tokenizer
 from ..rows.candidates import candidates
 from ..rows.dataset import open_rows
 from ..rows.template import encoder_of
-from ..settings import Settings
+from ..settings import Settings, settle
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def preset_lengths(dataset: str, settings: Settings) -> Lengths:
     """Tell the lengths of a dataset not yet downloaded: its published size, lengths of a sample, under the
     settings' limits. One that is not known is taken for 7,000 pairs as long as argilla/dpo-mix-7k's, and
     `source` says so."""
-    name = dataset.split(":")[0]
+    name, (settings, _) = dataset.split(":")[0], settle(settings, positions=())
     pairs, sample = _KNOWN.get(name, (7000, _MIX))
     lengths = f"lengths of {name}" if sample is not _MIX else "as long as argilla/dpo-mix-7k's, by a sample"
     source = f"{'known' if name in _KNOWN else 'a guess'}: {pairs:,} pairs, {lengths}"

@@ -7,14 +7,14 @@ no weights and knows neither the links between several GPUs nor the time of writ
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ..kinds import is_quantised, load_config
+from ..kinds import is_quantised, load_config, positions_of
 from ..machine import GIB, Machine, check_apple, pick_precision, this_machine
 from ..session import duration
-from ..settings import Settings
+from ..settings import Settings, settle, unusual
 from .cards import CARDS, Card, find_card
 from .costs import MARGIN, Costs, MethodPlan
 from .lengths import Lengths, lengths_of, measured_lengths, preset_lengths  # noqa: F401, this room's door
@@ -36,6 +36,9 @@ class Plan:
     dtype: str
     lengths: Lengths
     adapters: str  # which layers would have some, and which none
+    price: float = 0.0  # of an hour
+    auto: dict[str, tuple] = field(default_factory=dict)  # {setting: (what auto takes, for what or why)}
+    notes: list[str] = field(default_factory=list)  # on values that are far from usual
 
     as_dict = asdict
 
@@ -53,18 +56,31 @@ class Plan:
         """Say it in one line, for the panel."""
         m = self.method
         verdict = "fits" if m.fits else "does not fit" + (f"; {self.changes[0]}" if self.changes else "")
-        device, minutes = "CPU" if self.device.startswith("CPU") else self.device, duration(m.minutes)
+        device, minutes = (
+            "CPU" if self.device.startswith("CPU") else self.device,
+            duration(m.minutes, self.price),
+        )
         return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {minutes} on this {device}: {verdict}"
+
+    def said(self) -> str:
+        """Say it for the panel: in one line, then what auto takes, and what is unusual."""
+        by = {}
+        for name, (value, why) in self.auto.items():
+            if name != "method":  # of which the table tells
+                by.setdefault(why, []).append(f"{name} {value:g}")
+        taken = [f"{', '.join(names)} ({why})" for why, names in by.items()]
+        return "\n".join([self.line(), *["Auto: " + "; ".join(taken)] * bool(taken), *self.notes])
 
     def table(self) -> str:
         """Lay it out as text, a line for each method; the chosen one has a star."""
-        rows = [f"  {'method':8}{'GiB':>8}{'of':>8}  {'':14}{'time':>9}{'tokens':>9}{'checkpointed':>15}"]
+        rows = [f"  {'method':8}{'GiB':>8}{'of':>8}  {'':14}{'time':>16}{'tokens':>9}{'checkpointed':>15}"]
         for m in self.methods:
             star, fits = "*" if m.method == self.chosen else "", "fits" if m.fits else "does not fit"
-            layers, minutes = f"{m.checkpointed_layers} of {m.layers}", duration(m.minutes)
-            row = f"{star:2}{m.method:8}{m.peak_gib:8.1f}{self.memory_gib:8.1f}  {fits:14}{minutes:>9}"
+            layers, minutes = f"{m.checkpointed_layers} of {m.layers}", duration(m.minutes, self.price)
+            row = f"{star:2}{m.method:8}{m.peak_gib:8.1f}{self.memory_gib:8.1f}  {fits:14}{minutes:>16}"
             rows.append(f"{row}{m.tokens_per_batch:9}{layers:>15}")
-        return "\n".join([*rows, self.why, *self.changes, *[self.adapters] * (self.chosen != "full")])
+        more = *self.said().splitlines()[1:], *[self.adapters] * (self.chosen != "full")
+        return "\n".join([*rows, self.why, *self.changes, *more])
 
 
 def cards_table(plans: Sequence[Plan]) -> str:
@@ -99,6 +115,29 @@ def make_plan(
     machine = getattr(target, "machine", target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
+    given, (settings, _) = settings, settle(settings, pairs=lengths.pairs, positions=positions_of(config))
+    costs, methods = _methods(config, settings, machine, lengths, dtype, cards, begun)
+    chosen, why = _choose(settings, methods, machine)
+    one = costs[chosen]
+    known = dict(weights=one.shape.total, method=chosen, pairs=lengths.pairs)
+    return Plan(
+        device=machine.name,
+        memory_gib=one.memory / GIB,
+        methods=list(methods.values()),
+        chosen=chosen,
+        why=why + _reservations(one),
+        changes=[] if methods[chosen].fits else _changes(one, methods),
+        dtype=str(dtype).removeprefix("torch."),
+        lengths=lengths,
+        adapters=one.shape.about_adapters,
+        price=settings.price_per_hour,
+        auto=_decided(given, why, known),
+        notes=unusual(given, **known),
+    )
+
+
+def _methods(config, settings, machine, lengths, dtype, cards, begun) -> tuple[dict, dict]:
+    """Plan with every method that there is for this model on such a machine: its costs, its best split."""
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
@@ -111,19 +150,15 @@ def make_plan(
             methods[method] = costs[method].best()
             if methods[method].fits:
                 break
-    chosen, why = _choose(settings, methods, machine)
-    one = costs[chosen]
-    return Plan(
-        device=machine.name,
-        memory_gib=one.memory / GIB,
-        methods=list(methods.values()),
-        chosen=chosen,
-        why=why + _reservations(one),
-        changes=[] if methods[chosen].fits else _changes(one, methods),
-        dtype=str(dtype).removeprefix("torch."),
-        lengths=lengths,
-        adapters=one.shape.about_adapters,
-    )
+    return costs, methods
+
+
+def _decided(given: Settings, why: str, known: dict) -> dict[str, tuple]:
+    found, reasons = settle(given, **known)
+    auto = {
+        name: (getattr(found, name), for_what.removeprefix("auto: ")) for name, for_what in reasons.items()
+    }
+    return auto | ({"method": (known["method"], why)} if given.method == "auto" else {})
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
@@ -138,12 +173,29 @@ def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
 def estimate(settings: Settings, device: str = "") -> Plan:
     """Plan a run from the model's config.json alone: on a named card, or the machine at hand."""
     target = find_card(device) if device else this_machine()
-    return make_plan(load_config(settings.base_model), settings, target, lengths_of(settings))
+    config, settings = fitted(settings, getattr(target, "machine", target))
+    return make_plan(config, settings, target, lengths_of(settings))
 
 
 def estimates(settings: Settings) -> list[Plan]:
     """Plan the same on every card that is known."""
-    return plan_cards(load_config(settings.base_model), settings, lengths_of(settings))
+    config, settings = fitted(settings, this_machine())
+    return plan_cards(config, settings, lengths_of(settings))
+
+
+def fitted(settings: Settings, machine: Machine) -> tuple:
+    """Settle the base model, and how long a text it can read; its config and the settings."""
+    settings, _ = settle(settings, gpu_gib=machine.gpu_gib)
+    config = load_config(settings.base_model)
+    return config, settle(settings, positions=positions_of(config))[0]
+
+
+def settled(settings: Settings) -> Settings:
+    """Settle every number that is auto, by a plan for the machine at hand."""
+    if not settle(settings, gpu_gib=0, positions=(), weights=0, method="", pairs=0)[1]:
+        return settings
+    _, settings = fitted(settings, this_machine())
+    return replace(settings, **{name: value for name, (value, _) in estimate(settings).auto.items()})
 
 
 def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine) -> tuple[str, str]:
@@ -153,13 +205,14 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine
     full = methods.get("full")
     if full is None:
         return "lora", "lora: the weights of this base model are quantised as they come"
-    if full.fits and settings.learning_rate <= FULL_LEARNING_RATE:
+    rate = settings.learning_rate
+    if full.fits and rate != "auto" and rate <= FULL_LEARNING_RATE:
         why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
         return "full", f"full: {why}"
     reason = f"full needs {full.peak_gib:.1f} GiB"
     if full.fits:
-        limit = f"learning_rate {settings.learning_rate:g} (at most {FULL_LEARNING_RATE:g})"
-        reason = f"full would fit too, but not with {limit}"
+        limit = f"a learning_rate of at most {FULL_LEARNING_RATE:g}"
+        reason = f"full would fit too, but it takes method=full or {limit}"
     words = {"lora": "the strongest method that fits", "qlora": "it takes 4-bit weights to fit"}
     for name in list(methods)[1:]:
         if methods[name].fits:

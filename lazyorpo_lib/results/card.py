@@ -40,7 +40,8 @@ def write_card(folder: Path, repo: str = "") -> str:
     folder = Path(folder)
     names = ("settings", "data_report", "summary", "held_out")
     settings, report, summary, held_out = (read_json(folder / f"{name}.json") for name in names)
-    values, rows = DEFAULTS | settings.get("settings", {}), read_rows(folder / "history.jsonl")
+    values = DEFAULTS | settings.get("settings", {}) | settings.get("chosen", {})
+    rows = read_rows(folder / "history.jsonl")
     train = [row for row in rows if not reading.is_evaluation(row)]
     adapter = summary.get("method", values["method"]) != "full"
     text = _TEMPLATE.render(

@@ -37,7 +37,8 @@ def compare(folders, picture=None) -> dict:
 
 def _compared(runs: dict[str, Path], picture) -> dict:
     folders = list(runs.values())
-    values = [read_json(folder / "settings.json")["settings"] for folder in folders]
+    kept = [read_json(folder / "settings.json") for folder in folders]
+    values = [one["settings"] | one.get("chosen", {}) for one in kept]
     differ = {
         name: [v.get(name) for v in values]
         for name in dict.fromkeys(name for v in values for name in v)

@@ -4,6 +4,7 @@ It is handed the run, and computes nothing that the run does not know.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 from functools import partial
@@ -12,13 +13,26 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from .. import __version__
 from ..fast.attention import kernels_taken
-from ..folder import read_rows
+from ..folder import fingerprint, read_rows
 from ..kinds import class_of
 from ..machine import allocated_gib, forget_peak_memory, memory_gib
 from ..model import about_adapters
 from ..orpo.body import causal_lm
 from .reading import values
+
+
+def settings_record(run, older: dict, *, begun: bool) -> dict:
+    """Give the content of settings.json as a run is opened; `older`: what it holds, of a run that `begun`."""
+    # What auto chose when the run began holds to its end, also on another kind of machine.
+    kept = older if begun else {}
+    chosen, why = kept.get("chosen", {}), kept.get("sources", {})
+    record = {"version": __version__, "fingerprint": fingerprint(run.given)}
+    record |= {"settings": dataclasses.asdict(run.given), "chosen": chosen}
+    record["sources"] = run.sources | {name: why[name] for name in chosen if name in why}
+    record |= {name: kept[name] for name in ("version", "base") if name in kept}
+    return record | {"clock": older.get("clock") or time.time()}  # what a chat template is told as the time
 
 
 def data_report(run, pairs, digest: str) -> dict:
@@ -84,7 +98,7 @@ class Spent:
 def summarise(run, stopped: str) -> dict:
     """Give the content of summary.json; the held-out results stand in it too. `stopped`: why, or empty."""
     trainer, plan, rows = run.trainer, run.plan.method, read_rows(run.folder / "history.jsonl")
-    spent = run.spent.totals()
+    spent, price = run.spent.totals(), run.settings.price_per_hour
     return {
         "finished": not stopped,
         "why": stopped or "every step was taken",
@@ -99,6 +113,7 @@ def summarise(run, stopped: str) -> dict:
         "device": run.machine.name,
         "minutes": round(spent["all"], 3),
         "training_minutes": round(spent["training"], 3),
+        "cost": round(spent["all"] / 60 * price, 2) if price else None,
         # From the history, which a stop and going on leave whole.
         **{name: int(sum(values(rows, name))) for name in ("tokens", "forward_passes")},
         # Of the whole run, with what torch does not count; of training's tensors on a GPU, without that.

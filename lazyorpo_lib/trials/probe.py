@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..folder import read_json
+from ..plan.planner import settled
 from ..settings import Settings
 from .runs import prepare_home, run_apart, write_up
 
@@ -26,7 +27,7 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         [{"trial", "or_weight", "learning_rate", gains}], "recommended": {setting: value}, "said":
         [sentence]}; probe.md, probe.png.
     """
-    home, held_out = prepare_home(settings, "probe"), 32
+    home, held_out, settings = prepare_home(settings, "probe"), 32, settled(settings)
     if settings.eval_pairs != "auto":
         held_out = min(settings.eval_pairs or 32, 32)
     pairs_needed = 2 * (held_out + steps * settings.pairs_per_step)

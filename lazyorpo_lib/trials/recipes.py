@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..folder import read_json
+from ..plan.planner import settled
 from ..results import card
 from ..results.evaluate import broken, changes, measures
 from ..settings import Settings
@@ -47,6 +48,7 @@ def compare_recipes(
     if not settings.eval_pairs:
         raise UserError("eval_pairs is 0: a comparison needs held-out pairs; give at least 40.")
     home, runs, folders = prepare_home(settings, "comparison"), [], {}
+    settings = settled(settings)
     for seed in range(1, seeds + 1):
         for recipe in RECIPES:
             stages = _stages(settings, home, recipe, seed, dpo_learning_rate or settings.learning_rate / 30)

@@ -37,7 +37,7 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     Args:
         merge: folder of a finished run whose merged model is this one's base.
     """
-    folder = Path(settings.output_dir)
+    folder, settings = Path(settings.output_dir), dataclasses.replace(settings, on_finish="nothing")
     if _is_finished(folder):
         return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")

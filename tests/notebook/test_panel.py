@@ -23,15 +23,16 @@ def now(panel, name):
 
 
 LAYERS = [  # preset, environment, cell, panel edit -> value and source of learning_rate
-    (None, None, 5e-4, None, (2e-3, "preset demo")),
-    ("phi2-article", None, 5e-4, None, (5e-6, "preset phi2-article")),
-    ("phi2-article", "1e-5", 5e-4, None, (1e-5, "env")),
-    (None, "1e-5", 5e-4, None, (1e-5, "env")),
+    (None, None, "auto", None, (2e-3, "preset demo")),
+    ("phi2-article", None, "auto", None, (5e-6, "preset phi2-article")),
+    ("phi2-article", "1e-5", "auto", None, (1e-5, "env")),
+    (None, "1e-5", "auto", None, (1e-5, "env")),
     (None, "1e-5", 2e-5, None, (2e-5, "cell")),
     (None, "1e-5", "2e-5", None, (2e-5, "cell")),  # papermill's YAML gives text
-    (None, None, "5e-4", None, (2e-3, "preset demo")),
+    (None, None, " Auto ", None, (2e-3, "preset demo")),
+    (None, None, 5e-4, None, (5e-4, "cell")),
     ("phi2-article", "1e-5", 2e-5, "3e-5", (3e-5, "panel")),
-    (None, None, 5e-4, "5e-4", (5e-4, "panel")),  # an edit counts even where it repeats the default
+    (None, None, "auto", "auto", ("auto", "panel")),  # an edit counts even where it repeats the default
 ]
 
 
@@ -46,8 +47,8 @@ def test_the_stronger_layer_wins_and_is_named(monkeypatch, preset, env, cell, ed
 
 
 def test_where_no_preset_applies_the_default_yields_to_the_environment_alone(monkeypatch):
-    notebook = {"base_model": "owner/model", "learning_rate": 5e-4}
-    assert now(Panel(notebook), "learning_rate") == (5e-4, "default")
+    notebook = {"base_model": "owner/model", "learning_rate": "auto"}
+    assert now(Panel(notebook), "learning_rate") == ("auto", "default")
     monkeypatch.setenv("LAZYORPO_LEARNING_RATE", "1e-5")
     assert now(Panel(notebook), "learning_rate") == (1e-5, "env")
 
@@ -60,15 +61,15 @@ def test_an_edit_survives_running_the_cells_again():
 
 
 def test_a_cell_changed_after_an_edit_wins():
-    notebook = {"epochs": 1.0}
+    notebook = {"epochs": "auto"}
     panel = Panel(notebook)
     panel.edit("epochs", "3")
     notebook["epochs"] = 2.0
     assert now(panel, "epochs") == (2.0, "cell")
     panel.edit("epochs", "4")
     assert now(panel, "epochs") == (4.0, "panel")
-    notebook["epochs"] = 1.0  # back to the default: that is a change too
-    assert now(panel, "epochs") == (1.0, "default")
+    notebook["epochs"] = "auto"  # back to the default: that is a change too
+    assert now(panel, "epochs") == (1.0, "preset demo")
 
 
 def test_a_variable_added_to_the_cell_after_an_edit_wins():

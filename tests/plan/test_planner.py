@@ -254,6 +254,24 @@ def test_auto_takes_full_tuning_only_at_its_learning_rates():
     assert gentle.chosen == "lora" and "learning_rate" in gentle.why
 
 
+def test_a_plan_says_what_auto_takes_for_the_chosen_method_and_what_is_far_from_usual():
+    taken = plan()
+    assert taken.chosen == "lora" and "method=full" in taken.why  # all weights only for whoever asks
+    values = {name: value for name, (value, _) in taken.auto.items()}
+    assert values["method"] == "lora" and (values["learning_rate"], values["or_weight"]) == (5e-4, 0.5)
+    told = taken.said().splitlines()
+    assert told[0] == taken.line() and "learning_rate 0.0005 (adapters on" in told[1] and len(told) == 2
+    assert told[1] in taken.table()
+    whole = plan(method="full", epochs=2.0)
+    assert whole.auto["learning_rate"][0] == 1e-5 and not {"epochs", "method"} & whole.auto.keys()
+
+
+def test_what_an_hour_costs_stands_beside_the_minutes():
+    free, paid = plan(), plan(price_per_hour=0.5)
+    cost = f" = {paid.method.minutes / 120:.2f}"
+    assert cost in paid.line() and cost in paid.table() and " = " not in free.line() + free.table()
+
+
 def test_paged_state_leaves_the_card_but_not_the_cpu():
     paged = Settings(optimizer="paged_adamw_32bit")
     on_card = gib(make_plan(small(), paged, "A40", LENGTHS, dtype=torch.bfloat16, begun=True), "full")

@@ -186,7 +186,7 @@ def test_results_settings_plan_and_drops_are_told(tmp_path):
         in text
     )
     assert "| equal answers | 10 |" in text and "61% of the kept pairs" in text
-    assert "| learning_rate | 0.0001 | 0.0005 |" in text and "| method | lora | auto | flag |" in text
+    assert "| learning_rate | 0.0001 | auto |" in text and "| method | lora | auto | flag |" in text
     assert "| peak memory, GiB | 1.50 | 1.25 |" in text and "| minutes of training | 2.00 | 2.50 |" in text
     assert "in 3.0 minutes" in text and "demo's habit: 25% before, 50% after" in text
     assert "torch 2.9.0" in text and "2403.07691" in text
