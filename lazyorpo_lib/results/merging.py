@@ -1,7 +1,7 @@
 """The full model of a run on the disk: whole where memory has room for it, else shard by shard, or refused.
 
-Room is looked at before anything is written. Shards are for plain LoRA over layers that the base model's
-files call as the model does; what the weights of any other mean, its class alone knows.
+Room is looked at before anything is written. Shards, a file of the base model's at once, are for plain LoRA
+over layers that these files call as the model does; what other weights mean, the model's class alone knows.
 """
 
 import json
@@ -23,7 +23,6 @@ from ..machine import free_bytes
 from ..model import import_peft, load_finished, reading_finished, save_model
 from .ollama import modelfile
 
-SHARD = 2**31  # bytes of a file, which are in memory at once
 # What the config of a plain adapter may say otherwise than peft's default.
 _OWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path"}
 _OWN |= {"task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
@@ -62,89 +61,77 @@ def _in_shards(folder: Path, out: Path, dtype: torch.dtype):
     base = adapter.get("base_model_name_or_path") if adapter else str(folder)
     if not isinstance(base, str):
         return None  # nor can it be loaded, which will be said
-    config, weights = load_config(base), _weights(base)
-    packed = 4 if is_quantised(config) else 1
-    needed = sum(math.prod(shape) for _, shape in weights.values()) * dtype.itemsize * packed
-    check_room(out, needed, "The merged model")
-    if needed < 0.9 * free_bytes("cpu"):
+    config, files = load_config(base), _files(base)
+    packed, room = 4 if is_quantised(config) else 1, 0.9 * free_bytes("cpu")
+    sizes = [sum(map(math.prod, shapes.values())) * dtype.itemsize * packed for shapes in files.values()]
+    check_room(out, sum(sizes), "The merged model")
+    if sum(sizes) < room:
         return None
-    factors = None if packed > 1 else _factors(folder, adapter, weights)
+    factors = _factors(folder, adapter, files) if adapter and packed == 1 and max(sizes) < room else None
     if factors is None:
         raise UserError(
-            f"Merging takes {_mib(needed / 0.9)} of memory, and {_mib(free_bytes('cpu'))} are free: merge on "
-            "a machine with more, or use model/ over its base model as they are."
+            f"Merging takes {_mib(sum(sizes))} of memory, and {_mib(room)} are free: merge on a machine with "
+            "more, or use model/ over its base model as they are."
         )
-    return _Shards(config, GenerationConfig.from_pretrained(folder), weights, factors, dtype)
+    return _Shards(config, GenerationConfig.from_pretrained(folder), files, factors, dtype)
 
 
-def _weights(base: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read the headers of a model's files: {name of a weight: (its file, its shape)}."""
-    place, found = locate(base), {}
+def _files(base: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Read the headers of a model's files: {file: {name of a weight: its shape}}."""
+    place = locate(base)
     try:
         index = read_json(cached_file(place, "model.safetensors.index.json"))
         names = sorted(set(index["weight_map"].values()))
     except OSError:  # all is in one file
         names = ["model.safetensors"]
+    found = {}
     for file in (cached_file(place, name) for name in names):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                found[name] = file, tuple(opened.get_slice(name).get_shape())
+            found[file] = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     return found
 
 
-def _factors(folder: Path, config: dict, weights: dict) -> dict[str, tuple] | None:
-    """Give {weight: (A, B, scale)} of a plain adapter, {} of a full model; None of any other adapter."""
-    factors: dict[str, tuple] = {}
-    if not config:
-        return factors
+def _factors(folder: Path, config: dict, files: dict) -> dict[str, tuple] | None:
+    """Give {weight: (A, B, scale)} of a plain adapter; None of any other."""
     usual = json.loads(json.dumps(import_peft().LoraConfig().to_dict(), default=list))
     if any(usual.get(name) != value for name, value in config.items() if name not in _OWN):
         return None
+    factors, shapes = {}, {name: shape for inside in files.values() for name, shape in inside.items()}
     with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
         saved = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}
     while saved:
         layer = next(iter(saved)).partition(".lora_")[0]
         a, b = (saved.pop(f"{layer}.lora_{side}.weight", None) for side in "AB")
-        shape = weights.get(f"{layer}.weight", ("", ()))[1]
-        if a is None or b is None or (len(b), *a.shape[1:]) != shape:
+        if a is None or b is None or shapes.get(f"{layer}.weight") != (len(b), *a.shape[1:]):
             return None
         factors[f"{layer}.weight"] = a.float(), b.float(), config["lora_alpha"] / config["r"]
     return factors
 
 
 class _Shards:
-    """What `save_model` saves, as a model that is never whole in memory."""
+    """What `save_model` saves, as a model of which one file of the base's is in memory at once."""
 
-    def __init__(self, config, generation_config, weights, factors, dtype: torch.dtype):
+    def __init__(self, config, generation_config, files, factors, dtype: torch.dtype):
         self.config, self.generation_config = config, generation_config
-        self._weights, self._factors, self._dtype = weights, factors, dtype
+        self._files, self._factors, self._dtype = files, factors, dtype
 
     def save_pretrained(self, folder: Path, state_dict=None) -> None:
         self.config.dtype = self._dtype
         self.config.save_pretrained(folder)
-        shards, room, index = [], 0, {}
-        for name, (_, shape) in self._weights.items():
-            size = math.prod(shape) * self._dtype.itemsize
-            if size > room:
-                shards.append([])
-                room = SHARD
-            shards[-1].append(name)
-            room -= size
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({name: self._weight(name) for name in names}, folder / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(names, file)
-        content = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-        (folder / "model.safetensors.index.json").write_text(content)
+        for file in self._files:
+            with safe_open(file, "pt") as opened:
+                weights = {name: self._merged(name, opened.get_tensor(name)) for name in opened.keys()}
+            save_file(weights, folder / Path(file).name, metadata={"format": "pt"})
+        names = {name: Path(file).name for file, inside in self._files.items() for name in inside}
+        if len(self._files) > 1:
+            index = json.dumps({"metadata": {}, "weight_map": names}, indent=1)
+            (folder / "model.safetensors.index.json").write_text(index)
 
-    def _weight(self, name: str) -> torch.Tensor:
-        with safe_open(self._weights[name][0], "pt") as file:
-            weight = file.get_tensor(name)
+    def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         if name in self._factors:
             a, b, scale = self._factors[name]
             weight = torch.addmm(weight.float(), b, a, alpha=scale)
-        if weight.is_floating_point():
-            weight = weight.to(self._dtype)
-            if not weight.sum(dtype=torch.float64).isfinite():
-                raise UserError(f"The merged model would hold a value that is not finite (in {name}).")
-        return weight.contiguous()
+        weight = weight.to(self._dtype) if weight.is_floating_point() else weight
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float64).isfinite():
+            raise UserError(f"The merged model would hold a value that is not finite (in {name}).")
+        return weight

@@ -62,21 +62,19 @@ def weights_of(folder):
     return found
 
 
-def without_room(monkeypatch, room=0):
+def without_room(monkeypatch, room=120_000):
     monkeypatch.setattr(merging, "free_bytes", lambda device: room)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shard", [40_000, 2**31])
-def test_shards_are_the_whole_model_and_load_as_it_does(run, tmp_path, monkeypatch, dtype, shard):
+def test_shards_are_the_whole_model_and_load_as_it_does(run, base, tmp_path, monkeypatch, dtype):
     whole = share.merge(run, tmp_path / "whole", dtype=dtype)
-    without_room(monkeypatch)
-    monkeypatch.setattr(merging, "SHARD", shard)
+    shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
+    without_room(monkeypatch, 1.2 * shard * dtype.itemsize / 2)
     monkeypatch.setattr(merging, "load_finished", None)
     out = share.merge(run, tmp_path / "out", dtype=dtype)
-    files = list(out.glob("*.safetensors"))
-    assert (len(files) > 3) == (shard == 40_000)
-    assert shard > 40_000 or sum(file.stat().st_size > 1.5 * shard for file in files) == 0
+    files = {file.name: file.stat().st_size for file in out.glob("*.safetensors")}
+    assert len(files) == 2 and max(files.values()) < 1.1 * shard * dtype.itemsize / 2
     one, other = weights_of(whole), weights_of(out)
     assert one.keys() == other.keys() and {value.dtype for value in other.values()} == {dtype}
     for name, value in one.items():
@@ -91,11 +89,13 @@ def test_shards_are_the_whole_model_and_load_as_it_does(run, tmp_path, monkeypat
     assert names[0] == names[1] and not marker.damaged(out)
 
 
-def test_a_fully_tuned_model_goes_in_shards_too(base, tmp_path, monkeypatch):
+def test_a_fully_tuned_model_is_whole_or_refused(base, tmp_path, monkeypatch):
     full = make_run(tmp_path / "full", base, adapter=False)
     without_room(monkeypatch)
-    out = share.merge(full, dtype=torch.bfloat16)
-    assert weights_of(out).keys() == weights_of(full / "model").keys()
+    with pytest.raises(UserError, match="Merging takes .* of memory"):
+        share.merge(full, dtype=torch.bfloat16)
+    without_room(monkeypatch, 2**30)
+    assert weights_of(share.merge(full, dtype=torch.bfloat16)).keys() == weights_of(full / "model").keys()
 
 
 ODD = {
@@ -112,13 +112,20 @@ def test_an_adapter_that_is_not_plain_is_refused_before_anything_is_written(run,
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "model" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | ODD[odd]))
-    without_room(monkeypatch, 5 * 2**10)
+    without_room(monkeypatch)
     before = sorted(copy.rglob("*"))
     with pytest.raises(
         UserError, match=r"Merging takes .* of memory, and 0 MiB are free: merge on a machine"
     ):
         share.merge(copy)
     assert sorted(copy.rglob("*")) == before
+
+
+def test_a_file_of_the_base_that_memory_has_no_room_for_is_refused(run, monkeypatch):
+    without_room(monkeypatch, 1000)
+    with pytest.raises(UserError, match="Merging takes .* of memory"):
+        share.merge(run)
+    assert not (run / "merged").exists()
 
 
 def test_a_layer_that_the_files_call_otherwise_is_refused(run, base, tmp_path, monkeypatch):
