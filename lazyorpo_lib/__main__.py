@@ -124,7 +124,7 @@ COMMANDS = {  # name: words after it, what it does, the function that does it an
         lambda share, *given: share.ollama(*given),
     ),
     "lines": ("RUN", "for vLLM, transformers, LM Studio, llama.cpp", lambda share, run: share.lines(run)),
-    "zip": ("RUN", "model and records in one file", lambda share, run: share.zip_up(run)),
+    "archive": ("RUN", "model and records in one .zip", lambda share, run: share.archive(run)),
     "compare": ("RUN RUN …", "a table, and compare.png in this folder", _compare),
     "push": (
         "RUN OWNER/NAME", "upload it to the hub, private",

