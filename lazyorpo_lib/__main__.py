@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from itertools import count
-from pathlib import Path
 
 from . import __version__
 from .errors import UserError, expanded, without_secrets
@@ -37,8 +36,6 @@ def train(arguments: list[str]) -> int:
     early, *_ = resolve(layers)  # mistakes are told before anything heavy is imported
     if given["fail_within_noise"] and not early.eval_pairs:
         raise UserError("--fail-within-noise needs held-out pairs, and eval_pairs is 0: give some, or auto.")
-    if given["probe"] and not (Path(__file__).parent / "trials").is_dir():
-        raise UserError("--probe is not in the standalone notebook: use a clone, or what pip installed.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from .machine import this_machine
     from .plan import planner
@@ -126,7 +123,16 @@ COMMANDS = {  # name: words after it, what it does, the function that does it an
         "RUN [FOLDER]", "the full model, the adapter folded in, in FOLDER or in the run's merged/",
         lambda share, *given: f"The full model is in {share.merge(*given)}",
     ),
-    "export-gguf": ("RUN", "for llama.cpp, Ollama, LM Studio", lambda share, run: share.export_gguf(run)),
+    "export-gguf": (
+        "RUN [KIND]", "for llama.cpp, LM Studio; KIND: q8_0, f16 or bf16",
+        lambda share, *given: share.export_gguf(*given),
+    ),
+    "ollama": (
+        "RUN [NAME]", "the full model with its Modelfile, and Ollama's commands",
+        lambda share, *given: share.ollama(*given),
+    ),
+    "lines": ("RUN", "for vLLM, transformers, LM Studio, llama.cpp", lambda share, run: share.lines(run)),
+    "archive": ("RUN", "model and records in one .zip", lambda share, run: share.archive(run)),
     "compare": ("RUN RUN …", "a table, and compare.png in this folder", _compare),
     "push": (
         "RUN OWNER/NAME", "upload it to the hub, private",

@@ -30,7 +30,8 @@ NOT_THE_RESULT = {
     "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "max_cost",
     "price_per_hour", "on_finish", "save_every_minutes", "save_every_steps", "keep_checkpoints",
     "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens",
-    "tokens_per_batch", "checkpointed_layers",
+    "tokens_per_batch", "checkpointed_layers", "tracker_project", "tracker_run",
+    "trackio_space",
 }  # fmt: skip
 _held: dict[Path, FileLock] = {}  # folders this process is at work in
 

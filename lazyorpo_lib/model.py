@@ -242,12 +242,15 @@ def adapters_off(model):
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None) -> None:
+def save_model(
+    model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None, modelfile: str = ""
+) -> None:
     """Save adapter or full model (safetensors), tokenizer, template, generation settings: all or nothing.
 
     Args:
         base_model: what an adapter names as its base, not a folder of this machine; empty for a merged model.
         weights: where the model holds only a part of them.
+        modelfile: the text of Ollama's file, to lie beside them.
     """
     with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
         causal_lm(model).config.use_cache = True  # training had it off
@@ -262,6 +265,8 @@ def save_model(model, tokenizer, folder: Path, *, base_model: str, weights: dict
         model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         _name_as_transformers_4(scratch / "tokenizer_config.json")
+        if modelfile:
+            (scratch / "Modelfile").write_text(modelfile, encoding="utf-8")
 
 
 def _name_as_transformers_4(config: Path) -> None:
@@ -275,13 +280,9 @@ def _name_as_transformers_4(config: Path) -> None:
     config.write_text(json.dumps(saved, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device="cpu", merge: bool = False):
-    """Load a finished run's model, its weights in `dtype`, and tokenizer from its `model/`, ready to answer.
-
-    Args:
-        merge: fold the adapter into the base weights, also where training had them in 4 bit.
-    """
-    folder = expanded(folder)
+@contextlib.contextmanager
+def reading_finished(folder: Path):
+    """Read a finished run's `model/` in a block; UserError where it is none, or damaged, or not readable."""
     if not os.path.isdir(folder):
         given = f"There is no finished model at {str(folder)!r}"
         raise UserError(f"{given}; give the model/ folder of a finished run.")
@@ -289,6 +290,17 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device="c
     if bad := [name for name in marker.damaged(folder) if name.endswith(".safetensors")]:
         raise UserError(f"{folder} is damaged ({', '.join(bad)}): bring it back from a copy, or train anew.")
     with explain_model(str(folder), "bring the run's model/ back whole, with the base model that it names"):
+        yield
+
+
+def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device="cpu", merge: bool = False):
+    """Load a finished run's model, its weights in `dtype`, and tokenizer from its `model/`, ready to answer.
+
+    Args:
+        merge: fold the adapter into the base weights, also where training had them in 4 bit.
+    """
+    folder = expanded(folder)
+    with reading_finished(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not (folder / "adapter_config.json").is_file():
             return load_base(str(folder), dtype=dtype, device=device).eval(), tokenizer

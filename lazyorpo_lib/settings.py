@@ -109,6 +109,10 @@ class Settings:
     hub_repo: str = _setting("",
         "hub repository to push the finished model to (private); empty: nothing is uploaded")
     liger_kernel: bool = _setting(False, "use Liger's fused layers where Liger is installed")
+    tracker_project: str = _setting("", "project in the tracker; empty: WANDB_PROJECT, or lazyorpo")
+    tracker_run: str = _setting("", "name of the run in wandb or trackio; empty: one that they make up")
+    trackio_space: str = _setting("",
+        "Space on the hub that shows trackio's runs to others, as owner/name; empty: nothing is uploaded")
     # fmt: on
 
     def __post_init__(self):

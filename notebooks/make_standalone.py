@@ -1,18 +1,31 @@
 """Write notebooks/LazyORPO_standalone.ipynb: the main notebook, with the library in two cells of plain text.
 
-    python notebooks/make_standalone.py           write it
-    python notebooks/make_standalone.py --check   exit status 1 if it is not what would be written
+    python notebooks/make_standalone.py                     write it
+    python notebooks/make_standalone.py --check             exit status 1 if it is not what would be written
+    python notebooks/make_standalone.py --repo owner/name   first set the repository's address on GitHub, in
+                                                            every place that names it ("" takes it away)
 
 The same files give the same bytes. It runs no cell.
 """
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
+REPOSITORY = ""  # owner/name on GitHub, set by --repo; empty: not public yet
+
 HOME = Path(__file__).parents[1]
 MAIN, STANDALONE = HOME / "notebooks" / "LazyORPO.ipynb", HOME / "notebooks" / "LazyORPO_standalone.ipynb"
+PLACES = ("README.md", "docs/running.md", "notebooks/LazyORPO.ipynb")
+_NOTEBOOK = "blob/main/notebooks/LazyORPO_standalone.ipynb"
+BADGES = f"""\
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/REPO/{_NOTEBOOK})
+[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/REPO/{_NOTEBOOK})
+[source](https://github.com/REPO)
+
+"""  # noqa: E501
 METHOD = """\
 #@title The method: loss, data, training loop {{ display-mode: "form" }}
 # The folder lazyorpo_lib/orpo of LazyORPO's repository, which has its tests and documents beside it.
@@ -40,11 +53,36 @@ importlib.invalidate_caches()
 print(len(FILES), "files of lazyorpo_lib, digest {digest}")"""
 
 
+def placed(text: str, repo: str) -> str:
+    """A page, or the page of a notebook, with the repository's address wherever it belongs."""
+    if '"nbformat"' in text:
+        content = json.loads(text)
+        for cell in (c for c in content["cells"] if c["cell_type"] == "markdown"):
+            cell["source"] = placed("".join(cell["source"]), repo).splitlines(keepends=True)
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    badges = BADGES.replace("REPO", repo) if repo else ""
+    text = re.sub(r"(<!-- open -->\n).*?(<!-- /open -->)", rf"\1{badges}\2", text, flags=re.S)
+    address = f"https://github.com/{repo}" if repo else "<address of this repository>"
+    known = r"<address of this repository>|https://github\.com/[\w.-]+/[\w.-]+"
+    return re.sub(rf'("git\+|git clone )(?:{known})', rf"\1{address}", text)
+
+
+def set_repository(repo: str, home: Path = HOME) -> None:
+    """Write the address into this file and into every place that names it."""
+    for path in (home / name for name in PLACES):
+        path.write_text(placed(path.read_text(encoding="utf-8"), repo), encoding="utf-8")
+    own = home / "notebooks" / Path(__file__).name
+    text = re.sub(
+        '^REPOSITORY = ".*?"', f'REPOSITORY = "{repo}"', own.read_text(encoding="utf-8"), flags=re.M
+    )
+    own.write_text(text, encoding="utf-8")
+
+
 def bundled(home: Path = HOME) -> dict[str, str]:
-    """Path -> text of all that a cell can use; trials/ is the other notebook's and the command line's."""
+    """Path -> text of all that a cell can use; the comparison of recipes is the other notebook's."""
     package = home / "lazyorpo_lib"
     files = [file for ending in ("py", "jsonl", "md") for file in package.rglob(f"*.{ending}")]
-    files = [file for file in files if "trials" not in file.parts and file.name != "README.md"]
+    files = [file for file in files if file.name not in ("recipes.py", "README.md")]
     paths = [*files, home / "requirements.txt"]
     return {path.relative_to(home).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
@@ -94,6 +132,12 @@ def notebook(home: Path = HOME) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--repo"]:
+        repo = arguments[1] if len(arguments) == 2 else "?"
+        if repo and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_.][\w.-]*", repo, re.ASCII):
+            print("--repo takes the repository's name on GitHub, as owner/name; an empty one takes it away")
+            return 2
+        set_repository(repo)
     text = notebook()
     if arguments == ["--check"]:
         fresh = STANDALONE.is_file() and STANDALONE.read_text(encoding="utf-8") == text

@@ -174,7 +174,9 @@ def test_commands_tell_wrong_use_and_wrong_folders(name, tmp_path):
     [
         ("merge", ["a"], "The full model is in ('a',)"),
         ("merge", ["a", "b"], "The full model is in ('a', 'b')"),
-        ("export-gguf", ["a"], "('a',)"), ("push", ["a", "me/b"], "Pushed to ('a', 'me/b')"),
+        ("export-gguf", ["a"], "('a',)"), ("export-gguf", ["a", "f16"], "('a', 'f16')"),
+        ("ollama", ["a", "me/b"], "('a', 'me/b')"), ("lines", ["a"], "('a',)"), ("archive", ["a"], "('a',)"),
+        ("push", ["a", "me/b"], "Pushed to ('a', 'me/b')"),
         ("chat", ["a"], ""),
     ],
 )  # fmt: skip

@@ -21,6 +21,10 @@ NO_GPU = (
     "This runtime has no GPU: the demo trains on the CPU in a few minutes. For larger models choose "
     "Runtime > Change runtime type > T4 GPU, then Run all."
 )
+KAGGLE = (
+    "Kaggle: what you add as Input is in /kaggle/input, read only; runs are kept in /kaggle/working. This "
+    "notebook uses one of its two GPUs. GPU and internet are switched on under Settings."
+)
 
 
 def prepare() -> None:
@@ -33,6 +37,8 @@ def prepare() -> None:
     print(f"Python {sys.version.split()[0]} · {versions}\nHugging Face token: {find_token()}.")
     if on_colab() and not has_gpu():
         print(NO_GPU)
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        print(KAGGLE)
 
 
 def on_colab() -> bool:

@@ -1,13 +1,17 @@
-"""What cells show of a run: a pair as it is scored, the loss, answers, held-out figures, files.
+"""What cells show of a run: a pair as it is scored, loss, answers, figures, files, what a box asks for.
 
 Each function returns a `Shown`: HTML in a notebook, the same as plain text elsewhere. Texts of models and
 datasets are escaped. It computes nothing that `run` does not know, and writes no file.
 """
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
-from ..errors import printable
+from IPython.display import display
+
+from ..errors import printable, say
 from ..folder import read_json
 from ..kinds import load_config
 from ..plan import planner
@@ -143,3 +147,19 @@ def files(run) -> Shown:
     home = str(run.folder / "model")
     code = f"from lazyorpo_lib.model import load_finished\nmodel, tokenizer = load_finished({home!r})"
     return Shown(f"{shown.text}\n\n{code}", f"{shown.html}<pre>{escape(code)}</pre>")
+
+
+def when(asked: bool, act, *given, **more) -> None:
+    """Do what a box asks for, if it is ticked, and show what comes of it: text, a table, a page of runs."""
+    if not asked:
+        return
+    done = act(*given, **more)
+    if isinstance(done, Path) and (page := done / f"{done.name}.md").is_file():
+        done = {"markdown": page.read_text(encoding="utf-8"), "png": page.with_suffix(".png").read_bytes()}
+    if isinstance(done, dict):
+        picture = f'<img src="data:image/png;base64,{base64.b64encode(done["png"]).decode()}">'
+        display(Shown(done["markdown"], f"<pre>{escape(done['markdown'])}</pre>{picture}"))
+    elif isinstance(done, list):
+        display(table(done[0], (row.values() for row in done)))
+    else:
+        say(done)

@@ -5,6 +5,7 @@ It starts no process: `accelerate launch` does, with one of the files in configs
 
 import dataclasses
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
+from huggingface_hub import get_token
 
 from ..errors import UserError
 from ..settings import Settings
@@ -26,6 +28,30 @@ def check_tracker(tracker: str) -> None:
         )
 
 
+def tracked(settings: Settings) -> dict:
+    """Give what the tracker of `report_to` begins with: project, settings, the run's name and Space.
+
+    Raises:
+        UserError: no project can be called so; the Space is of another tracker, or there is no token for it.
+    """
+    s, named = settings, {}
+    project = s.tracker_project or os.environ.get("WANDB_PROJECT") or "lazyorpo"
+    if not re.fullmatch(r"[\w.-][\w. -]{0,99}", project) or not project.strip("."):
+        raise UserError(f"tracker_project is {project!r}: give up to 100 letters, digits, spaces, . _ or -.")
+    if s.tracker_run and s.report_to in ("wandb", "trackio"):
+        named["name"] = s.tracker_run
+    if s.trackio_space:
+        why = "" if get_token() else "needs a token that may write there: set HF_TOKEN"
+        if s.report_to != "trackio":
+            why = f"is for trackio alone, and report_to is {s.report_to}: set report_to=trackio"
+        elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", s.trackio_space, re.ASCII):
+            why = "is no name of a Space: give it as owner/name"
+        if why:
+            raise UserError(f"trackio_space is {s.trackio_space!r}, which {why}, or leave it empty.")
+        named["space_id"] = s.trackio_space
+    return dict(project_name=project, config=vars(s), init_kwargs={s.report_to: named})
+
+
 def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
     """Make the Accelerator of a run, whatever an earlier one of this process was told.
 
@@ -38,6 +64,7 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
         )
     check_tracker(tracker := settings.report_to)
+    tracked(settings)  # what is wrong with it is told before anything is loaded
     AcceleratorState._reset_state(True)
     GradientState._reset_state()  # another library's trainer may have left it waiting for more gradients
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;

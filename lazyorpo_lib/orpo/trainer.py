@@ -8,7 +8,6 @@ tokens, the odds term in pairs, over all processes. It draws, prints and downloa
 import contextlib
 import itertools
 import math
-import os
 import time
 import warnings
 from collections import Counter
@@ -30,7 +29,7 @@ from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
 from .body import checkpoint_layers, text_layers
 from .optimizers import make_optimizer
-from .processes import check_sharding, over_ranks
+from .processes import check_sharding, over_ranks, tracked
 from .reference import Reference
 from .scoring import LESS, PlainScorer, score
 
@@ -125,7 +124,7 @@ class OrpoTrainer:
         )
         self.close()
         self.accelerator.trackers = []  # it would add to those of an earlier call
-        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "lazyorpo"), config=vars(s))
+        self.accelerator.init_trackers(**tracked(s))
         if resume_from:
             self.load(Path(resume_from))
 

@@ -151,8 +151,9 @@ def answers(
     on_batch: Callable[[int], None] = lambda done: None,
     streamer=None,
     note: Callable[[str], None] = _refuse,
+    **sampling,
 ) -> list[str | None]:
-    """Generate greedy answers, in the order of the prompts.
+    """Generate answers, greedy unless told otherwise, in the order of the prompts.
 
     Args:
         prompts: token ids, from `Encoder.prompt_ids`.
@@ -162,6 +163,7 @@ def answers(
         on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
+        sampling: what generate() takes, as do_sample, temperature, top_p.
     """
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
@@ -169,7 +171,7 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
-    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer)
+    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer, **sampling)
     while waiting:
         some = waiting.pop()
         rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))

@@ -147,6 +147,30 @@ def test_a_parameter_is_in_colabs_grammar_and_holds_its_default(line):
         assert form.keys() == {"type"} and INPUTS[form["type"]] is FIELDS[name].type
 
 
+def further():
+    """The lines of cells that do something only when asked: (cell, its code)."""
+    return {name: code for name, code in code_of(MAIN).items() if "show.when(" in code}
+
+
+def test_what_takes_a_run_further_is_asked_for_by_boxes_that_are_off():
+    code = "\n".join(further().values())
+    for what in ("ask_both", "compare", "probe", "share.merge", "share.export_gguf", "share.ollama",
+                 "share.archive", "share.push", "share.lines"):  # fmt: skip
+        assert re.search(rf"show\.when\((\w+), {re.escape(what)}, ", code), what
+    boxes = re.findall(r"show\.when\((\w+),", code)
+    assert len(set(boxes)) == len(boxes)
+    for box in boxes:
+        assert re.search(rf'^{box} = False  #@param {{type:"boolean"}}$', code, re.M), box
+
+
+def test_every_line_of_a_form_is_in_colabs_grammar():
+    for path in (MAIN, VERSUS):
+        for name, code in code_of(path).items():
+            for line in (line for line in code.splitlines() if "#@param" in line):
+                assert PARAM.fullmatch(line), (name, line)
+                form_of(PARAM.fullmatch(line)["form"])
+
+
 def test_no_other_cell_assigns_a_setting():
     for path in (MAIN, STANDALONE):
         for cell, code in code_of(path).items():
@@ -329,3 +353,37 @@ def test_the_standalone_notebook_runs_where_there_is_nothing_else(tmp_path):
     )
     assert "digest" in printed(done, "bundle")
     assert ARTIFACTS <= {item.name for item in run.iterdir()}
+    for name in further():  # nobody asked
+        assert printed(done, name) == "" and not (run / "merged").exists()
+
+
+@pytest.mark.slow
+def test_in_the_standalone_notebook_every_box_can_be_ticked_without_a_terminal(tmp_path):
+    """All but the push, which needs a hub; and the command line behind the first cells."""
+    content, run = read(STANDALONE), tmp_path / "run"
+    for cell in content["cells"]:
+        text = "".join(cell["source"])
+        if "show.when(" in text and cell["cell_type"] == "code":
+            text = text.replace(" = False  #@param", " = True  #@param").replace(
+                "push_now = True", "push_now = False"
+            )
+            text = text.replace('other_run = ""', f"other_run = {str(tmp_path / 'other')!r}")
+            cell["source"] = text.splitlines(keepends=True)
+    last = {"cell_type": "code", "id": "terminal", "execution_count": None, "metadata": {}, "outputs": []}
+    content["cells"] += [last | {"source": ["!python -m lazyorpo_lib merge --help"]}]
+    (tmp_path / "ticked.ipynb").write_text(json.dumps(content))
+    from lazyorpo_lib.run import execute as execute_run
+    from lazyorpo_lib.settings import resolve
+
+    settings = {"preset": "tiny", "max_steps": 1, "output_dir": str(tmp_path / "other")}
+    execute_run(*resolve([("test", settings)])[:2], show=lambda text: None)
+    done = execute(
+        tmp_path / "ticked.ipynb", cwd=tmp_path, LAZYORPO_OUTPUT_DIR=str(run), LAZYORPO_MAX_STEPS="2"
+    )
+    assert (run / "probe" / "probe.json").is_file() and "Recommended" in str(outputs(done, "probe"))
+    assert (run / "merged" / "Modelfile").is_file() and (run / "run.zip").is_file()
+    assert "ollama create my-model" in printed(done, "export") and "gguf" in printed(done, "export")
+    assert "vllm serve" in printed(done, "take-home")
+    assert "Results on held-out pairs" in str(outputs(done, "compare-runs"))
+    assert "Name three fruits." in str(outputs(done, "ask-both"))
+    assert "usage: lazyorpo merge RUN" in printed(done, "terminal")

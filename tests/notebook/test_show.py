@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.notebook import show
 from lazyorpo_lib.orpo.batching import EncodedPair
 
@@ -86,3 +87,38 @@ def test_control_sequences_of_answers_are_shown_in_letters():
     for text in (shown.text, shown.html):
         assert r"\x1b[2Jb" in text and not set(text) & set("\x1b\u202e\x9b")
     assert "\x1b" not in show.pair(a_run(chosen="\x1b[2J")).text
+
+
+# What is done only when its box is ticked.
+
+
+def test_a_box_that_is_off_does_nothing_and_shows_nothing(capsys):
+    show.when(False, pytest.fail)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_ticked_box_shows_text_a_table_or_a_page_of_runs(capsys, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(show, "display", shown.append)
+    show.when(True, lambda a, b: f"{a} and {b}", 1, b="\x1b[2J")
+    assert capsys.readouterr().out == "1 and \\x1b[2J\n"
+    show.when(True, lambda: tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    show.when(True, lambda: [{"prompt": "<b>", "tuned": "yes"}])
+    show.when(True, lambda: {"markdown": "| <i> |", "png": b"png"})
+    home = tmp_path / "probe"
+    home.mkdir()
+    (home / "probe.md").write_text("Recommended: é", encoding="utf-8")
+    (home / "probe.png").write_bytes(b"png")
+    show.when(True, lambda: home)
+    assert [repr(one) for one in shown] == ["prompt | tuned\n<b> | yes", "| <i> |", "Recommended: é"]
+    assert not [one for one in shown if "<b>" in one.html[1:] and "<i>" in one.html]
+    assert "&lt;i&gt;" in shown[1].html and "base64,cG5n" in shown[1].html and "base64,cG5n" in shown[2].html
+
+
+def test_a_mistake_behind_a_box_is_the_users_to_read():
+    def fails():
+        raise UserError("one sentence")
+
+    with pytest.raises(UserError, match="one sentence"):
+        show.when(True, fails)

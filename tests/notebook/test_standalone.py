@@ -92,7 +92,7 @@ def test_other_processes_of_the_notebook_find_the_package_too(tmp_path, monkeypa
     assert os.environ["PYTHONPATH"] == f"before{os.pathsep}{tmp_path / 'bundle'}"
     (tmp_path / "elsewhere").mkdir()
     where = "import lazyorpo_lib.__main__ as m; print(m.__file__); m.console()"
-    for words, said in {("chat", "--help"): "usage: lazyorpo chat RUN", ("--probe",): "use a clone"}.items():
+    for words, said in {("chat", "--help"): "usage: lazyorpo chat RUN", ("--help",): "--probe"}.items():
         command = [sys.executable, "-c", where, *words]
         done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
         assert done.stdout.startswith(str(tmp_path / "bundle")) and said in done.stdout + done.stderr
@@ -100,9 +100,72 @@ def test_other_processes_of_the_notebook_find_the_package_too(tmp_path, monkeypa
 
 def test_only_what_a_cell_can_use_is_carried():
     names = bundled()
-    assert not [name for name in names if "trials" in name or name.endswith("README.md")]
-    for name in ("lazyorpo_lib/results/compare.py", "lazyorpo_lib/demo/pairs.jsonl", "requirements.txt"):
-        assert name in names  # compare.py for `!python -m lazyorpo_lib compare`
+    assert not [name for name in names if "recipes" in name or name.endswith("README.md")]
+    for name in ("results/compare.py", "results/ollama.py", "trials/probe.py", "demo/pairs.jsonl"):
+        assert f"lazyorpo_lib/{name}" in names
+    assert "requirements.txt" in names
+
+
+# The repository's public address.
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A copy of every file that names the address, and of what is needed to write the standalone notebook."""
+    for name in (*standalone.PLACES, "notebooks/make_standalone.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(HOME / name, tmp_path / name)
+    return tmp_path
+
+
+def texts(home):
+    return {name: (home / name).read_text(encoding="utf-8") for name in standalone.PLACES}
+
+
+def test_all_places_agree_on_the_address():
+    for name, text in texts(HOME).items():
+        assert standalone.placed(text, standalone.REPOSITORY) == text, name
+
+
+def test_an_address_is_set_everywhere_and_changed_and_taken_away_again(places):
+    before, own = texts(places), (places / "notebooks/make_standalone.py").read_text()
+    standalone.set_repository("some-one/lazy.orpo", places)
+    first = texts(places)
+    colab = "https://colab.research.google.com/github/some-one/lazy.orpo/blob/main/notebooks/LazyORPO_standalone.ipynb"
+    for name in ("README.md", "notebooks/LazyORPO.ipynb"):
+        assert (
+            colab in first[name]
+            and "kaggle.com/kernels/welcome?src=https://github.com/some-one" in first[name]
+        )
+    assert "git clone https://github.com/some-one/lazy.orpo" in first["docs/running.md"]
+    assert not [name for name, text in first.items() if "<address of this repository>" in text]
+    assert 'REPOSITORY = "some-one/lazy.orpo"' in (places / "notebooks/make_standalone.py").read_text()
+    cells = json.loads(first["notebooks/LazyORPO.ipynb"])["cells"]
+    assert (
+        colab in "".join(cells[0]["source"])
+        and cells[1:] == json.loads(before["notebooks/LazyORPO.ipynb"])["cells"][1:]
+    )
+    standalone.set_repository("other/name", places)
+    assert not [name for name, text in texts(places).items() if "some-one" in text]
+    standalone.set_repository("", places)
+    assert texts(places) == before and (places / "notebooks/make_standalone.py").read_text() == own
+
+
+def test_without_an_address_the_readme_says_how_to_open_the_notebook():
+    if standalone.REPOSITORY:
+        pytest.skip("it has an address")
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    assert "badge" not in text and "Upload notebook" in text and "fork" in text and "clone" in text
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["name"], ["a/b/c"], ["https://github.com/a/b"], ["a b/c"], ["a/b", "c"]]
+)
+def test_what_is_no_address_is_one_sentence_and_changes_nothing(given, monkeypatch, capsys):
+    monkeypatch.setattr(standalone, "set_repository", None)
+    monkeypatch.setattr(standalone, "STANDALONE", None)
+    assert standalone.main(["--repo", *given]) == 2
+    assert "owner/name" in capsys.readouterr().out
 
 
 def test_the_notebook_is_the_main_one_with_two_folded_cells_more():

