@@ -7,6 +7,7 @@ demo. The oldest versions that requirements.txt allows plan and train too. The f
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,9 @@ def notebooks(folder: str) -> None:
             LAZYORPO_OUTPUT_DIR=os.path.join(folder, "versus"),
             **quick,
         )
+        # A copy, for it writes where it is.
+        pairs = shutil.copy("notebooks/make_pairs.ipynb", folder)
+        run(here, *LAX, pairs, LAZYORPO_BASE_MODEL="tiny-random", PYTHONPATH=os.getcwd())
         with_colabs_versions(colab.result(), folder)
         on_the_floor(floor.result(), folder)
         run(here, *LAX, "notebooks/LazyORPO.ipynb", LAZYORPO_OUTPUT_DIR=os.path.join(folder, "demo"))

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..errors import UserError
 from ..machine import attempt, free_bytes, is_out_of_memory
@@ -150,9 +150,10 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
     streamer=None,
+    draw: Callable[[list[int]], LogitsProcessor] | None = None,
     note: Callable[[str], None] = _refuse,
 ) -> list[str | None]:
-    """Generate greedy answers, in the order of the prompts.
+    """Generate answers, greedy unless something draws, in the order of the prompts.
 
     Args:
         prompts: token ids, from `Encoder.prompt_ids`.
@@ -161,6 +162,7 @@ def answers(
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
+        draw: makes what changes the scores of the prompts at some positions, for each batch anew.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
     """
     training, weight = model.training, model.get_input_embeddings().weight
@@ -172,6 +174,7 @@ def answers(
     options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer)
     while waiting:
         some = waiting.pop()
+        options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])
         rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
         if message and len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
