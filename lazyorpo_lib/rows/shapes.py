@@ -54,6 +54,8 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     row = _Row(row, columns or {})
     answers = _answers(row)
     name, cell = _prompt(row)
+    if "one of two answers" in row.used.values():
+        cell, answers = _arena(cell, answers)
     given = _history(row, name) + _given(row, name, cell)
     if all(map(is_transcript, answers)) and (not given or is_transcript(cell)):
         inside, sides = "transcript", [transcript(text) for text in answers]
@@ -220,6 +222,21 @@ def _ranked(row: _Row) -> list:
         raise BadRow("tie")
     row.used[listed] = "the best and the worst answer"
     return [texts[order[0]], texts[order[-1]]]
+
+
+def _arena(cell, answers: list) -> tuple:
+    """Give talks where prompt and answers are each a list of as many turns as text: '["Why?"]', '["Yes"]'."""
+    texts = [text for text in (cell, *answers) if isinstance(text, str)]
+    asked, *said = turns = [*map(read, texts)] or [""]
+    if len(texts) < 3 or not all(isinstance(t, list) and len(t) == len(asked) for t in turns):
+        return cell, answers
+    if not all(isinstance(text, str) for listed in turns for text in listed):
+        raise BadRow("messages_as_text")
+    talks: list = [[], []]
+    for talk, one in zip(talks, said, strict=True):
+        for question, answer in zip(asked, one, strict=True):
+            talk += [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    return "", talks
 
 
 def _prompt(row: _Row) -> tuple[str, object]:
