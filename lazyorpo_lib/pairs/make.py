@@ -56,8 +56,8 @@ def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, s
     out = expanded(out)
     if out.suffix != ".jsonl" or not out.parent.is_dir():
         raise UserError(f"out is {str(out)!r}, but must be the name of a .jsonl in a folder that is there.")
-    rows = list(open_rows(settings.dataset, max_rows=settings.max_pairs))
-    kind, found, left = read(rows, parse_columns(settings.columns), sample=sample)
+    given = list(open_rows(settings.dataset, max_rows=settings.max_pairs))
+    kind, found, left = read(given, parse_columns(settings.columns), sample=sample)
     how = {name: getattr(settings, name) for name in HOW} | {"temperature": TEMPERATURE}
     texts = json.dumps([[pair.as_bytes().decode(), indexes] for pair, indexes in found] + [how])
     made = {"by": BY, "kind": kind, "digest": hashlib.sha256(texts.encode()).hexdigest()[:10]}
@@ -68,9 +68,8 @@ def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, s
     try:
         with explain_disk(out.parent, "run again: it goes on behind the last answers"):
             texts = iter(_drawn(lacking, settings, made, draft) if lacking else [])
-            lines = [
-                line for pair, rows in found if (line := _line(pair, made | {"rows": rows}, how, texts, left))
-            ]
+            lines = (_line(pair, made | {"rows": rows}, how, texts, left) for pair, rows in found)
+            lines = [line for line in lines if line]
             if not lines:
                 raise UserError(f"No pair came of it ({told(left)}): choose another base_model or seed.")
             if not _is_there(out, made):
@@ -80,7 +79,7 @@ def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, s
     marker.remove(draft)
     show(_said(lines, kind, out, left))
     if kind == "clicks":
-        show(verdict([row for _, row in standing(rows)]))
+        show(verdict([row for _, row in standing(given)]))
     return out
 
 
@@ -164,21 +163,19 @@ def _drawn(lacking: list[Pair], settings: Settings, made: dict, draft: Path) -> 
     marker.take(draft, "draft of pairs", ".lock", "made.json", "answers.jsonl")
     folders.claim(draft, "out")
     then = folders.read_json(draft / "made.json") or made | {"clock": time.time()}
-    if then["digest"] != made["digest"]:
+    if then.get("digest") != made["digest"]:
         raise UserError(f"{str(draft)!r} is of other rows or settings: delete it, or give another out.")
-    marker.write_atomically(draft / "made.json", json.dumps(then).encode())
     file, most = draft / "answers.jsonl", len(lacking)
     if (done := len(folders.read_rows(file))) < most:
-        folders.truncate_after(file, (done := done - done % AT_ONCE) - 1)
         model, encoder, options = _loaded(settings, then["clock"])
+        marker.write_atomically(draft / "made.json", json.dumps(then).encode())
+        folders.truncate_after(file, (done := done - done % AT_ONCE) - 1)
         prompts = [tried(encoder.prompt_ids, pair.prompt)[0] for pair in lacking]
         bar = progress_bar(most, "answers", initial=done, desc="the base model answers")
         with bar, _explain_answers(settings.base_model):
             for start in range(done, most, AT_ONCE):
                 some = range(start, min(start + AT_ONCE, most))
-                asked = [
-                    i for i in some if prompts[i] and not lacking[i].tools and not lacking[i].chosen_with
-                ]
+                asked = [i for i in some if prompts[i]]
 
                 def draw(batch: list[int], asked=asked) -> Drawn:
                     seeds = [f"{settings.seed} {lacking[asked[k]].index}".encode() for k in batch]
@@ -200,15 +197,11 @@ def _loaded(settings: Settings, clock: float) -> tuple:
         dtype, _ = pick_precision(settings.precision, machine)
         model = load_base(settings.base_model, dtype=dtype, device=machine.device)
     most = min([4096, tokenizer.model_max_length, *sizes_of(model.config, "max_position_embeddings")])
-    encoder = Encoder(
-        Template(tokenizer, clock), max_prompt_tokens=most - settings.answer_tokens, max_tokens=most
-    )
+    room = max(1, most - settings.answer_tokens)
+    encoder = Encoder(Template(tokenizer, clock), max_prompt_tokens=room, max_tokens=most)
     short = Pair(0, (Message(role="user", content="a"),), "b", "c")
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     ends |= {pair.chosen[-1] for _, pair in encoder.encode([short]) if not isinstance(pair, str)}
-    return (
-        model,
-        encoder,
-        dict(max_tokens=settings.answer_tokens, end_ids=sorted(ends), note=lambda why: None),
-    )
+    options = dict(max_tokens=settings.answer_tokens, end_ids=sorted(ends), note=lambda why: None)
+    return model, encoder, options

@@ -119,8 +119,8 @@ def _of_answers(rows, columns, kind: str, mark: str, sample: bool, left: Counter
             continue
         cell = at(row, mark) if mark else True
         value = thumb(cell) if kind in ("thumbs", "single") else float(cell) if is_number(cell) else None
-        if value is None or kind == "single" and (pair.tools or pair.chosen_with):
-            left["no clear thumb or score" if value is None else "tools or reasoning, to sample for"] += 1
+        if value is None:
+            left["no clear thumb or score"] += 1
             continue
         key = index if kind == "single" else json.dumps([pair.prompt, pair.tools], default=str)
         groups.setdefault(key, []).append((-value if kind == "ranks" else value, pair))
@@ -128,7 +128,9 @@ def _of_answers(rows, columns, kind: str, mark: str, sample: bool, left: Counter
         (least, most), pairs = (end(value for value, _ in group) for end in (min, max)), len(group)
         best, worst = ([pair for value, pair in group if value == end] for end in (most, least))
         if most == least and (kind == "single" or sample and kind == "thumbs" and most):
-            found += [(pair, [pair.index]) for pair in best]
+            plain = [(pair, [pair.index]) for pair in best if not (pair.tools or pair.chosen_with)]
+            left += Counter({"tools or reasoning, which are not sampled": len(best) - len(plain)})
+            found += plain
         elif most == least or most - least < float(columns.get("margin", 0)):
             why = ("up without a down" if most else "down without an up") if kind == "thumbs" else "tie"
             left[why if kind == "thumbs" or pairs > 1 else "only one answer"] += pairs

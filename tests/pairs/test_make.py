@@ -132,6 +132,12 @@ def test_what_is_half_drawn_is_not_gone_on_with_by_other_settings(monkeypatch):
     made()
 
 
+def test_a_model_that_was_mistyped_leaves_nothing_that_hinders_the_next_one():
+    with pytest.raises(UserError, match="not/here"):
+        made(base_model="not/here")
+    assert len(made()[0]) == 5
+
+
 def test_two_processes_cannot_draw_for_one_file(monkeypatch):
     killed_at(monkeypatch, 1)
     code = "import sys; from filelock import FileLock; f = FileLock(sys.argv[1]); f.acquire()"

@@ -114,6 +114,8 @@ def test_answers_are_messages_too_and_keep_what_is_beside_them():
     ]
     (pair, _), *_ = sources.read(list(enumerate(rows)), {})[1]
     assert (pair.chosen_with, pair.rejected, pair.tools) == ({"tool_calls": [call]}, "c", (call,))
+    with pytest.raises(UserError, match="1 tools or reasoning, which are not sampled"):
+        read(rows[:1], sample=True)
     row = row_of(pair, {"rows": [0, 1]})
     assert to_pair(0, row) == pair
     assert read([{"prompt": ask, "chosen": [*ask, {"role": "assistant", "content": "b"}]}])[1] == [
