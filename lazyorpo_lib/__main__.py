@@ -86,15 +86,10 @@ def _settings_of(file: str) -> dict:
 
 def _run_parser() -> _Parser:
     also = "; ".join(f"{name} {usage} ({what})" for name, (usage, what, _) in COMMANDS.items())
-    about, after = __doc__.split("\n")[0], f"With finished runs: {also}."
+    about, after = __doc__.split("\n")[0], f"With finished runs: {also}. Before one: pairs FILE ({PAIRS})."
     parser = _Parser(prog="lazyorpo", description=about, epilog=after, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lazyorpo {__version__}")
-    for name, field in FIELDS.items():
-        meta, default = field.metadata, field.default if field.default != "" else "empty"
-        allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
-        words = f"{meta['help']}{allowed}. Default: {default}".replace("%", "%%")
-        flag, kind = "--" + name.replace("_", "-"), field.type.__name__
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=kind, help=words)
+    _add_settings(parser, FIELDS)
     for flag, words in {
         "--plan": "only say whether it will fit and how long it will take",
         "--probe": "only recommend or_weight and learning_rate, after a few short runs",
@@ -107,6 +102,40 @@ def _run_parser() -> _Parser:
     file = "take the settings of a run from its settings.json; flags beside it win"
     parser.add_argument("--settings", default="", metavar="FILE", help=file)
     return parser
+
+
+def _add_settings(parser: _Parser, names) -> None:
+    for name, field in ((name, FIELDS[name]) for name in names):
+        meta, default = field.metadata, field.default if field.default != "" else "empty"
+        allowed = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+        words = f"{meta['help']}{allowed}. Default: {default}".replace("%", "%%")
+        flag, kind = "--" + name.replace("_", "-"), field.type.__name__
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=kind, help=words)
+
+
+PAIRS = "pairs of what people have: one answer a prompt, thumbs, scores, or clicks"
+
+
+def _pairs_parser() -> _Parser:
+    parser = _Parser(prog="lazyorpo pairs", description=PAIRS[0].upper() + PAIRS[1:], allow_abbrev=False)
+    parser.add_argument("dataset", metavar="FILE", help="anything that --dataset takes, or a file of clicks")
+    parser.add_argument("--out", default="pairs.jsonl", help="the .jsonl to write. Default: %(default)s")
+    sample = "let the base model answer where a thumb up has no thumb down too"
+    parser.add_argument("--sample", action="store_true", help=sample)
+    _add_settings(parser, ("columns", "max_pairs", "base_model", "answer_tokens", "seed", "precision"))
+    return parser
+
+
+def pairs(arguments: list[str]) -> int:
+    """Make pairs, as the flags say; the exit status."""
+    given = vars(_pairs_parser().parse_args(arguments))
+    flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
+    settings, _, _ = resolve([("env", from_environment()), ("flag", flags)])
+    check_requirements()
+    from .pairs.make import make_pairs
+
+    make_pairs(settings, given["out"], sample=given["sample"])
+    return 0
 
 
 def _compare(share, *runs: str) -> str:
@@ -166,10 +195,11 @@ def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if name in COMMANDS:
         return command(name, arguments[1:])
-    if name in ("", "run"):
-        return train(arguments[name == "run" :])
-    near = difflib.get_close_matches(name, ["run", *COMMANDS], n=1, cutoff=0)[0]
-    raise UserError(f"There is no command {name!r}; did you mean {near}? All: run, {', '.join(COMMANDS)}.")
+    if name in ("", "run", "pairs"):
+        return (pairs if name == "pairs" else train)(arguments[name != "" :])
+    names = ["run", *COMMANDS, "pairs"]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+    raise UserError(f"There is no command {name!r}; did you mean {near}? All: {', '.join(names)}.")
 
 
 class _Patient:

@@ -69,7 +69,7 @@ def keep_base_apart(base_model: str, folder: Path) -> None:
         raise UserError(f"base_model is {base_model!r}, {where}: choose another output_dir.")
 
 
-def claim(folder: Path) -> bool:
+def claim(folder: Path, setting: str = "output_dir") -> bool:
     """Hold the folder for this process, until `release` or its end; tell whether it did not so far."""
     if folder in _held:
         return False
@@ -78,7 +78,7 @@ def claim(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"Another run is at work in {folder}: wait for it to end, or choose another output_dir."
+            f"Another run is at work in {folder}: wait for it to end, or choose another {setting}."
         ) from None
     except PermissionError as error:
         raise unwritable(folder, error) from None
@@ -117,7 +117,7 @@ def is_begun(folder: Path, settings: Settings) -> bool:
 
 # ---- files that a kill leaves whole
 def append_row(path, row: dict) -> None:
-    """Add one flat row as one line in one unbuffered write; what a kill left of one before is cut off."""
+    """Add one row as one line in one unbuffered write; what a kill left of one before is cut off."""
     line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
     with open(path, "a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
@@ -130,7 +130,7 @@ def append_row(path, row: dict) -> None:
 
 
 def _plain(value):
-    if value is None or isinstance(value, int | str):
+    if value is None or isinstance(value, int | str | list):
         return value
     value = float(value)  # NumPy and torch scalars too
     return value if math.isfinite(value) else None

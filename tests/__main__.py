@@ -8,6 +8,7 @@ fails ends it.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,8 @@ def notebooks(folder: str, colab: Future, floor: Future) -> None:
     ):
         out = os.path.join(folder, name)
         run(sys.executable, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_OUTPUT_DIR=out, **settings)
+    pairs = shutil.copy("notebooks/make_pairs.ipynb", folder)  # a copy, for it writes where it is
+    run(sys.executable, *LAX, pairs, LAZYORPO_BASE_MODEL="tiny-random", PYTHONPATH=os.getcwd())
     with_colabs_versions(colab.result(), folder)
     on_the_floor(floor.result(), folder)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyorpo_lib.__main__ import COMMANDS, _run_parser
+from lazyorpo_lib.__main__ import COMMANDS, _pairs_parser, _run_parser
 from lazyorpo_lib.settings import FIELDS, coerce, resolve
 from tests.test_gpu_suite import unknown_figures
 
@@ -58,7 +58,8 @@ def test_every_command_is_one_that_the_command_line_takes(page, words):
         least = [word for word in wanted if not word.startswith("[")]
         assert len(least) <= len(words) - 1 <= len(wanted)
     else:
-        given = vars(_run_parser().parse_args(words))
+        parser = _pairs_parser() if words[:1] == ["pairs"] else _run_parser()
+        given = vars(parser.parse_args(words[words[:1] == ["pairs"] :]))
         resolve([("flag", {name: coerce(name, value) for name, value in given.items() if name in FIELDS})])
 
 

@@ -35,7 +35,8 @@ def test_help_lists_every_setting_and_every_command(words, capsys):
 
 
 @pytest.mark.parametrize(
-    "given,near", [("chta", "chat"), ("export", "export-gguf"), ("Compare", "compare"), ("runs", "run")]
+    "given,near",
+    [("chta", "chat"), ("export", "export-gguf"), ("Compare", "compare"), ("runs", "run"), ("pair", "pairs")],
 )
 def test_an_unknown_command_is_one_sentence_that_names_the_nearest(given, near):
     with pytest.raises(

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..errors import UserError
 from ..machine import attempt, free_bytes, is_out_of_memory
@@ -150,6 +150,7 @@ def answers(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
     streamer=None,
+    draw: Callable[[list[int]], LogitsProcessor] | None = None,
     note: Callable[[str], None] = _refuse,
     **sampling,
 ) -> list[str | None]:
@@ -162,6 +163,7 @@ def answers(
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
         streamer: one of transformers', for a single prompt.
+        draw: makes what changes the scores of the prompts at some positions, for each batch anew.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
         sampling: what generate() takes, as do_sample, temperature, top_p.
     """
@@ -174,6 +176,7 @@ def answers(
     options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer, **sampling)
     while waiting:
         some = waiting.pop()
+        options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])
         rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
         if message and len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]

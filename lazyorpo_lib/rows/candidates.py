@@ -62,14 +62,20 @@ def candidates(rows: Iterable, columns: str = "") -> Candidates:
     return Candidates(rows, parse_columns(columns))
 
 
-def _check_shape(first, mapping):
-    rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
-    names = list(dict.fromkeys(name for row, _ in rows for name in row))
+def check_mapping(rows: list[dict], mapping: dict[str, str]) -> str:
+    """Name the columns that rows have; UserError where the mapping names one that none has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     named = ", ".join(repr(json_safe(name)) for name in names[:40])
     found = f"the columns found are {named or 'none, for its rows are not objects'}"
     for name, path in mapping.items():
-        if name != "margin" and rows and all(at(row, path) is None for row, _ in rows):
+        if name != "margin" and rows and all(at(row, path) is None for row in rows):
             raise UserError(f"columns says {name}={path}, but {found}: write one of these.")
+    return found
+
+
+def _check_shape(first, mapping):
+    rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
+    found = check_mapping([row for row, _ in rows], mapping)
     if all(reason in ("unknown_shape", "label_unclear") for _, reason in rows):
         start = f"None of the first {len(first)} rows is a pair of a known shape"
         raise UserError(f"{start}: {found}; {advise(rows)}.")

@@ -54,6 +54,8 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     row = _Row(row, columns or {})
     answers = _answers(row)
     name, cell = _prompt(row)
+    if "one of two answers" in row.used.values():
+        cell, answers = _arena(cell, answers)
     given = _history(row, name) + _given(row, name, cell)
     if all(map(is_transcript, answers)) and (not given or is_transcript(cell)):
         inside, sides = "transcript", [transcript(text) for text in answers]
@@ -127,7 +129,7 @@ def _winner(row: _Row, sides) -> int:
             scores[tokens.index(core(short, tables.SCORES))].append(name)
     votes = []
     for a, b in zip(*scores, strict=False):
-        if all(_is_number(row.cells[name]) for name in (a, b)):
+        if all(is_number(row.cells[name]) for name in (a, b)):
             row.used |= {a: "score", b: "score"}
             difference = float(row.cells[a]) - float(row.cells[b])
             votes += [_ordered(difference, row)]
@@ -164,7 +166,7 @@ def _vote(row: _Row, name: str, sides):
     """Give what a label says: 0, 1, "tie"; None where its value names neither side."""
     value, short = at(row.cells, name), fold(name)
     tokens = [side for side, _ in sides]
-    if _is_number(value):
+    if is_number(value):
         if short in tables.SIGNED:
             return _ordered(-float(value), row)
         is_own = core(short, {"id"}) in tables.LABELS[:5] and (tokens == ["0", "1"] or short.endswith("_id"))
@@ -184,7 +186,8 @@ def _vote(row: _Row, name: str, sides):
     return None
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Tell whether a cell is a number, also as text."""
     if isinstance(value, str):
         return bool(re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value))
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -201,7 +204,7 @@ def _ranked(row: _Row) -> list:
         short = [{fold(str(name)): cell for name, cell in item.items()} for item in items]
         texts = [next((s[n] for n in tables.TEXTS if not missing(s.get(n))), None) for s in short]
         for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
-            found = [next((s[n] for n in kinds if _is_number(s.get(n))), None) for s in short]
+            found = [next((s[n] for n in kinds if is_number(s.get(n))), None) for s in short]
             if None not in found and not marks:
                 marks, sign = found, kind
     else:
@@ -209,7 +212,7 @@ def _ranked(row: _Row) -> list:
         for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
             beside = next((names[n] for n in kinds if n in names), None)
             found = row.cells.get(beside)
-            if isinstance(found, list | tuple) and len(found) == len(texts) and all(map(_is_number, found)):
+            if isinstance(found, list | tuple) and len(found) == len(texts) and all(map(is_number, found)):
                 marks, sign = found, kind
                 row.used[beside] = "scores" if kind == 1 else "ranks"
     if len(marks) < 2 or None in texts:
@@ -219,6 +222,21 @@ def _ranked(row: _Row) -> list:
         raise BadRow("tie")
     row.used[listed] = "the best and the worst answer"
     return [texts[order[0]], texts[order[-1]]]
+
+
+def _arena(cell, answers: list) -> tuple:
+    """Give talks where prompt and answers are each a list of as many turns as text: '["Why?"]', '["Yes"]'."""
+    texts = [text for text in (cell, *answers) if isinstance(text, str)]
+    asked, *said = turns = [*map(read, texts)] or [""]
+    if len(texts) < 3 or not all(isinstance(t, list) and len(t) == len(asked) for t in turns):
+        return cell, answers
+    if not all(isinstance(text, str) for listed in turns for text in listed):
+        raise BadRow("messages_as_text")
+    talks: list = [[], []]
+    for talk, one in zip(talks, said, strict=True):
+        for question, answer in zip(asked, one, strict=True):
+            talk += [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    return "", talks
 
 
 def _prompt(row: _Row) -> tuple[str, object]:

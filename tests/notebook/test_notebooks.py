@@ -20,13 +20,10 @@ from lazyorpo_lib.settings import DEFAULTS, FIELDS
 from tests.conftest import PLANTED, files_holding
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-MAIN, STANDALONE, BY_HAND, VERSUS = (
-    NOTEBOOKS / f"{n}.ipynb" for n in ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo")
-)
+NAMES = ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo", "make_pairs")
+MAIN, STANDALONE, BY_HAND, VERSUS, PAIRS = ALL = [NOTEBOOKS / f"{n}.ipynb" for n in NAMES]
 CELL_LINES, PARAMETER_LINES = 12, 15
-every_notebook = pytest.mark.parametrize(
-    "path", [MAIN, STANDALONE, BY_HAND, VERSUS], ids=lambda path: path.stem
-)
+every_notebook = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 
 def read(path):
@@ -41,7 +38,7 @@ def code_of(path):
 
 
 def test_these_are_all_the_notebooks():
-    assert sorted(NOTEBOOKS.glob("*.ipynb")) == sorted([MAIN, STANDALONE, BY_HAND, VERSUS])
+    assert sorted(NOTEBOOKS.glob("*.ipynb")) == sorted(ALL)
 
 
 @every_notebook
@@ -189,7 +186,7 @@ def test_no_other_cell_assigns_a_setting():
 
 
 @pytest.mark.parametrize("fault", ["no parent", "not ours to read", "gone"])
-@pytest.mark.parametrize("path", [MAIN, VERSUS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [MAIN, VERSUS, PAIRS], ids=lambda path: path.stem)
 def test_the_first_cell_needs_no_parent_process(path, fault, monkeypatch):
     def fails(process, *given):
         raise {"gone": psutil.ZombieProcess}.get(fault, psutil.AccessDenied)(process.pid)
@@ -387,3 +384,12 @@ def test_in_the_standalone_notebook_every_box_can_be_ticked_without_a_terminal(t
     assert "Results on held-out pairs" in str(outputs(done, "compare-runs"))
     assert "Name three fruits." in str(outputs(done, "ask-both"))
     assert "usage: lazyorpo merge RUN" in printed(done, "terminal")
+
+
+@pytest.mark.slow
+def test_pairs_are_made_in_a_notebook_and_shown_to_be_clicked_on(tmp_path):
+    for _ in range(2):  # the second time they are there
+        done = execute(PAIRS, cwd=tmp_path, LAZYORPO_BASE_MODEL="tiny-random")
+    rows = read_rows(tmp_path / "pairs.jsonl")
+    assert len(rows) == 8 and rows[0]["from"]["base_model"] == "tiny-random"
+    assert "is there already" in printed(done, "make") and "VBox" in str(outputs(done, "clicks"))

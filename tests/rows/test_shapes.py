@@ -137,6 +137,13 @@ ROWS = {
         "conversation_a": TALK_NO,
         "conversation_b": TALK_YES,
     },
+    "Arena with turns as text": {
+        "prompt": '["Why?"]',
+        "response_a": '["No"]',
+        "response_b": '["Yes"]',
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+    },
     "a winner by the model's name": {
         "prompt": "Why?",
         "response_a": "No",
@@ -288,6 +295,33 @@ def test_swapping_the_answers_with_their_labels_changes_nothing(name, columns, l
     row, (a, b) = ROWS[name], columns.split()
     other = to_pair(0, row | {a: row[b], b: row[a]} | label(row))
     assert (other.chosen, other.rejected) == ("Yes", "No")
+
+
+def test_turns_as_text_are_a_talk_and_an_answer_that_is_a_list_stays_text():
+    talk = {
+        "prompt": '["Hi", "Why?"]',
+        "response_a": '["Ho", "Yes"]',
+        "response_b": '["Ho", "No"]',
+        "winner": "a",
+    }
+    pair = to_pair(0, talk)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((U("Hi"), A("Ho"), U("Why?")), "Yes", "No")
+    for row, why in (
+        (talk | {"response_b": '["Hm", "No"]'}, "prompts_differ"),
+        (talk | {"response_b": '["Ho", null]'}, "messages_as_text"),
+    ):
+        with pytest.raises(BadRow, match=why):
+            to_pair(0, row)
+    for row in (
+        talk | {"prompt": "List."},
+        talk | {"prompt": '["a"]'},
+        talk | {"response_a": '["a"]'},
+        talk | {"response_a": "{}"},
+        talk | {"response_a": '["1","2","3"]', "prompt": '["q"]'},
+    ):
+        assert to_pair(0, row).chosen == row["response_a"]
+    listed = {"prompt": '["b", "a"]', "chosen": '["a", "b"]', "rejected": '["b", "a"]'}
+    assert to_pair(0, listed).chosen == '["a", "b"]'
 
 
 # ---- the user's mapping

@@ -1,0 +1,1 @@
+"""Pairs from what people have: one answer a prompt, thumbs, scores, clicks."""
