@@ -281,6 +281,7 @@ class Run(Staged):
                     self._train(found)
                 if "after" not in self._read("held_out.json") and not self.stop.hurried:
                     held_out.measure(self, "after")
+                self.plot.results = self.held_out_results()
                 complete = 0 < trainer.steps <= trainer.step and not self.stop.hurried
             except Stopped:  # what was trained is in a checkpoint
                 pass
@@ -289,7 +290,7 @@ class Run(Staged):
         if self.stopped:
             self.show(f"Stopped at step {trainer.step}: {self.stopped}. Run again to go on from there.")
         rows = folders.read_rows(self.folder / "history.jsonl")
-        self.show(f"Reading of the curves: {reading.read_curves(rows)}.")
+        self.show(f"Reading of the curves: {reading.read_curves(rows, self.plot.results)}.")
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""

@@ -46,6 +46,8 @@ class Settings:
     dpo_beta: float = _setting(0.1, "DPO's beta; read only when objective is dpo", 0, 100)
     nll_over: str = _choice("answer prompt+answer",
         "tokens of the NLL term: answer (paper) or prompt+answer (authors' code, TRL)")
+    or_beta: float = _setting(1.0,
+        "factor of the log odds ratio inside the sigmoid (arXiv 2502.01237); 1: ORPO's paper", 1e-3, 1000)
     method: str = _choice("auto full lora qlora",
         "full: every weight; lora: adapters; qlora: adapters over 4-bit weights")
     lora_rank: int = _setting(16, "adapter rank; higher learns more and uses more memory", 1, 1024)

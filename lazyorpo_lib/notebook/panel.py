@@ -24,8 +24,9 @@ except Exception:  # absent, or broken by a version that does not go with the re
 FIRST = ("base_model", "dataset", "epochs", "learning_rate", "preset")
 GROUPS = {
     "Training": (
-        "method", "or_weight", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha", "lora_dropout",
-        "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay", "max_grad_norm", "seed",
+        "method", "or_weight", "or_beta", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha",
+        "lora_dropout", "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay",
+        "max_grad_norm", "seed",
     ),
     "Memory": (
         "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision",

@@ -1,8 +1,8 @@
 """Every formula that is trained: odds, ORPO, SFT, DPO; one objective().
 
-Source: Hong et al. 2024 (arXiv 2403.07691) for ORPO, Rafailov et al. 2023 (arXiv 2305.18290) for DPO. Pure
-functions on
-float32 tensors: no model, no device moves, no logging. Training, evaluation and the log all call `objective`.
+Source: Hong et al. 2024 (arXiv 2403.07691) for ORPO, Gorbatovski et al. 2025 (arXiv 2502.01237) for its
+or_beta, Rafailov et al. 2023 (arXiv 2305.18290) for DPO. Pure functions on float32 tensors: no model, no
+device moves, no logging. Training, evaluation and the log all call `objective`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,9 @@ def log_odds(logp: Tensor) -> Tensor:
     return x - torch.log(-torch.expm1(x))
 
 
-def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor) -> PairLosses:
-    """Give -log sigmoid of the log odds ratio (Eqs. 5 and 7) for each pair.
+def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor, or_beta: float = 1.0) -> PairLosses:
+    """Give -log sigmoid of or_beta times the log odds ratio for each pair: the paper's (Eqs. 5 and 7) of 1,
+    else the tempered one of arXiv 2502.01237, Sec. 3.1.2.
 
     Args:
         logp_chosen: mean log-probability per token of each chosen answer (Eq. 3), nats. Shape (B,).
@@ -66,7 +67,7 @@ def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor) -> PairLosses:
             f"chosen has shape {tuple(logp_chosen.shape)}, rejected {tuple(logp_rejected.shape)}."
         )
     chosen, rejected = log_odds(logp_chosen), log_odds(logp_rejected)
-    return PairLosses(-F.logsigmoid(chosen - rejected), chosen, rejected)
+    return PairLosses(-F.logsigmoid(or_beta * (chosen - rejected)), chosen, rejected)
 
 
 def dpo_loss(
@@ -98,8 +99,9 @@ def objective(sums: Mapping, *, nll_tokens: float, pairs: float, or_weight: floa
 
 
 def pair_table(
-    logps: Tensor, segment: Tensor, lengths: Tensor, reference: Tensor | None = None, dpo_beta: float = 0.1
-) -> Tensor:
+    logps: Tensor, segment: Tensor, lengths: Tensor, reference: Tensor | None = None, dpo_beta: float = 0.1,
+    or_beta: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Give what is known of each pair, a column a name of TERMS: (B, len(TERMS)) float32, with gradient.
 
     Args:
@@ -110,7 +112,7 @@ def pair_table(
     chosen, rejected, prompt = sums.view(3, -1)
     chosen_tokens, rejected_tokens, prompt_tokens = lengths.view(3, -1)
     logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
-    odds = odds_ratio_loss(logp_chosen, logp_rejected)
+    odds = odds_ratio_loss(logp_chosen, logp_rejected, or_beta)
     known = {
         "nll": -(chosen + prompt),
         "nll_tokens": chosen_tokens + prompt_tokens,
@@ -141,7 +143,7 @@ def metrics(sums: Sequence[float], or_weight: float, name: str = "orpo") -> dict
 
 
 def gradient_norms(
-    table: Tensor, lengths: Tensor, *, nll_tokens: float, pairs: float, or_weight: float
+    table: Tensor, lengths: Tensor, *, nll_tokens: float, pairs: float, or_weight: float, or_beta: float = 1.0
 ) -> Tensor:
     """Give the squared norms of the gradients of the nll and of the weighted odds term with respect to the
     token log-probabilities, where the two terms meet: (2,).
@@ -153,6 +155,7 @@ def gradient_norms(
     of_nll = column["nll_tokens"].sum() / nll_tokens**2
     logp = torch.stack([column["logp_chosen"], column["logp_rejected"]])
     # d or_loss / d log odds; d log odds / d logp = 1 / (1 - P), which the clamp makes 0 where P is all but 1.
-    outer = torch.sigmoid(column["log_odds_rejected"] - column["log_odds_chosen"]) * or_weight / pairs
+    against = torch.sigmoid(or_beta * (column["log_odds_rejected"] - column["log_odds_chosen"]))
+    outer = against * or_beta * or_weight / pairs
     slope = torch.where(logp <= LOG_P_MAX, -outer / torch.expm1(logp), 0.0)
     return torch.stack([of_nll, (slope.square() / lengths.view(3, -1)[:2]).sum()])

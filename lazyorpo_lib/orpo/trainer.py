@@ -216,7 +216,8 @@ class OrpoTrainer:
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(share * weight * self.world)
             table = table.detach()
-            norms = loss.gradient_norms(table, batch.lengths, **step, or_weight=s.or_weight)
+            odds = dict(or_weight=s.or_weight, or_beta=s.or_beta)
+            norms = loss.gradient_norms(table, batch.lengths, **step, **odds)
             sums += torch.cat([table.sum(0), norms]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._work.update(work)  # only here: a step that ran out of memory does not count
@@ -224,7 +225,8 @@ class OrpoTrainer:
 
     def _pair_table(self, logps: Tensor, batch: Batch) -> Tensor:
         reference = self.reference(batch.pairs) if self.reference else None
-        return loss.pair_table(logps, batch.segment, batch.lengths, reference, self.settings.dpo_beta)
+        betas = self.settings.dpo_beta, self.settings.or_beta
+        return loss.pair_table(logps, batch.segment, batch.lengths, reference, *betas)
 
     def _micro_batches(self, pairs: list[EncodedPair]) -> list[tuple[list[EncodedPair], float]]:
         batches = [(b, 1.0) for b in split_by_tokens(pairs, self.tokens_per_batch, self.scorer.layout)]

@@ -54,7 +54,7 @@ def write_card(folder: Path, repo: str = "") -> str:
         summary=summary,
         answers=answers_side_by_side(held_out)[:3],
         curves={name: seen for name in reading.CURVES if (seen := reading.values(train, name))},
-        reading=reading.read_curves(rows),
+        reading=reading.read_curves(rows, summary),
         picture=(folder / "live.png").is_file(),
         repo=_hub_id(repo or values["hub_repo"]),
         version=settings.get("version", ""),

@@ -6,6 +6,7 @@ It is handed the run, whose stages call it at their time. What the figures say i
 import contextlib
 import json
 import math
+import zlib
 from functools import partial
 
 from .. import folder as folders
@@ -46,6 +47,7 @@ def measure(run, when: str) -> None:
         kept = folders.read_json(path) | {
             "columns": TERMS,
             "prompts": [pair.prompt[-1]["content"] for pair in run.texts[: len(prompts)]],
+            "prompt_ids": [zlib.crc32(json.dumps(pair.prompt).encode()) for pair in run.texts[: len(pairs)]],
             "chosen_shorter": [len(pair.chosen) < len(pair.rejected) for pair in pairs],
             when: {"pairs": finite(table.tolist()), "answers": texts},
         }

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..errors import expanded, say
-from ..folder import read_rows
+from ..folder import read_json, read_rows
 from ..marker import write_atomically
 from ..session import duration, in_notebook
 from . import reading
@@ -168,7 +168,7 @@ def _draw_panels(figure, rows):
         _label(axes, curves, ["{:.2f}"])
 
 
-def _figure(rows, title, status) -> Figure:
+def _figure(rows, title, status, results=None) -> Figure:
     figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
     rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
     paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
@@ -177,7 +177,7 @@ def _figure(rows, title, status) -> Figure:
     short = title if len(title) <= 50 else title[:49] + "…"
     figure.text(0.03, 0.929, short, size=12.5, weight="bold", va="center", parse_math=False)
     figure.text(0.97, 0.929, status, size=10, color=QUIET, ha="right", va="center")
-    figure.text(0.03, 0.053, reading.read_curves(rows).capitalize(), size=10.5, va="center")
+    figure.text(0.03, 0.053, reading.read_curves(rows, results).capitalize(), size=10.5, va="center")
     _draw_sides(figure, rows)
     _draw_panels(figure, rows)
     return figure
@@ -195,9 +195,9 @@ def _png(figure, path=None) -> bytes:
 
 
 @rc_context(STYLE)
-def draw(rows: list[dict], path=None, *, title: str = "", status: str = "") -> bytes:
-    """Draw a history; returns PNG bytes, also written to `path` where one is given."""
-    return _png(_figure(rows, title, status or f"step {_last_step(rows):,}"), path)
+def draw(rows: list[dict], path=None, *, title: str = "", status: str = "", results=None) -> bytes:
+    """Draw a history, with what the held-out pairs said; returns PNG bytes, also written to a `path`."""
+    return _png(_figure(rows, title, status or f"step {_last_step(rows):,}", results), path)
 
 
 def _last_step(rows) -> int:
@@ -207,14 +207,14 @@ def _last_step(rows) -> int:
 def show_progress(folder) -> None:
     """Show from its history how far the run in this folder is, after a lost tab or in a second kernel."""
     path = expanded(folder) / "history.jsonl"
-    rows = read_rows(path)
+    rows, results = read_rows(path), read_json(path.with_name("summary.json"))
     if not rows:
         say(f"No step is logged in {folder} yet.")
         return
     if display := _kernel_display():
-        display(_bundle(draw(rows, title=Path(folder).name)), raw=True, metadata=METADATA)
+        display(_bundle(draw(rows, title=Path(folder).name, results=results)), raw=True, metadata=METADATA)
     age = duration((time.time() - path.stat().st_mtime) / 60)
-    say(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows).capitalize()}.")
+    say(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows, results).capitalize()}.")
 
 
 def _kernel_display():
@@ -231,7 +231,8 @@ class LivePlot:
 
     It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the
     time so far, so that 8 hours are some 1,500 pictures), and only while it takes less than `max_share` of
-    training's time. `drawn` counts the pictures, `cost_seconds` is the wall time that they took.
+    training's time. `drawn` counts the pictures, `cost_seconds` is the wall time that they took; `results` is
+    what the held-out pairs said, once they were measured.
     """
 
     path: Path | None  # of the file; None: no file. Where a notebook's kernel runs, it is displayed too
@@ -242,7 +243,7 @@ class LivePlot:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self):
-        self.drawn, self.cost_seconds = 0, 0.0
+        self.drawn, self.cost_seconds, self.results = 0, 0.0, {}
         self._display = _kernel_display()
         self._off = not (self.path or self._display)
         self._rows, self._handle, self._first = [], None, None
@@ -283,7 +284,8 @@ class LivePlot:
 
     def _draw(self, final):
         began = self.clock()
-        png = draw(self._rows, title=self.title, status=self._status(began, final))
+        status = self._status(began, final)
+        png = draw(self._rows, title=self.title, status=status, results=self.results)
         if self._handle:
             self._handle.update(_bundle(png), raw=True, metadata=METADATA)
         elif self._display:

@@ -1,15 +1,19 @@
 """What the curves of a run show, in words.
 
 Rows are those of history.jsonl: of training with `step` and the curves by name (`nll`, `or_loss`, …), of
-evaluations with `step` and the same names after `eval_`. It reads no file, computes no metric, draws nothing.
+evaluations with `step` and the same names after `eval_`. Where the held-out pairs were measured before and
+after, they decide, and no curve. It reads no file, computes no metric, draws nothing.
 """
 
 import math
-from itertools import pairwise
+from functools import cache
+from operator import mul
 from statistics import fmean
 
 CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
 ENOUGH_POINTS = 10  # logged steps before `reading` judges
+# Of a curve, in its unit: smaller changes do not count, however certain; what is larger is not flat.
+SIZES = {name: (0.1, 0.25) for name in CURVES if name.startswith("log_odds")} | {"nll": (0.02, 0.1)}
 
 
 def is_evaluation(row: dict) -> bool:
@@ -23,58 +27,136 @@ def values(rows: list[dict], name: str) -> list[float]:
     return [value for value in found if value is not None and math.isfinite(value)]
 
 
-def trend(curve: list[float], floor: float) -> tuple[int, float]:
-    """Tell where a noisy curve went: the mean of its last fifth against that of its first.
+def _dot(a, b) -> float:
+    return sum(map(mul, a, b))
 
-    The noise comes from the differences of neighbours, in which a slow trend cancels: with values of variance
-    s² their mean square is 2s², and the difference of two means of k values has the variance 2s²/k.
 
-    Args:
-        curve: at least two values.
-        floor: smaller changes do not count, however certain; in the curve's unit.
+@cache
+def _lines(n: int) -> list[list[float]]:
+    """Give a constant, a line and a logarithm over n points, each of length 1 and square to the others."""
+    found = []
+    for line in ([1.0] * n, [i / n for i in range(n)], [math.log1p(20 * i / n) for i in range(n)]):
+        line = _without(line, found)
+        found.append([x / math.sqrt(_dot(line, line)) for x in line])
+    return found
 
-    Returns:
-        1 rising, -1 falling, 0 neither; the smallest change that would have counted (three times the noise).
+
+def _without(curve: list[float], lines: list[list[float]]) -> list[float]:
+    """Take from a curve what it has of each line."""
+    for line in lines:
+        share = _dot(curve, line)
+        curve = [y - share * x for x, y in zip(line, curve, strict=True)]
+    return curve
+
+
+def trend(curve: list[float]) -> tuple[float, float]:
+    """Give how far a noisy curve went, the mean of its last fifth less that of its first, and the noise of
+    that: its standard deviation.
+
+    The noise is what a line and a logarithm, as of a curve that rises soon and then stays, leave of it. What
+    leans on its neighbour counts for less, as in an autoregression of first order, whose coefficient is taken
+    to be as large as so few points allow.
     """
-    fifth = max(1, len(curve) // 5)
+    width = math.ceil(len(curve) / 200)
+    curve = [fmean(curve[i : i + width]) for i in range(0, len(curve), width)]
+    fifth, n = max(1, len(curve) // 5), len(curve)
+    rest = _without(curve, _lines(n))
+    squares = _dot(rest, rest) or 1e-30
+    lag = max(0.0, _dot(rest, rest[1:]) / squares)
+    lag = min(0.97, lag + (6 + 4 * lag) / n)
+    alike = (1 + lag) / (1 - lag)  # points that count as one
+    variance = squares / (n - 3) / max(0.25, 1 - alike / n)
     change = fmean(curve[-fifth:]) - fmean(curve[:fifth])
-    needed = max(floor, 3 * math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(curve)) / fifth))
-    return (change > needed) - (change < -needed), needed
+    return change, math.sqrt(2 * variance / fifth * min(alike, fifth))
 
 
-def read_curves(rows: list[dict]) -> str:
+def _sign(rows: list[dict], train: list[dict], name: str, figures: dict) -> int | None:
+    """Tell whether a curve rises (1), falls (-1) or is flat (0); None: not out of its noise."""
+    least, flat = SIZES.get(name, (0.0, 0.0))
+    if name in figures:
+        low, high = figures[name]["change_interval"]
+        return 1 if low > 0 else -1 if high < 0 else 0 if -flat <= low and high <= flat else None
+    change, noise = trend(values(train, name))
+    sign = (change > 0) - (change < 0) if abs(change) > max(least, 3 * noise) else None
+    if abs(change) + 2 * noise <= flat and sign is None:
+        sign = 0
+    seen = values(rows, f"eval_{name}")
+    held_out = seen[-1] - seen[0] if len(seen) > 1 else 0.0
+    if sign is not None and (sign * held_out < -least or sign == 0 and abs(held_out) > flat):
+        return None
+    return sign
+
+
+def _memorises(seen: list[float]) -> bool:
+    """Tell whether the held-out nll, of at least two evaluations, has passed its lowest."""
+    bends = [a - 2 * b + c for a, b, c in zip(seen, seen[1:], seen[2:], strict=False)]
+    noise = math.sqrt(fmean(bend * bend for bend in bends) / 6) if len(bends) > 2 else 0.0
+    return seen[-1] > min(seen) + max(0.05, 4 * noise)
+
+
+def read_curves(rows: list[dict], results: dict | None = None) -> str:
     """Say in one line what the curves show and what to do, e.g. "margin rising, nll flat: healthy".
 
-    The rules follow the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close,
-    at 0.5 chosen rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
+    What is not beyond its noise is told as such, never as flat, and no advice stands on it. The rules follow
+    the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close, at 0.5 chosen
+    rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
+
+    Args:
+        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`.
     """
-    train = [row for row in rows if not is_evaluation(row)]
+    train, results = [row for row in rows if not is_evaluation(row)], results or {}
     if train and train[-1].get("loss", 0) is None:
         return "the loss is no longer a number: stop, and go on from a checkpoint with a lower learning rate"
+    if "no gain all the same" in results.get("verdict", ""):
+        return "the model fell to pieces, see the held-out figures: lower learning_rate or or_weight"
     names = ("log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "nll")
-    curves = [values(train, name) for name in names]
-    seen = min(map(len, curves))
-    if seen < ENOUGH_POINTS:
+    figures = results.get("held_out") or {}
+    seen = min(len(values(train, name)) for name in names)
+    if seen < ENOUGH_POINTS and not figures.keys() >= set(names):
         return f"too early to say: {seen} of at least {ENOUGH_POINTS} logged steps"
-    (chosen, _), (rejected, _), (margin, needed) = (trend(curve, floor=0.1) for curve in curves[:3])
-    nll, _ = trend(curves[3], floor=0.02)
-    rates, held_out = values(train, "learning_rate"), values(rows, "eval_nll")
-    rising, both_fall = margin > 0, chosen < 0 and rejected < 0
-    past_lowest = held_out and held_out[-1] > min(held_out) + 0.05
-    rules = (
-        (rising and both_fall, "both falling, margin rising: or_weight is too high; try half"),
-        (
-            rising and nll > 0,
-            "margin rising but nll rising too: or_weight or learning rate is too high; try half",
+    chosen, rejected, margin, nll = (_sign(rows, train, name, figures) for name in names)
+    what, accuracy = "margin", _sign(rows, train, "accuracy", figures) if "accuracy" in figures else None
+    if accuracy and margin is None:
+        what, margin = "accuracy", accuracy
+    elif accuracy and margin != accuracy:
+        return "held-out accuracy and margin go different ways: look at the pairs before you change anything"
+    held_out, evaluated = "log_odds_ratio" in figures or what == "accuracy", values(rows, "eval_nll")
+    rates = values(train, "learning_rate")
+    told = _judged(
+        what, margin, nll, both_fall=chosen == rejected == -1, side_holds=max(chosen or 0, rejected or 0) > 0
+        or 0 in (chosen, rejected), memorises=len(evaluated) > 1 and _memorises(evaluated),
+        warming=rates[-1:] > rates[-2:-1],
+        more="hold out more pairs, or train longer" if held_out else "wait for more steps",
+    )  # fmt: skip
+    return f"on held-out pairs {told}" if held_out else told
+
+
+def _judged(what, margin, nll, *, both_fall, side_holds, memorises, warming, more) -> str:
+    unproven = "not yet out of its noise"
+    moves = {1: "rising", 0: "flat", -1: "falling", None: unproven}[nll]
+    sound = more if not side_holds else "so far healthy" if nll is None else "healthy"
+    rules = {
+        1: (
+            (both_fall, f"both falling, {what} rising: or_weight is too high; try half"),
+            (nll == 1, f"{what} rising but nll rising too: or_weight or learning rate is too high; try half"),
+            (memorises, f"{what} rising but held-out nll past its lowest: it memorises; train less"),
+            (True, f"{what} rising, nll {moves}: {sound}"),
         ),
-        (rising and past_lowest, "margin rising but held-out nll past its lowest: it memorises; train less"),
-        (rising, f"margin rising, nll {'falling' if nll < 0 else 'flat'}: healthy"),
-        (nll > 0, "nll rising, margin not: the learning rate is too high; try a third"),
-        (both_fall, "both falling, margin not rising: the learning rate is too high; try a third"),
-        (margin < 0, "margin falling: raise or_weight, and check that chosen and rejected are not swapped"),
-        (rates[-1:] > rates[-2:-1], "margin flat, learning rate still warming up: wait"),
-        (needed > 0.5, "margin not yet out of its noise: wait for more steps"),
-        (nll < 0, "margin flat, nll falling: it learns the answers, not the preference; or_weight is low"),
-        (True, "margin flat, nll flat: learning rate or or_weight is low"),
+        None: (
+            (nll == 1, "nll rising: the learning rate is too high; try a third"),
+            (True, f"{what} {unproven}: {more}"),
+        ),
+    }
+    others = (
+        (nll == 1, f"nll rising, {what} not: the learning rate is too high; try a third"),
+        (both_fall, f"both falling, {what} not rising: the learning rate is too high; try a third"),
+        (
+            margin == -1,
+            f"{what} falling: raise or_weight, and check that chosen and rejected are not swapped",
+        ),
+        (warming, f"{what} flat, learning rate still warming up: wait"),
+        (nll == -1, f"{what} flat, nll falling: it learns the answers, not the preference; or_weight is low"),
+        (nll == 0, f"{what} flat, nll flat: learning rate or or_weight is low"),
+        (True, f"{what} flat, nll {unproven}: {more}"),
     )
-    return next(sentence for holds, sentence in rules if holds)
+    return next(sentence for holds, sentence in rules.get(margin, others) if holds)

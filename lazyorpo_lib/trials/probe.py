@@ -4,66 +4,129 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import UserError
 from ..folder import read_json
 from ..plan.planner import settled
+from ..results.compare import by_prompt
+from ..results.evaluate import WHEN, measures
 from ..settings import Settings
-from .runs import prepare_home, run_apart, write_up
+from .runs import pinned, prepare_home, run_apart, write_up
 
 GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy": "accuracy gain"}
+ROUNDS = 6  # each with twice the steps and twice the held-out pairs of the one before
 
 
 def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = print) -> Path:
-    """Carry out short runs around the or_weight and learning_rate, each also a third and thrice as large.
+    """Carry out short runs with the or_weight and learning_rate, and each also a third and thrice as large.
 
-    The rule: among the trials whose held-out nll did not rise, the largest gain of the held-out log-odds
-    ratio; of equal ones the smaller learning rate. Where nll rose in all, the one in which it rose least.
+    While they do not tell, and `max_minutes` leaves the time, all take twice the steps and are held against
+    each other on twice the pairs; with 0 there is one round. The rule is that of `recommend`.
 
     Args:
-        steps: optimizer steps of a trial. It reads just as many pairs as these need.
+        steps: optimizer steps of a trial of the first round. It reads just as many pairs as these need.
 
     Returns:
         `probe/` in the run's folder that the settings name: a folder for each trial; probe.json, {"runs":
-        [{"trial", "or_weight", "learning_rate", gains}], "recommended": {setting: value}, "said":
-        [sentence]}; probe.md, probe.png.
+        [{"trial", "or_weight", "learning_rate", gains}] of the last round, "recommended": {setting: value},
+        empty where no trial differs beyond its interval, "said": [sentence]}; probe.md, probe.png.
     """
-    home, held_out, settings = prepare_home(settings, "probe"), 32, settled(settings)
-    if settings.eval_pairs != "auto":
-        held_out = min(settings.eval_pairs or 32, 32)
+    home = prepare_home(settings, "probe")
+    settings, minutes = pinned(settled(settings), home), 0.0
+    held_out = 32 if settings.eval_pairs == "auto" else min(settings.eval_pairs or 32, 32)
+    for k in range(ROUNDS):
+        size = dict(steps=steps * 2**k, held_out=held_out * 2**k)
+        runs, pairs, prompts, took = _round(settings, home, show, **size)
+        rest, minutes = recommend(runs, pairs, prompts), minutes + took
+        if rest["recommended"] or minutes + 2 * took > settings.max_minutes:
+            break
+        show(f"{rest['said'][0]} Once more, with twice the steps and pairs: about {2 * took:.0f} min.")
+    if not rest["recommended"]:
+        need = (
+            f"a max_minutes of {minutes + 2 * took:.0f} or more lets it go on, with twice the steps and pairs"
+        )
+        rest["said"].append(f"The probe took {minutes:.1f} min; {need}.")
+    return write_up(home, "trial", runs, {gain: gain for gain in GAINS.values()}, rest)
+
+
+def _round(settings: Settings, home: Path, show, *, steps: int, held_out: int):
+    """Carry out the trials: their figures, {figure: (trials, pairs)}, the pairs' prompts, and the minutes."""
     pairs_needed = 2 * (held_out + steps * settings.pairs_per_step)
     short = dataclasses.replace(
         settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5),
         eval_pairs=held_out, max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
-        answers=0, resume="auto", hub_repo="", watch_every_steps=0,
+        answers=0, resume="auto", hub_repo="", watch_every_steps=0, max_minutes=0.0,
     )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
-    runs = []
+    runs, pairs, prompts, minutes = [], {name: [] for name in GAINS}, [], 0.0
     for or_weight, rate in ((w, r), (w, r / 3), (w, r * 3), (w / 3, r), (w * 3, r)):
         values = {"or_weight": float(f"{or_weight:.2g}"), "learning_rate": float(f"{rate:.2g}")}
         name = " ".join(f"{k}={v:g}" for k, v in values.items())
-        folder = home / name.replace(" ", "-")
+        folder = home / f"{name.replace(' ', '-')}-{steps}-steps"
         run_apart(dataclasses.replace(short, output_dir=str(folder), **values), show)
-        held = read_json(folder / "summary.json").get("held_out", {})
-        if held.keys() >= GAINS.keys():  # else its loss is no longer a number
-            runs.append({"trial": name} | values | {gain: held[of]["change"] for of, gain in GAINS.items()})
-    if not runs:
-        raise UserError(f"The loss of every trial is no longer a number: lower learning_rate, {r:g}.")
-    return write_up(home, "trial", runs, {gain: gain for gain in GAINS.values()}, recommend(runs))
+        minutes += read_json(folder / "summary.json").get("minutes", 0.0)
+        kept = read_json(folder / "held_out.json")
+        before, after = ({} if when not in kept else measures(kept, when) for when in WHEN)
+        change = {of: after[of] - before[of] for of in GAINS if of in before and of in after}
+        if len(change) == len(GAINS) and all(np.isfinite(c).all() for c in change.values()):
+            runs.append({"trial": name} | values | {GAINS[of]: float(c.mean()) for of, c in change.items()})
+            prompts = kept.get("prompt_ids", range(len(kept["after"]["pairs"])))
+            for of, changed in change.items():
+                pairs[of].append(changed)
+        elif not runs:  # with which the others are compared
+            raise UserError(f"The loss of the trial with {name} is no longer a number: lower learning_rate.")
+    return runs, {of: np.array(rows) for of, rows in pairs.items()}, prompts, minutes
 
 
-def recommend(runs: Sequence[dict]) -> dict:
-    """Apply the rule of `probe`: {"recommended": {setting: value}, "said": [sentence]}."""
-    kept = [run for run in runs if run["nll change"] <= 0]
-    if kept:
-        best = min(kept, key=lambda run: (-run["log_odds_ratio gain"], run["learning_rate"]))
-        why = (
-            f"the largest gain of the held-out log-odds ratio ({best['log_odds_ratio gain']:+.3f}) among the "
-            f"{len(kept)} of {len(runs)} trials whose held-out nll did not rise ({best['nll change']:+.3f})"
-        )
+def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Sequence, level=0.99) -> dict:
+    """Hold each trial against the first one, that of the settings as they are, pair by pair.
+
+    The rule: among the trials whose held-out nll did not rise, the largest gain of the held-out log-odds
+    ratio, of equal ones the smaller rate, if it is larger than the first one's beyond the interval. Where
+    the first one's nll rose, one whose nll is lower beyond the interval. The intervals hold for all trials
+    and both figures at once: the largest of their differences is weighed against what it is with the signs
+    of the pairs, prompt by prompt, drawn by lot.
+
+    Args:
+        runs: {gain: mean, "or_weight", "learning_rate"} of each. pairs: {"log_odds_ratio", "nll": (trials,
+            pairs)}, changes. prompts: a name for the prompt of each pair; pairs of one go together.
+
+    Returns:
+        {"recommended": {setting: value}, empty where nothing is proven, "said": [sentence]}.
+    """
+    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
+    sums, count, others = np.concatenate([gain, -nll]), pairs["nll"].shape[1], range(1, len(runs))
+    scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
+    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
+    more, less = np.split(sums.sum(axis=1) / count, 2)
+    spread = np.split(limit * scale / count, 2)
+    kept = [j for j in others if runs[j]["nll change"] <= 0]
+    if runs[0]["nll change"] <= 0:
+        found = [j for j in kept if more[j - 1] > spread[0][j - 1]]
+        by, of, unit = more, spread[0], "gain of the held-out log-odds ratio"
     else:
-        best = min(runs, key=lambda run: run["nll change"])
-        rise = f"({best['nll change']:+.3f}): lower the learning rate further"
-        why = f"held-out nll rose in every trial, least in this one {rise}"
-    recommended = {name: best[name] for name in ("or_weight", "learning_rate")}
+        lower = [j for j in others if less[j - 1] > spread[1][j - 1]]
+        found = [j for j in lower if j in kept] or lower
+        by, of, unit = less, spread[1], "fall of the held-out nll"
+    tried = f"{len(runs)} trials on {count} held-out pairs ({level:.0%} intervals for all together)"
+    if not found:
+        widest = max(others, key=lambda j: by[j - 1], default=None)
+        said = f"None of {tried} is better than the settings as they are beyond its interval"
+        if widest:
+            said += f"; the most is {runs[widest]['trial']}, {_told(by, of, widest)} {unit}"
+        return {"recommended": {}, "said": [f"{said}: nothing is recommended."]}
+    key = "log_odds_ratio gain" if set(found) & set(kept) else "nll change"
+    sign = -1 if key == "log_odds_ratio gain" else 1
+    best = min(found, key=lambda j: (sign * runs[j][key], runs[j]["learning_rate"]))
+    recommended = {name: runs[best][name] for name in ("or_weight", "learning_rate")}
     flags = "--or-weight {or_weight:g} --learning-rate {learning_rate:g}".format(**recommended)
+    why = f"{_told(by, of, best)} {unit} than with the settings as they are; {tried}"
+    if sign == 1:
+        why += "; held-out nll rose in all that are better, so lower the learning rate further"
     return {"recommended": recommended, "said": [f"Recommended: {flags}: {why}."]}
+
+
+def _told(by, of, j: int) -> str:
+    return f"{by[j - 1]:+.3f} ({by[j - 1] - of[j - 1]:+.3f} to {by[j - 1] + of[j - 1]:+.3f}) more"

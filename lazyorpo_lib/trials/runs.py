@@ -19,6 +19,7 @@ import torch
 from .. import run
 from ..errors import UserError, explain_disk, without_secrets
 from ..folder import folder_of, read_json
+from ..machine import pick_precision, this_machine
 from ..marker import take, write_atomically
 from ..results import card, live, share
 from ..session import Stopped
@@ -29,6 +30,13 @@ def prepare_home(settings: Settings, name: str) -> Path:
     """Make the folder `name` in the run's that the settings name, for several runs and what comes of them."""
     home = take(folder_of(settings), "run", f"{name}/") / name
     return take(home, "set of runs", *(f"{name}.{ending}" for ending in ("json", "md", "png")))
+
+
+def pinned(settings: Settings, home: Path) -> Settings:
+    """Choose one number format for all the runs in a folder: the one in which the first of them began."""
+    begun = (read_json(file)["settings"]["precision"] for file in sorted(home.glob("*/settings.json")))
+    dtype, _ = pick_precision(settings.precision, this_machine())
+    return dataclasses.replace(settings, precision=next(begun, str(dtype).removeprefix("torch.")))
 
 
 def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:

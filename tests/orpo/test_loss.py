@@ -6,6 +6,7 @@ import torch
 from lazyorpo_lib.orpo.loss import (
     by_name,
     dpo_loss,
+    gradient_norms,
     log_odds,
     metrics,
     objective,
@@ -88,6 +89,53 @@ def test_sixteen_bit_inputs_are_computed_in_float32():
         torch.tensor([-1e-3], dtype=torch.bfloat16), torch.tensor([-1.0], dtype=torch.bfloat16)
     )
     assert out.or_loss.dtype == torch.float32 and torch.isfinite(out.or_loss).all()
+
+
+PAIRS = -torch.rand(64, generator=torch.Generator().manual_seed(0)).double().view(2, 32).float() * 3
+
+
+def gradients(*beta):
+    logps = [side.clone().requires_grad_() for side in PAIRS]
+    out = odds_ratio_loss(*logps, *beta)
+    out.or_loss.sum().backward()
+    return [out.or_loss, *(x.grad for x in logps)]
+
+
+def test_an_or_beta_of_1_is_the_papers_loss_bit_for_bit():
+    chosen, rejected = (side.clone().requires_grad_() for side in PAIRS)
+    loss = -torch.nn.functional.logsigmoid(log_odds(chosen) - log_odds(rejected))
+    loss.sum().backward()
+    for beta in ((), (1.0,)):
+        for ours, papers in zip(gradients(*beta), (loss, chosen.grad, rejected.grad), strict=True):
+            assert torch.equal(ours, papers)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0, 10.0])
+def test_or_beta_scales_both_log_odds_inside_the_sigmoid(beta):
+    """arXiv 2502.01237, Sec. 3.1.2: -log sigmoid(beta r_odds(chosen) - beta r_odds(rejected))."""
+    chosen, rejected = (side.double().requires_grad_() for side in PAIRS)
+    odds = [x - torch.log1p(-torch.exp(x)) for x in (chosen, rejected)]
+    loss = torch.nn.functional.softplus(beta * odds[1] - beta * odds[0])
+    loss.sum().backward()
+    for ours, exact in zip(gradients(beta), (loss, chosen.grad, rejected.grad), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-4, atol=1e-6)
+    plain, tempered = odds_ratio_loss(*PAIRS), odds_ratio_loss(*PAIRS, beta)
+    assert torch.equal(plain.log_odds_ratio, tempered.log_odds_ratio), "what is measured stays the same"
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3, 4.0])
+def test_the_two_gradient_norms_are_those_of_the_loss_that_is_trained(beta):
+    logps, lengths = -torch.rand(9) - 0.1, torch.tensor([2.0, 1.0, 3.0, 1.0, 2.0, 0.0])
+    segment, step = torch.repeat_interleave(torch.arange(6), lengths.long()), dict(nll_tokens=5.0, pairs=2)
+    norms = []
+    for weight, name in ((0.0, "orpo"), (0.3, "odds alone")):
+        leaf = logps.clone().requires_grad_()
+        table = pair_table(leaf, segment, lengths, None, 0.1, beta)
+        sums = by_name(table) if name == "orpo" else by_name(table) | {"nll": 0.0}
+        objective(sums, **step, or_weight=weight).backward()
+        norms.append(leaf.grad.square().sum())
+    found = gradient_norms(table.detach(), lengths, **step, or_weight=0.3, or_beta=beta)
+    torch.testing.assert_close(found, torch.stack(norms))
 
 
 def test_zero_or_weight_and_sft_are_plain_nll():

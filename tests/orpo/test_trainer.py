@@ -1030,6 +1030,17 @@ def test_dpo_loss_and_every_gradient_equal_trl_on_the_same_tokens(tmp_path):
     assert grads.keys() == true.keys() and relative(grads, true) < 1e-5
 
 
+def test_the_or_beta_of_the_settings_is_trained_and_logged(tmp_path):
+    pairs, found = random_pairs(4, longest=20), {}
+    for beta in (1.0, 3.0):
+        trainer = make(tmp_path, pairs, method="full", or_beta=beta, or_weight=1.0)
+        table = dict(zip(TERMS, trainer.pair_tables(pairs).T, strict=True))
+        ratio = table["log_odds_chosen"] - table["log_odds_rejected"]
+        torch.testing.assert_close(table["or_loss"], torch.nn.functional.softplus(-beta * ratio))
+        found[beta] = gradients(trainer, pairs)[1]
+    assert relative(found[3.0], found[1.0]) > 0.01
+
+
 # Liger, by a stand-in for its 0.8.5 that replaces the same forwards.
 
 

@@ -274,3 +274,16 @@ def test_the_example_code_is_python(tmp_path):
         code = text.split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
         assert 'name = "me/tuned"' in code
+
+
+def test_the_reading_of_the_curves_on_the_card_does_not_contradict_its_held_out_table(tmp_path):
+    from tests.results.test_reading import curves
+
+    rising = {"change": 0.6, "change_interval": [0.5, 0.7]}
+    falling = {"change": -0.6, "change_interval": [-0.7, -0.5]}
+    names = dict(log_odds_chosen=rising, log_odds_rejected=falling, log_odds_ratio=rising, nll=falling)
+    figures = {name: FIGURE | change for name, change in names.items()} | {"accuracy": FIGURE}
+    folder = write_run(tmp_path / "a", summary={"held_out": figures})
+    rows = curves(nll=-0.5)  # flat in training
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "on held-out pairs margin rising, nll falling: healthy" in card.write_card(folder)

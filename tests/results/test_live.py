@@ -354,6 +354,20 @@ def test_the_reading_stands_under_the_curves_and_fits(change):
     assert text.get_window_extent().x1 < drawn.bbox.x1
 
 
+def test_the_longest_reading_of_held_out_pairs_fits_too():
+    from tests.results.test_reading import curves
+
+    names = ("log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "nll")
+    for low in ((-1, 1, -1, -0.01), (1, 1, -0.01, -1)):
+        figures = {n: {"change_interval": (at, at + 0.02)} for n, at in zip(names, low, strict=True)}
+        with matplotlib.rc_context(live.STYLE):
+            drawn = live._figure(curves(), "", "", {"held_out": figures})
+            drawn.canvas.draw()
+        *_, text = drawn.texts
+        assert text.get_text().startswith("On held-out pairs margin f") and len(text.get_text()) > 100
+        assert text.get_window_extent().x1 < 0.99 * drawn.bbox.x1
+
+
 def test_progress_is_shown_from_the_folder_alone(tmp_path, shown, capsys):
     for one in healthy(40):
         append_row(tmp_path / "history.jsonl", one)
