@@ -115,8 +115,12 @@ def notebooks(folder: str, colab: Future, floor: Future) -> None:
     ):
         out = os.path.join(folder, name)
         run(sys.executable, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_OUTPUT_DIR=out, **settings)
-    pairs = shutil.copy("notebooks/make_pairs.ipynb", folder)  # a copy, for it writes where it is
-    run(sys.executable, *LAX, pairs, LAZYORPO_BASE_MODEL="tiny-random", PYTHONPATH=os.getcwd())
+    for name, settings in (
+        ("make_pairs", {"LAZYORPO_BASE_MODEL": "tiny-random"}),
+        ("orpo_in_class", quick | {"LAZYORPO_MAX_STEPS": "20"}),
+    ):
+        copied = shutil.copy(f"notebooks/{name}.ipynb", folder)  # for it writes where it is
+        run(sys.executable, *LAX, copied, PYTHONPATH=os.getcwd(), **settings)
     with_colabs_versions(colab.result(), folder)
     on_the_floor(floor.result(), folder)
 

@@ -20,8 +20,8 @@ from lazyorpo_lib.settings import DEFAULTS, FIELDS
 from tests.conftest import PLANTED, files_holding
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-NAMES = ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo", "make_pairs")
-MAIN, STANDALONE, BY_HAND, VERSUS, PAIRS = ALL = [NOTEBOOKS / f"{n}.ipynb" for n in NAMES]
+NAMES = ("LazyORPO", "LazyORPO_standalone", "orpo_by_hand", "orpo_vs_sft_dpo", "make_pairs", "orpo_in_class")
+MAIN, STANDALONE, BY_HAND, VERSUS, PAIRS, CLASS = ALL = [NOTEBOOKS / f"{n}.ipynb" for n in NAMES]
 CELL_LINES, PARAMETER_LINES = 12, 15
 every_notebook = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
@@ -82,7 +82,10 @@ def test_cells_are_short_and_hold_no_logic(path):
         assert len(code.splitlines()) <= (PARAMETER_LINES if name == "params" else CELL_LINES), name
         assert not any(isinstance(n, ast.ClassDef | ast.While | ast.Try) for n in ast.walk(tree)), name
         for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-            assert path == BY_HAND and function.end_lineno - function.lineno <= 3, (name, function.name)
+            assert path in (BY_HAND, CLASS) and function.end_lineno - function.lineno <= 3, (
+                name,
+                function.name,
+            )
 
 
 def test_one_heading_and_numbered_steps():
@@ -186,7 +189,7 @@ def test_no_other_cell_assigns_a_setting():
 
 
 @pytest.mark.parametrize("fault", ["no parent", "not ours to read", "gone"])
-@pytest.mark.parametrize("path", [MAIN, VERSUS, PAIRS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [MAIN, VERSUS, PAIRS, CLASS], ids=lambda path: path.stem)
 def test_the_first_cell_needs_no_parent_process(path, fault, monkeypatch):
     def fails(process, *given):
         raise {"gone": psutil.ZombieProcess}.get(fault, psutil.AccessDenied)(process.pid)

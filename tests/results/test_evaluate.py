@@ -81,7 +81,7 @@ def told(before, after):
     "after,said",
     [
         (measured(nll=100.0), "its nll went from 2 to 100 nats"),
-        (measured(nll=5.1), "its nll went from 2 to 5.1 nats"),
+        (measured(nll=4.1), "its nll went from 2 to 4.1 nats"),
         (measured(answers=["", " ", "Blue."]), "2 of its 3 answers are empty or"),
         (measured(answers=["…", "", ""]), "3 of its 3 answers"),
         (measured(answers=["cccccccc…", "the the the the the the…", "!!!!!!!!"]), "3 of its 3 answers"),
@@ -99,7 +99,7 @@ def test_a_verdict_never_tells_a_gain_of_a_model_that_fell_to_pieces(after, said
 @pytest.mark.parametrize(
     "after",
     [
-        measured(nll=4.9),  # worse, and yet a model
+        measured(nll=3.9),  # worse, and yet a model
         measured(answers=["Blue.", "", "Why: light scatters in air."]),
         measured(answers=["42", "Yes.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"]),
         measured(answers=["- one\n- two\n- three\n- four", "def f():\n    return 1", "10000"]),
