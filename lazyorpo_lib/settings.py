@@ -204,11 +204,15 @@ def _usual(settings: Settings, known: dict) -> dict[str, tuple]:
         found["max_tokens"] = most, "no more than the model can read"
     if "weights" in known:
         row = next(row for limit, row in _BY_WEIGHTS.items() if known["weights"] < limit)
-        full, size = known["method"] == "full", f"{known['weights'] / 1e9:.2g} billion weights"
+        full, millions = known["method"] == "full", known["weights"] / 1e6
+        size = f"{millions / 1000:.2g} billion" if millions >= 1000 else f"{millions:.3g} million"
         part = 30 if settings.objective == "dpo" else 1  # whose rates are about so much lower
-        what = f"{'full tuning of' if full else 'adapters on'} {size}"
+        what = f"{'full tuning of' if full else 'adapters on'} {size} weights"
         rate = [float(f"{r / part:.2g}") for r in row[1 if full else 2]]
-        found |= {"or_weight": (row[0][0], size, *row[0][1:]), "learning_rate": (rate[0], what, *rate[1:])}
+        found |= {
+            "or_weight": (row[0][0], f"{size} weights", *row[0][1:]),
+            "learning_rate": (rate[0], what, *rate[1:]),
+        }
     if pairs is not None:
         passes = next(passes for limit, passes in _EPOCHS.items() if pairs < limit)
         epochs = passes if settings.epochs == "auto" else settings.epochs
