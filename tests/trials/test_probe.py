@@ -66,8 +66,8 @@ def noise(chance, size=32, heavy=False):
 @pytest.mark.parametrize("size", [8, 32, 128])
 def test_on_shuffled_labels_nothing_is_recommended_in_19_of_20_probes_at_least(size, heavy):
     chance = np.random.default_rng(size)
-    found = [bool(recommended(*noise(chance, size, heavy))["recommended"]) for _ in range(200)]
-    assert max(sum(found[i : i + 20]) for i in range(0, 200, 20)) <= 1 and sum(found) <= 4
+    found = [bool(recommended(*noise(chance, size, heavy))["recommended"]) for _ in range(100)]
+    assert max(sum(found[i : i + 20]) for i in range(0, 100, 20)) <= 1 and sum(found) <= 3
 
 
 def test_pairs_of_one_prompt_are_no_proof_of_their_own():
