@@ -67,7 +67,7 @@ def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
 
 
 def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 2000) -> tuple[float, float]:
-    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds. Seeds and prompts are both
+    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds: seeds and prompts are
     drawn with replacement, a prompt with its pairs in all seeds (Owen 2007, the pigeonhole bootstrap).
 
     Args:

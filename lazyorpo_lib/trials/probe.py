@@ -12,7 +12,7 @@ from ..plan.planner import settled
 from ..results.compare import by_prompt
 from ..results.evaluate import WHEN, measures
 from ..settings import Settings
-from .runs import pinned, prepare_home, run_apart, write_up
+from .runs import prepare_home, run_apart, write_up
 
 GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy": "accuracy gain"}
 ROUNDS = 6  # each with twice the steps and twice the held-out pairs of the one before
@@ -32,8 +32,7 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         [{"trial", "or_weight", "learning_rate", gains}] of the last round, "recommended": {setting: value},
         empty where no trial differs beyond its interval, "said": [sentence]}; probe.md, probe.png.
     """
-    home = prepare_home(settings, "probe")
-    settings, minutes = pinned(settled(settings), home), 0.0
+    home, minutes, settings = prepare_home(settings, "probe"), 0.0, settled(settings)
     held_out = 32 if settings.eval_pairs == "auto" else min(settings.eval_pairs or 32, 32)
     for k in range(ROUNDS):
         size = dict(steps=steps * 2**k, held_out=held_out * 2**k)
