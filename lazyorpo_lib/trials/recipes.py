@@ -20,13 +20,15 @@ from ..settings import Settings
 from .runs import is_finished, prepare_home, run_apart, write_up
 
 # The objective of each stage, and its learning rate as a share of the settings': a thirtieth is usual for
-# DPO, a tenth is about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
+# DPO; a tenth, and without nll a twentieth, are about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
 STAGES = {
     "SFT": {"sft": 1.0},
     "SFT then DPO": {"sft": 1.0, "dpo": 1 / 30},
     "ORPO": {"orpo": 1.0},
     "SFT then ORPO": {"sft": 1.0, "orpo": 1 / 10},
+    "SFT then ORPO without nll": {"sft": 1.0, "orpo": 1 / 20},
 }
+ALONE = 100.0  # or_weight with which the odds term is all but alone: AdamW does not see the scale of a loss
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
 BUDGETS = ("steps", "tokens")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
@@ -128,7 +130,8 @@ class _Plan:
             last = objective == list(STAGES[recipe])[-1]
             name = recipe.lower().replace(" ", "-") if last else f"{'half' if share == 0.5 else 'part'}-sft"
             changed = {"max_steps": math.ceil(s.max_steps * share), "epochs": s.epochs * share}
-            changed |= {} if last else {"answers": 0}
+            changed |= {"or_weight": ALONE} if "without nll" in recipe else {}
+            changed |= {} if last else {"answers": 0, "or_weight": s.or_weight}
             if stages:
                 changed |= {"base_model": f"{stages[-1].output_dir}/merged"}
             stages.append(dataclasses.replace(
