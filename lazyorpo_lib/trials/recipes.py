@@ -20,7 +20,7 @@ from ..settings import Settings
 from .runs import is_finished, prepare_home, run_apart, write_up
 
 # The objective of each stage, and its learning rate as a share of the settings': a thirtieth is usual for
-# DPO; a tenth, and without nll a twentieth, are about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
+# DPO; a tenth, without nll a twentieth, are about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
 STAGES = {
     "SFT": {"sft": 1.0},
     "SFT then DPO": {"sft": 1.0, "dpo": 1 / 30},
@@ -71,7 +71,7 @@ def compare_recipes(
     home, runs, folders = prepare_home(settings, "comparison"), [], {}
     rates = {name: settings.learning_rate * list(STAGES[name].values())[-1] for name in STAGES}
     rates["SFT then DPO"] = dpo_learning_rate or rates["SFT then DPO"]
-    plan = _Plan(settings, home, budget, rates)
+    plan = Comparison(settings, home, budget, rates)
     show(plan.told([(recipe, seed) for seed in range(1, seeds + 1) for recipe in recipes], tries))
     if tries > 1:
         for recipe in sorted(recipes, key=list(STAGES).index):  # of SFT first, with which others begin
@@ -108,7 +108,7 @@ def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -
 
 
 @dataclasses.dataclass
-class _Plan:
+class Comparison:
     """The runs of a comparison: their settings, in `home`, with the learning rates as they are so far."""
 
     settings: Settings
