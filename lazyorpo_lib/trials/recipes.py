@@ -48,20 +48,17 @@ def compare_recipes(
 ) -> Path:  # fmt: skip
     """Carry out recipes, a few seeds of each in one number format, and compare them on held-out pairs.
 
-    A recipe of two stages spends half of the epochs (or max_steps) on each; with an even number of epochs
-    every recipe sees every pair equally often. The second stage starts from the merged model of its SFT,
-    which is also DPO's reference. A seed decides the order of the pairs, the adapters' start and which pairs
-    are held out; within a seed all recipes are tested on the same ones.
+    A recipe of two stages spends half of the epochs (or max_steps) on each. The second stage starts from the
+    merged model of its SFT, which is also DPO's reference. A seed decides the order of the pairs, the
+    adapters' start and which pairs are held out; within a seed all are tested on the same ones.
 
     Args:
         settings: what the recipes share; `objective`, `seed` and `output_dir` are set here.
-        seeds: how many, from 1 on.
         dpo_learning_rate: of the DPO stage; 0: a thirtieth of `learning_rate`, about the usual ratio.
         recipes: of STAGES, a list or a text with commas.
         budget: "steps", or "tokens": as many through the model, DPO's reference included, which takes its
             recipe fewer steps.
-        tries: learning rates tried for the last stage of each recipe, by factors of 3 around its own, on a
-            split of its own (seed 0); the one with the highest held-out accuracy is taken.
+        tries: learning rates tried for each last stage, by factors of 3, on a split of its own (seed 0).
 
     Returns:
         `comparison/` in the run's folder: a folder a run; comparison.json, {"runs": [{"recipe", "seed",
@@ -83,14 +80,10 @@ def compare_recipes(
         stages = plan.carry_out(plan.stages(recipe, seed), show)
         folders.setdefault(recipe, []).append(stages[-1])
         runs.append({"recipe": recipe, "seed": seed} | _figures(stages))
-        words = ", ".join(f"{name} {value:.4g}" for name, value in list(runs[-1].items())[2:])
-        show(f"{recipe}, seed {seed}: {words}")
+        show(f"{recipe}, seed {seed}: " + ", ".join(f"{n} {v:.4g}" for n, v in list(runs[-1].items())[2:]))
     pairs = [(b, a) for a, b in combinations(recipes, 2) if "ORPO" in b] or list(combinations(recipes, 2))
     rates = {name: float(f"{rates[name]:.3g}") for name in recipes}
-    how = f"each the best of {tries} on a split of its own" if factors else "no rate was searched"
-    taken = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-    said = [_verdict(folders, *two) for two in pairs]
-    said += [f"Learning rates of the last stages: {taken}; {how}. Budget: the same {budget} for all."]
+    said = [*(_verdict(folders, *two) for two in pairs), _about(rates, budget, tries)]
     said += [_sft_tokens(folders["SFT"][0])] if "SFT" in folders else []
     rest = {"rates": rates, "budget": budget, "said": said}
     return write_up(home, "recipe", runs, QUALITY | HABIT | COST, rest)
@@ -208,6 +201,12 @@ def _verdict(folders: dict[str, list[Path]], one: str, other: str) -> str:
         parts.append(f"{name} {card.spread(figure, 'change', '+.3f')}, {proven}")
     pairs = f"{sum(map(len, values))} held-out pairs of {len(values)} seed{'s' * (len(values) > 1)}"
     return f"{one} minus {other}, on {pairs}: {'; '.join(parts)}."
+
+
+def _about(rates: dict[str, float], budget: str, tries: int) -> str:
+    how = f"each the best of {tries} on a split of its own" if tries > 1 else "no rate was searched"
+    taken = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    return f"Learning rates of the last stages: {taken}; {how}. Budget: the same {budget} for all."
 
 
 def _sft_tokens(folder: Path) -> str:
