@@ -94,13 +94,8 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
     Returns:
         {"recommended": {setting: value}, empty where nothing is proven, "said": [sentence]}.
     """
-    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
-    sums, count, others = np.concatenate([gain, -nll]), pairs["nll"].shape[1], range(1, len(runs))
-    scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
-    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
-    more, less = np.split(sums.sum(axis=1) / count, 2)
-    spread = np.split(limit * scale / count, 2)
+    (more, less), spread = _weighed(pairs, prompts, level)
+    count, others = pairs["nll"].shape[1], range(1, len(runs))
     kept = [j for j in others if runs[j]["nll change"] <= 0]
     if runs[0]["nll change"] <= 0:
         found = [j for j in kept if more[j - 1] > spread[0][j - 1]]
@@ -125,6 +120,16 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
     if sign == 1:
         why += "; held-out nll rose in all that are better, so lower the learning rate further"
     return {"recommended": recommended, "said": [f"Recommended: {flags}: {why}."]}
+
+
+def _weighed(pairs, prompts, level):
+    """Give how much more log-odds ratio and less nll each trial has than the first; half the intervals."""
+    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
+    sums, count = np.concatenate([gain, -nll]), pairs["nll"].shape[1]
+    scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
+    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
+    return np.split(sums.sum(axis=1) / count, 2), np.split(limit * scale / count, 2)
 
 
 def _told(by, of, j: int) -> str:

@@ -20,13 +20,15 @@ from ..settings import Settings
 from .runs import is_finished, prepare_home, run_apart, write_up
 
 # The objective of each stage, and its learning rate as a share of the settings': a thirtieth is usual for
-# DPO, a tenth is about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
+# DPO; a tenth, without nll a twentieth, are about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
 STAGES = {
     "SFT": {"sft": 1.0},
     "SFT then DPO": {"sft": 1.0, "dpo": 1 / 30},
     "ORPO": {"orpo": 1.0},
     "SFT then ORPO": {"sft": 1.0, "orpo": 1 / 10},
+    "SFT then ORPO without nll": {"sft": 1.0, "orpo": 1 / 20},
 }
+ALONE = 100.0  # or_weight with which the odds term is all but alone: AdamW does not see the scale of a loss
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
 BUDGETS = ("steps", "tokens")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
@@ -46,20 +48,17 @@ def compare_recipes(
 ) -> Path:  # fmt: skip
     """Carry out recipes, a few seeds of each in one number format, and compare them on held-out pairs.
 
-    A recipe of two stages spends half of the epochs (or max_steps) on each; with an even number of epochs
-    every recipe sees every pair equally often. The second stage starts from the merged model of its SFT,
-    which is also DPO's reference. A seed decides the order of the pairs, the adapters' start and which pairs
-    are held out; within a seed all recipes are tested on the same ones.
+    A recipe of two stages spends half of the epochs (or max_steps) on each. The second stage starts from the
+    merged model of its SFT, which is also DPO's reference. A seed decides the order of the pairs, the
+    adapters' start and which pairs are held out; within a seed all are tested on the same ones.
 
     Args:
         settings: what the recipes share; `objective`, `seed` and `output_dir` are set here.
-        seeds: how many, from 1 on.
         dpo_learning_rate: of the DPO stage; 0: a thirtieth of `learning_rate`, about the usual ratio.
         recipes: of STAGES, a list or a text with commas.
         budget: "steps", or "tokens": as many through the model, DPO's reference included, which takes its
             recipe fewer steps.
-        tries: learning rates tried for the last stage of each recipe, by factors of 3 around its own, on a
-            split of its own (seed 0); the one with the highest held-out accuracy is taken.
+        tries: learning rates tried for each last stage, by factors of 3, on a split of its own (seed 0).
 
     Returns:
         `comparison/` in the run's folder: a folder a run; comparison.json, {"runs": [{"recipe", "seed",
@@ -70,31 +69,32 @@ def compare_recipes(
     settings = planner.settled(settings)
     rates = {name: settings.learning_rate * list(STAGES[name].values())[-1] for name in STAGES}
     rates["SFT then DPO"] = dpo_learning_rate or rates["SFT then DPO"]
-    plan = _Plan(settings, home, budget, rates)
-    show(plan.told([(recipe, seed) for seed in range(1, seeds + 1) for recipe in recipes], tries))
-    if tries > 1:
-        for recipe in sorted(recipes, key=list(STAGES).index):  # of SFT first, with which others begin
-            rates[recipe] = plan.best_rate(recipe, [3.0 ** (k - tries // 2) for k in range(tries)], show)
-    for seed in range(1, seeds + 1):
-        for recipe in recipes:
-            stages = plan.carry_out(plan.stages(recipe, seed), show)
-            folders.setdefault(recipe, []).append(stages[-1])
-            runs.append({"recipe": recipe, "seed": seed} | _figures(stages))
-            words = ", ".join(f"{name} {value:.4g}" for name, value in list(runs[-1].items())[2:])
-            show(f"{recipe}, seed {seed}: {words}")
+    plan = Comparison(settings, home, budget, rates)
+    wanted = [(recipe, seed, "") for seed in range(1, seeds + 1) for recipe in recipes]
+    factors = [3.0 ** (k - tries // 2) for k in range(tries)] if tries > 1 else []
+    show(plan.told(wanted + [(recipe, 0, f"-{factor}") for recipe in recipes for factor in factors]))
+    for recipe in sorted(
+        recipes if factors else (), key=list(STAGES).index
+    ):  # SFT first: others begin with it
+        rates[recipe] = plan.best_rate(recipe, factors, show)
+    for recipe, seed, _ in wanted:
+        stages = plan.carry_out(plan.stages(recipe, seed), show)
+        folders.setdefault(recipe, []).append(stages[-1])
+        runs.append({"recipe": recipe, "seed": seed} | _figures(stages))
+        show(f"{recipe}, seed {seed}: " + ", ".join(f"{n} {v:.4g}" for n, v in list(runs[-1].items())[2:]))
     pairs = [(b, a) for a, b in combinations(recipes, 2) if "ORPO" in b] or list(combinations(recipes, 2))
-    said = [*(_verdict(folders, *two) for two in pairs), plan.about(recipes, tries)]
+    rates = {name: float(f"{rates[name]:.3g}") for name in recipes}
+    said = [*(_verdict(folders, *two) for two in pairs), _about(rates, budget, tries)]
     said += [_sft_tokens(folders["SFT"][0])] if "SFT" in folders else []
-    rest = {"rates": {name: rates[name] for name in recipes}, "budget": budget, "said": said}
+    rest = {"rates": rates, "budget": budget, "said": said}
     return write_up(home, "recipe", runs, QUALITY | HABIT | COST, rest)
 
 
 def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -> list[str]:
     names = recipes.split(",") if isinstance(recipes, str) else recipes
     names = list(dict.fromkeys(name.strip() for name in names))
-    unknown = [name for name in names if name not in STAGES]
-    if unknown or not names:
-        given = f"There is no recipe {unknown[0]!r}" if unknown else "No recipe was given"
+    unknown = [f"There is no recipe {name!r}" for name in names if name not in STAGES]
+    if given := [*unknown, "No recipe was given"][0] if unknown or not names else "":
         raise UserError(f"{given}: give some of {', '.join(STAGES)}.")
     if budget not in BUDGETS:
         raise UserError(f"budget is {budget!r}, but must be one of {', '.join(BUDGETS)}.")
@@ -107,7 +107,7 @@ def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -
 
 
 @dataclasses.dataclass
-class _Plan:
+class Comparison:
     """The runs of a comparison: their settings, in `home`, with the learning rates as they are so far."""
 
     settings: Settings
@@ -129,7 +129,8 @@ class _Plan:
             last = objective == list(STAGES[recipe])[-1]
             name = recipe.lower().replace(" ", "-") if last else f"{'half' if share == 0.5 else 'part'}-sft"
             changed = {"max_steps": math.ceil(s.max_steps * share), "epochs": s.epochs * share}
-            changed |= {} if last else {"answers": 0}
+            changed |= {"or_weight": ALONE} if "without nll" in recipe else {}
+            changed |= {} if last else {"answers": 0, "or_weight": s.or_weight}
             if stages:
                 changed |= {"base_model": f"{stages[-1].output_dir}/merged"}
             stages.append(dataclasses.replace(
@@ -144,19 +145,15 @@ class _Plan:
             run_apart(stage, show, merge=before and before.output_dir)
         return [Path(stage.output_dir) for stage in stages]
 
-    def told(self, wanted: list[tuple[str, int]], tries: int) -> str:
+    def told(self, wanted: list[tuple[str, int, str]]) -> str:
         """Say how many runs there are, and how long they will take, by the planner's arithmetic."""
-        wanted = wanted + [(name, 0) for name in dict(wanted) for _ in range(tries if tries > 1 else 0)]
-        jobs = [
-            stage for k, job in enumerate(wanted) for stage in self.stages(*job, "" if job[1] else f"-{k}")
-        ]
-        jobs = list({stage.output_dir: stage for stage in jobs}.values())
-        left = [stage for stage in jobs if not is_finished(Path(stage.output_dir))]
+        jobs = {stage.output_dir: stage for one in wanted for stage in self.stages(*one)}
+        left = [stage for folder, stage in jobs.items() if not is_finished(Path(folder))]
         said = f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished"
         with contextlib.suppress(UserError):  # the run tells it
             whole = planner.estimate(dataclasses.replace(self.settings, objective="orpo")).method.minutes
-            steps = sum((4 / 3 if one.objective == "dpo" else 1) * one.epochs for one in left)
-            took = duration(whole * steps / self.settings.epochs)
+            passes = sum((4 / 3 if one.objective == "dpo" else 1) * one.epochs for one in left)
+            took = duration(whole * passes / self.settings.epochs)
             said += f"; the others take about {took} by plan, answers apart"
         return f"{said}. Interrupted, it goes on where it was."
 
@@ -173,12 +170,6 @@ class _Plan:
         if not found:
             raise UserError(f"No learning rate of {recipe} left a sound model: lower learning_rate.")
         return max(found, key=found.get)
-
-    def about(self, recipes: list[str], tries: int) -> str:
-        """Say what was the same for all, and what was chosen for each."""
-        rates = ", ".join(f"{name} {self.rates[name]:.3g}" for name in recipes)
-        how = "no rate was searched" if tries == 1 else f"each the best of {tries} on a split of its own"
-        return f"Learning rates of the last stages: {rates}; {how}. Budget: the same {self.budget} for all."
 
 
 def _figures(stages: list[Path]) -> dict[str, float]:
@@ -202,20 +193,21 @@ def _verdict(folders: dict[str, list[Path]], one: str, other: str) -> str:
     noise = "more than noise"
     if why := next(filter(None, fallen), ""):
         noise = f"no gain all the same, for of {one}'s model {why}"
-    parts = []
+    prompts, parts = [k.get("prompt_ids", range(len(k["after"]["pairs"]))) for k in kept[0]], []
     for name in QUALITY:
         values = [a[name] - b[name] for a, b in zip(*sides, strict=True)]
-        there = [np.isfinite(v) for v in values]
-        prompts = [
-            np.array(k.get("prompt_ids", range(len(t))))[t] for k, t in zip(kept[0], there, strict=True)
-        ]
-        values = [v[t] for v, t in zip(values, there, strict=True)]
-        known = interval(values, prompts)
-        figure = {"change": np.concatenate(values).mean(), "change_interval": known}
-        proven = noise if known[0] > 0 or known[1] < 0 else "within the noise"
+        low, high = interval(values, prompts)
+        figure = {"change": np.nanmean(np.concatenate(values)), "change_interval": (low, high)}
+        proven = noise if low > 0 or high < 0 else "within the noise"
         parts.append(f"{name} {card.spread(figure, 'change', '+.3f')}, {proven}")
     pairs = f"{sum(map(len, values))} held-out pairs of {len(values)} seed{'s' * (len(values) > 1)}"
     return f"{one} minus {other}, on {pairs}: {'; '.join(parts)}."
+
+
+def _about(rates: dict[str, float], budget: str, tries: int) -> str:
+    how = f"each the best of {tries} on a split of its own" if tries > 1 else "no rate was searched"
+    taken = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    return f"Learning rates of the last stages: {taken}; {how}. Budget: the same {budget} for all."
 
 
 def _sft_tokens(folder: Path) -> str:

@@ -364,7 +364,7 @@ def test_the_longest_reading_of_held_out_pairs_fits_too():
             drawn = live._figure(curves(), "", "", {"held_out": figures})
             drawn.canvas.draw()
         *_, text = drawn.texts
-        assert text.get_text().startswith("On held-out pairs margin f") and len(text.get_text()) > 100
+        assert text.get_text().startswith("On held-out pairs margin f") and len(text.get_text()) > 95
         assert text.get_window_extent().x1 < 0.99 * drawn.bbox.x1
 
 

@@ -18,6 +18,7 @@ from lazyorpo_lib.session import Stopped
 from lazyorpo_lib.settings import resolve
 from lazyorpo_lib.trials import recipes, runs
 
+FOUR = ["SFT", "SFT then DPO", "ORPO", "SFT then ORPO"]
 FIGURES = set(recipes.QUALITY) | set(recipes.COST)
 
 
@@ -168,7 +169,7 @@ def carried_out(trained):
 
 def test_the_four_recipes_share_their_sft_and_the_second_stage_starts_from_it(trained, tmp_path):
     settings = tiny(tmp_path, max_steps=0, epochs=2.0, learning_rate=3e-3)
-    home = recipes.compare_recipes(settings, seeds=1, recipes=", ".join(recipes.STAGES), show=str)
+    home = recipes.compare_recipes(settings, seeds=1, recipes=", ".join(FOUR), show=str)
     runs = {name: rest for name, *rest in carried_out(trained)}
     assert runs == {
         "sft-1": ["sft", 3e-3, 2.0], "half-sft-1": ["sft", 3e-3, 1.0], "orpo-1": ["orpo", 3e-3, 2.0],
@@ -184,12 +185,19 @@ def test_the_four_recipes_share_their_sft_and_the_second_stage_starts_from_it(tr
     assert "no rate was searched" in " ".join(said)
 
 
+def test_the_second_stage_without_nll_is_the_odds_term_all_but_alone(trained, tmp_path):
+    settings, both = tiny(tmp_path, or_weight=0.3), "SFT then ORPO, SFT then ORPO without nll"
+    recipes.compare_recipes(settings, seeds=1, recipes=both, show=str)
+    weights = {Path(s.output_dir).name: s.or_weight for s in trained}
+    assert weights == {"half-sft-1": 0.3, "sft-then-orpo-1": 0.3, "sft-then-orpo-without-nll-1": 100.0}
+
+
 @pytest.mark.parametrize(("epochs", "share"), [(1.0, 1 / 3), (2.0, 1 / 3), (3.0, 1 / 3), (4.0, 0.375)])
 def test_on_a_budget_of_tokens_as_many_go_through_the_model_with_dpos_reference(
     trained, tmp_path, epochs, share
 ):
     settings = tiny(tmp_path, max_steps=0, epochs=epochs)
-    recipes.compare_recipes(settings, seeds=1, recipes=list(recipes.STAGES), budget="tokens", show=str)
+    recipes.compare_recipes(settings, seeds=1, recipes=FOUR, budget="tokens", show=str)
     runs = {name: passes for name, *_, passes in carried_out(trained)}
     assert runs["part-sft-1"] == runs["sft-then-dpo-1"] == pytest.approx(share * epochs)
     through = runs["part-sft-1"] + runs["sft-then-dpo-1"] + min(1, runs["sft-then-dpo-1"])
@@ -198,7 +206,7 @@ def test_on_a_budget_of_tokens_as_many_go_through_the_model_with_dpos_reference(
 
 def test_a_rate_is_searched_for_each_recipe_with_the_same_effort_on_a_split_of_its_own(trained, tmp_path):
     settings = tiny(tmp_path, max_steps=0, epochs=2.0, learning_rate=1e-3)
-    home = recipes.compare_recipes(settings, seeds=1, recipes=list(recipes.STAGES), tries=3, show=str)
+    home = recipes.compare_recipes(settings, seeds=1, recipes=FOUR, tries=3, show=str)
     searched = [Path(s.output_dir).name for s in trained if s.seed == 0]
     assert [sum(name.startswith(f"{stage}-0-") for name in searched) for stage in (
         "sft", "sft-then-dpo", "orpo", "sft-then-orpo",
