@@ -149,7 +149,6 @@ def answers(
     end_ids: Sequence[int],
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
-    streamer=None,
     draw: Callable[[list[int]], LogitsProcessor] | None = None,
     note: Callable[[str], None] = _refuse,
     **sampling,
@@ -162,10 +161,9 @@ def answers(
         end_ids: tokens that end an answer.
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
-        streamer: one of transformers', for a single prompt.
         draw: makes what changes the scores of the prompts at some positions, for each batch anew.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
-        sampling: what generate() takes, as do_sample, temperature, top_p.
+        sampling: what generate() takes, as do_sample, temperature, top_p; for a single prompt a streamer.
     """
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
@@ -173,7 +171,7 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
-    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer, **sampling)
+    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), **sampling)
     while waiting:
         some = waiting.pop()
         options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])

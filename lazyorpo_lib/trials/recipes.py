@@ -65,17 +65,15 @@ def compare_recipes(
         figure: value}], "rates", "budget", "said": [sentence]}; as comparison.md, a table, and .png too.
     """
     recipes = _checked(settings, recipes, budget, seeds, tries)
-    home, runs, folders = prepare_home(settings, "comparison"), [], {}
-    settings = planner.settled(settings)
+    settings, home = planner.settled(settings), prepare_home(settings, "comparison")
+    runs, folders = [], {}
     rates = {name: settings.learning_rate * list(STAGES[name].values())[-1] for name in STAGES}
     rates["SFT then DPO"] = dpo_learning_rate or rates["SFT then DPO"]
     plan = Comparison(settings, home, budget, rates)
     wanted = [(recipe, seed, "") for seed in range(1, seeds + 1) for recipe in recipes]
     factors = [3.0 ** (k - tries // 2) for k in range(tries)] if tries > 1 else []
     show(plan.told(wanted + [(recipe, 0, f"-{factor}") for recipe in recipes for factor in factors]))
-    for recipe in sorted(
-        recipes if factors else (), key=list(STAGES).index
-    ):  # SFT first: others begin with it
+    for recipe in [name for name in STAGES if factors and name in recipes]:  # SFT first: others begin with it
         rates[recipe] = plan.best_rate(recipe, factors, show)
     for recipe, seed, _ in wanted:
         stages = plan.carry_out(plan.stages(recipe, seed), show)
