@@ -102,7 +102,8 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
     rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
 
     Args:
-        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`.
+        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`; and
+            `kept_step`, where it is not the last.
     """
     train, results = [row for row in rows if not is_evaluation(row)], results or {}
     if train and train[-1].get("loss", 0) is None:
@@ -120,7 +121,8 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
         what, margin = "accuracy", accuracy
     elif accuracy and margin != accuracy:
         return "held-out accuracy and margin go different ways: look at the pairs before you change anything"
-    held_out, evaluated = "log_odds_ratio" in figures or what == "accuracy", values(rows, "eval_nll")
+    held_out, kept = "log_odds_ratio" in figures or what == "accuracy", results.get("kept_step", math.inf)
+    evaluated = values([row for row in rows if row["step"] <= kept], "eval_nll")
     rates = values(train, "learning_rate")
     told = _judged(
         what, margin, nll, both_fall=chosen == rejected == -1, side_holds=max(chosen or 0, rejected or 0) > 0
