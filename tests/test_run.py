@@ -287,6 +287,45 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
         assert (value == weights(tmp_path)[name]).all(), name
 
 
+def test_what_a_run_leaves_is_its_best_step_also_after_a_stop(tmp_path):
+    best = dict(keep="best", learning_rate=1.0, lr_schedule="constant", answers=0, save_every_steps=4)
+    kept = []
+    for name in ("straight", "stopped"):
+        folder, run = tmp_path / name, Run(*tiny(tmp_path / name, **best), show=lambda text: None)
+        run.load_pairs()
+        run.load_model()
+        inner = run.trainer.on_row
+
+        def stop_at_five(row, inner=inner, run=run):
+            inner(row)
+            run.stop.reason = "asked" * (row["step"] == 5)
+
+        if name == "stopped":
+            run.trainer.on_row = stop_at_five
+            run.train()
+            assert run.finish()["kept_step"] == kept[0][0] and not run.finished
+            assert (folder / f"checkpoint-{kept[0][0]}").is_dir() and (folder / "checkpoint-5").is_dir()
+            run = Run(*tiny(folder, **best), show=lambda text: None)
+            run.load_pairs()
+            run.load_model()
+        run.train()
+        summary, rows = run.finish(), read_rows(folder / "history.jsonl")
+        losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"]}
+        nlls = {row["step"]: row["eval_nll"] for row in rows if "eval_nll" in row}
+        assert summary["kept_step"] == min(losses, key=losses.get) < 5 and list(losses) == [1, 2, 3, 4, 5, 6]
+        assert summary["held_out"]["nll"]["after"] == pytest.approx(nlls[summary["kept_step"]], rel=1e-3)
+        assert summary["finished"] and summary["steps"] == 6 and run.plot.results["kept_step"] < 5
+        assert (
+            f"Kept: step {summary['kept_step']} of 6: its held-out loss" in (folder / "README.md").read_text()
+        )
+        assert not list(folder.glob("checkpoint-*"))
+        kept.append(
+            (summary["kept_step"], summary["kept"], weights(folder), read_json(folder / "held_out.json"))
+        )
+    assert kept[0][:2] == kept[1][:2] and kept[0][3] == kept[1][3]
+    assert all((kept[1][2][name] == value).all() for name, value in kept[0][2].items())
+
+
 def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     said = []
     run = Run(*tiny(tmp_path, max_steps=2), show=said.append)

@@ -96,7 +96,8 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
     rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
 
     Args:
-        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`.
+        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`; and
+            `kept_step`, where it is not the last.
     """
     train, results = [row for row in rows if not is_evaluation(row)], results or {}
     if train and train[-1].get("loss", 0) is None:
@@ -114,11 +115,12 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
         what, margin = "accuracy", accuracy
     elif accuracy and margin != accuracy:
         return "held-out accuracy and margin go different ways: look at the pairs before you change anything"
-    held_out = "log_odds_ratio" in figures or what == "accuracy"
+    held_out, kept = "log_odds_ratio" in figures or what == "accuracy", results.get("kept_step", math.inf)
+    evaluated = values([row for row in rows if row["step"] <= kept], "eval_nll")
     sides, rates = {chosen, rejected}, values(train, "learning_rate")
     told = _judged(
         what, margin, nll, both_fall=sides == {-1}, side_holds=bool(sides & {0, 1}),
-        memorises=_memorises(values(rows, "eval_nll")), warming=rates[-1:] > rates[-2:-1],
+        memorises=_memorises(evaluated), warming=rates[-1:] > rates[-2:-1],
         more="hold out more pairs, or train longer" if held_out else "wait for more steps",
     )  # fmt: skip
     return f"on held-out pairs {told}" if held_out else told
