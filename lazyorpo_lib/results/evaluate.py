@@ -107,13 +107,13 @@ def verdict(figures: dict[str, dict], after: dict | None = None) -> str:
 def broken(figures: dict[str, dict], after: dict) -> str:
     """Say why no gain may be told of a model whose likelihoods or answers fell to pieces; "" of a sound one.
 
-    A nll that rose by two nats, to a seventh of the probability of every token of the better answers, is that
-    of a model which no longer knows its language: guessing among 32,000 tokens has 10.
+    A nll that rose by three nats, or that more than doubled and one more, is that of a model which no longer
+    knows its language: from 2.5 to 5.5 nats, where guessing among 32,000 tokens has 10.
     """
     if any(None in row for row in after.get("pairs", ())):
         return "its loss is no longer a number"
     nll = figures.get("nll", {"before": 0.0, "after": 0.0})
-    if nll["after"] > nll["before"] + 2:
+    if nll["after"] - nll["before"] > min(3, nll["before"] + 1):
         return f"its nll went from {nll['before']:.3g} to {nll['after']:.3g} nats per token"
     texts = [text for text in after.get("answers", ()) if text is not None]
     idle = sum(map(_says_nothing, texts))
