@@ -141,8 +141,9 @@ def _explain_answers(error: Exception, name: str) -> str:
 
 
 class Drawn(LogitsProcessor):
-    """Adds a draw to the scores of each row, so that the greedy token of the sum is one drawn from the
-    softmax of scores / TEMPERATURE: the argmax of logits with Gumbel noise. Each row has its own numbers.
+    """Leaves of each row's scores one token, drawn from the softmax of scores / TEMPERATURE, so that greedy
+    search takes it. Each row has its own numbers: one a token, and the token is where their running sum of
+    probabilities passes it.
 
     Args:
         seeds: one a row of the batch, 32 bits each.
@@ -152,10 +153,10 @@ class Drawn(LogitsProcessor):
         self.drawers = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids, scores):
-        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        for row, drawer in zip(noise, self.drawers, strict=True):
-            row.exponential_(generator=drawer)
-        return scores.float() / TEMPERATURE - noise.log()
+        sums = (scores.float() / TEMPERATURE).softmax(-1).double().cumsum(-1)
+        drawn = [torch.rand(1, generator=g, dtype=sums.dtype, device=sums.device) for g in self.drawers]
+        token = torch.searchsorted(sums, torch.stack(drawn) * sums[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp(max=sums.shape[1] - 1), 0.0)
 
 
 def _drawn(lacking: list[Pair], settings: Settings, made: dict, draft: Path) -> list[str | None]:
@@ -171,10 +172,11 @@ def _drawn(lacking: list[Pair], settings: Settings, made: dict, draft: Path) -> 
         marker.write_atomically(draft / "made.json", json.dumps(then).encode())
         folders.truncate_after(file, (done := done - done % AT_ONCE) - 1)
         prompts = [tried(encoder.prompt_ids, pair.prompt)[0] for pair in lacking]
+        order = sorted(range(most), key=lambda i: len(prompts[i] or ()))  # like lengths: little padding
         bar = progress_bar(most, "answers", initial=done, desc="the base model answers")
         with bar, _explain_answers(settings.base_model):
             for start in range(done, most, AT_ONCE):
-                some = range(start, min(start + AT_ONCE, most))
+                some = order[start : start + AT_ONCE]
                 asked = [i for i in some if prompts[i]]
 
                 def draw(batch: list[int], asked=asked) -> Drawn:
@@ -184,9 +186,10 @@ def _drawn(lacking: list[Pair], settings: Settings, made: dict, draft: Path) -> 
                 ids = [prompts[i] for i in asked]
                 texts = answers(model, encoder.tokenizer, ids, draw=draw, on_batch=bar.update, **options)
                 said = dict(zip(asked, texts, strict=True))
-                for i in some:
-                    folders.append_row(file, {"step": i, "answer": said.get(i)})
-    return [row["answer"] for row in folders.read_rows(file)]
+                for step, i in enumerate(some, start):
+                    folders.append_row(file, {"step": step, "pair": i, "answer": said.get(i)})
+    kept = {row["pair"]: row["answer"] for row in folders.read_rows(file)}
+    return [kept[i] for i in range(most)]
 
 
 def _loaded(settings: Settings, clock: float) -> tuple:

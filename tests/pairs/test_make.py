@@ -189,8 +189,12 @@ def test_nobodys_folder_or_link_is_written_into(tmp_path):
 
 
 def test_answers_that_are_no_pair_are_left_out_and_counted(monkeypatch):
-    said = iter([" 4 ", "", None, "It is me.…", "other"])
-    monkeypatch.setattr(make, "answers", lambda m, t, ids, **_: [next(said) for _ in ids])
+    said = {"2+2": " 4 ", "Bob": "", "sky": None, "Who": "It is me.…", "Fill": "other"}
+
+    def answers(_, tokenizer, prompts, **options):
+        return [next(said[word] for word in said if word in tokenizer.decode(ids)) for ids in prompts]
+
+    monkeypatch.setattr(make, "answers", answers)
     rows, words = made()
     assert [row["from"]["rows"] for row in rows] == [[3], [4]]
     assert rows[0]["from"]["cut"] and rows[0]["rejected"][-1]["content"] == "It is me."
