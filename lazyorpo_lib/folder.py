@@ -1,7 +1,4 @@
-"""What a run leaves behind: its folder's name, its lock, JSON and JSON lines.
-
-How files are written, whose they are, and what may go, is in marker.py.
-"""
+"""What a run leaves behind: its folder's name, its lock, JSON and JSON lines."""
 
 import contextlib
 import dataclasses
@@ -107,16 +104,13 @@ def is_begun(folder: Path, settings: Settings) -> bool:
         now, then = _shaping(settings), older.get("settings", {})
         differ = [name for name in then and now if then.get(name) != now[name]]
         other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
-        raise UserError(
-            f"{folder} holds a run with other settings "
-            f"({other or 'its settings.json is gone, or of another version of the kit'}): choose another "
-            "output_dir, or delete that folder."
-        )
-    if settings.resume == "never":
-        raise UserError(
-            f"{folder} holds a run already and resume is never: choose another output_dir, or resume=auto."
-        )
-    return True
+        other = other or "its settings.json is gone, or of another version of the kit"
+        why, way_out = f"with other settings ({other})", "or delete that folder"
+    elif settings.resume == "never":
+        why, way_out = "already and resume is never", "or resume=auto"
+    else:
+        return True
+    raise UserError(f"{folder} holds a run {why}: choose another output_dir, {way_out}.")
 
 
 # ---- files that a kill leaves whole
@@ -158,9 +152,8 @@ def read_json(path) -> dict:
             raise ValueError
         found = json.loads(Path(path).read_bytes()) if os.path.lexists(path) else {}
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give its owner's rights, or another."
-        ) from None
+        why = f"cannot be read ({error.strerror}): give its owner's rights, or another"
+        raise UserError(f"{path} {why}.") from None
     except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict):

@@ -1,7 +1,4 @@
-"""Device, number format and why, memory.
-
-It trains nothing and knows no model.
-"""
+"""Device, number format and why, memory."""
 
 import contextlib
 import functools
@@ -64,11 +61,9 @@ def _this_gpu(index: int) -> Machine:
     built = [re.findall(r"_(\d+)(\d)", arch)[0] for arch in torch.cuda.get_arch_list()]
     oldest = min((tuple(map(int, pair)) for pair in built), default=(0, 0))
     if capability < oldest:
-        raise UserError(
-            f"{card.name} has compute capability {_dotted(capability)}, and torch {torch.__version__} was "
-            f"built for {_dotted(oldest)} and later: install an older build of torch, or hide this GPU with "
-            "CUDA_VISIBLE_DEVICES=-1."
-        )
+        needs = f"torch {torch.__version__} was built for {_dotted(oldest)} and later"
+        way_out = "install an older build of torch, or hide this GPU with CUDA_VISIBLE_DEVICES=-1"
+        raise UserError(f"{card.name} has compute capability {_dotted(capability)}, and {needs}: {way_out}.")
     free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
     if free < 1:
         raise UserError(

@@ -1,8 +1,7 @@
 """Whose a file is: the marker of each folder that the kit writes; whole files alone, and all deleting.
 
-A marker names the kit's own files. A folder without one is written into only while it is empty; a name in it
-that is not listed is somebody else's and stays; links are never followed. The only module that deletes; it
-knows nothing of what the files hold.
+A folder without a marker is written into only while it is empty; a name that is not listed in it is somebody
+else's and stays; links are never followed. The only module that deletes.
 """
 
 import contextlib
@@ -100,21 +99,17 @@ def _foreign(path: Path, way_out: str) -> UserError:
 
 
 def take(folder, what: str, *names: str) -> Path:
-    """Make a folder the kit's, and `names` in it (a folder's ends with a slash), before anything is written.
-
-    Args:
-        what: kind of the folder; one that was taken as another kind is refused.
-
-    Returns:
-        the folder, made, absolute, without links.
+    """Make a folder of the kind `what` the kit's, and `names` in it (a folder's ends with a slash), before
+    anything is written; give it made, absolute, without links.
 
     Raises:
-        UserError: somebody else's file is there, under one of `names` or without a marker; or no right to.
+        UserError: somebody else's file is there, under one of `names` or without a marker, or another kind of
+            folder; or no right to.
     """
     folder = expanded(folder)
     try:
         found = check(folder, what)
-        for path in (folder / name for name in names):
+        for path in map(folder.joinpath, names):
             own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
             if path.is_symlink() or path.exists() and not own:
                 raise _foreign(path, "move it away, or choose another folder")
@@ -153,14 +148,12 @@ def _digest(file: Path) -> str:
 
 def damaged(folder: Path) -> list[str]:
     """List the files of a sealed folder that are gone, cannot be read, or do not hold what they held."""
-    found, listed = [], marked(folder) or {"files": {}}
-    for name in listed["files"]:
-        try:
-            whole = _digest(folder / name) == listed.get("digests", {}).get(name)
-        except OSError:
-            whole = False
-        found += [name] * (not whole)
-    return found
+    found, whole = marked(folder) or {"files": {}}, set()
+    for name in found["files"]:
+        with contextlib.suppress(OSError):
+            if _digest(folder / name) == found.get("digests", {}).get(name):
+                whole.add(name)
+    return [name for name in found["files"] if name not in whole]
 
 
 def is_whole(folder: Path, what: str) -> bool:
@@ -174,9 +167,8 @@ def is_whole(folder: Path, what: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(target: Path, what: str):
-    """Give an empty folder to fill; where the block ends well it becomes `target`, complete or not at all.
-
-    Files of `target` that the kit did not write stay, beside the new ones.
+    """Give an empty folder to fill; where the block ends well it becomes `target`, complete or not at all,
+    and files of `target` that the kit did not write stay beside the new ones.
 
     Raises:
         UserError: `target` is not the kit's, is no `what`, or has another's file where a new one belongs.
@@ -224,10 +216,8 @@ def put(draft: Path, target: Path, what: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file of the kit's, or what a folder's marker lists; all that others put there stays.
-
-    What is listed neither in a marker of its own nor in that of the folder around it is left alone.
-    """
+    """Delete a file of the kit's, or what a folder's marker lists; all that others put there stays, and what
+    is listed neither in a marker of its own nor in that of the folder around it."""
     inside, around, name = marked(path), marked(path.parent) or {"what": "", "files": {}}, f"{path.name}/"
     if path.is_symlink() or not path.is_dir():
         if {path.name, name} & around["files"].keys() or around["what"] == DRAFT:

@@ -1,8 +1,7 @@
 """Attention for rows in which the two answers of a pair share one prompt.
 
-Of each pair of a `shared` row it computes causal attention over [prompt, chosen] and of rejected over
-[prompt, rejected]: no mask over the row, no padding, neither answer sees the other. Outside of a row it is
-transformers' own SDPA. It chooses no layout (layouts.py) and computes no loss.
+Of each pair it computes causal attention over [prompt, chosen], and of rejected over [prompt, rejected]: no
+mask over the row, no padding, neither answer sees the other. Outside of a row it is transformers' own SDPA.
 """
 
 import contextlib
@@ -46,15 +45,13 @@ class RowAttention:
 
     Args:
         kernels: {name: function as `_flash`}, the best first; None for KERNELS; each is proven first.
-        kernel_devices: device types that have these kernels.
-        cpu_kernel_devices: those with torch's kernel for the CPU; from 2.9 on it reads a key for many heads.
-        mask: makes the mask of one answer, as `causal_mask`.
-        name: of the attention implementation that transformers is told.
+        kernel_devices: device types that have these kernels. cpu_kernel_devices: those with torch's kernel
+            for the CPU; from 2.9 on it reads a key for many heads.
+        mask: makes the mask of one answer, as `causal_mask`. name: of the implementation in transformers.
 
     Attributes:
         row: what is computed now, or None. No context variable: autograd's own threads, in which checkpointed
-            layers run again, must see it.
-        windows: the sliding windows that layers handed over with a row.
+            layers run again, must see it. windows: the sliding windows that layers handed over with a row.
     """
 
     def __init__(
@@ -87,15 +84,8 @@ class RowAttention:
     def __call__(
         self, module, query, key, value, attention_mask, dropout=0, scaling=None, sliding_window=None, **more
     ):
-        """Attend.
-
-        Args:
-            query, key, value: (1, heads, N, head_dim); key and value may have fewer heads.
-            sliding_window: how many tokens back a token sees, itself included.
-
-        Returns:
-            (1, N, heads, head_dim) and None for the weights.
-        """
+        """Attend: (1, heads, N, head_dim) each, of key and value perhaps fewer heads, to (1, N, heads,
+        head_dim) and None for the weights. `sliding_window`: tokens back that one sees, itself included."""
         if more.get("softcap"):
             raise NotImplementedError("scores are soft-capped, which SDPA cannot do")
         inputs, device, row = (query, key, value), query.device.type, self.row

@@ -147,9 +147,6 @@ class ScoringForward:
     for any forward. The model's own forward still runs (and adds its router loss), asked for the logits of no
     position; the hidden states are caught where they leave the body.
 
-    Args:
-        model: a transformers causal LM, unwrapped.
-
     Attributes:
         plain: whether `token_logps` stands in for the output layer. Where it cannot (an adapter on the head,
             an unknown class; layouts.py's probe decides), the model's own logits are used, of the scored

@@ -43,19 +43,15 @@ class PairScorer:
     as it will be trained: adapters, checkpointing, training mode but for what that draws at random; the leak
     in evaluation mode.
 
+    Its attributes are those of `scoring.PlainScorer`; `rung` is a name in LADDER.
+
     Args:
         model: a transformers causal LM, unwrapped; its forward becomes a `head.ScoringForward`.
         attention: what computes shared rows.
 
-    Attributes:
-        rung: name of the chosen rung; layout: its layout for `batching.collate`; refused: {rung: why not}.
-        proven: what was tried, in words.
-
     Raises:
         UserError: no rung is right, or the model sees the tokens that it is to predict.
     """
-
-    refused: dict[str, str]
 
     def __init__(self, model, attention: RowAttention | None = None):
         self.model, self.forward = model, ScoringForward(model)
@@ -66,11 +62,9 @@ class PairScorer:
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
-            device = model.get_input_embeddings().weight.device
-            raise UserError(
-                f"The weights leave no memory on {device} for a forward of 26 tokens: "
-                "choose a smaller base_model, or method=qlora."
-            ) from None
+            where = f"on {model.get_input_embeddings().weight.device} for a forward of 26 tokens"
+            way_out = "choose a smaller base_model, or method=qlora"
+            raise UserError(f"The weights leave no memory {where}: {way_out}.") from None
 
     def prove(self) -> None:
         """Choose the rung; call it again after anything that changes the forward. A RuntimeError where memory
@@ -111,7 +105,7 @@ class PairScorer:
             yield given
 
     def read(self, out: dict, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Read log-probabilities (M,) float32 and the router loss, or None, from what the model returned."""
+        """Give the log-probabilities (M,) float32 and the router loss, or None."""
         return out["logps"], out["router_loss"]
 
     def logps(self, batch: Batch) -> Tensor:
@@ -183,7 +177,7 @@ class _Probe:
         self.prompt = max(near, default=17)
         try:
             self._draw()
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self.prompt = 17
@@ -193,10 +187,8 @@ class _Probe:
         """Say what was proven, of the rung that was taken."""
         scorer, longest = self.scorer, max((size for _, size in self.windows), default=0)
         head = "without logits" if scorer.forward.plain else "by the model's own logits"
-        window = ""
-        if longest:
-            beyond = "within the probe" if longest < self.prompt else "longer than the probe"
-            window = f", windows up to {longest:,} tokens ({beyond})"
+        beyond = "within the probe" if longest < self.prompt else "longer than the probe"
+        window = f", windows up to {longest:,} tokens ({beyond})" if longest else ""
         return (
             f"{scorer.rung} rows, head {head}, causal, {self.prompt + 9} tokens in {self.precision}"
             f"{window}, equal to separate forwards within {self.tolerance:.0e} nats"
@@ -211,15 +203,14 @@ class _Probe:
         first = EncodedPair(0, tokens(self.prompt), tokens(9), tokens(7))
         self.pairs = [first, EncodedPair(1, tokens(5), tokens(3), tokens(6))]
         self.other = [first._replace(chosen=tokens(9)), self.pairs[1]]
+        name = f"base_model is a {type(self.scorer.model).__name__}"
         try:
             self.truth, ahead = self._separate()
         except Exception as error:  # whatever it lacks: pixels, sound, a length of some multiple
             if is_out_of_memory(error):
                 raise
-            raise UserError(
-                f"base_model is a {type(self.scorer.model).__name__}, which does not compute a plain text "
-                f"({brief(error)}): choose another base_model."
-            ) from None
+            why = f"which does not compute a plain text ({brief(error)}): choose another base_model"
+            raise UserError(f"{name}, {why}.") from None
         half = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
         self.precision = str(dtype)[6:]
@@ -237,11 +228,9 @@ class _Probe:
         if dtype != torch.float32 or getattr(self.scorer.model, "is_quantized", False):
             self.tolerance = 1e-2 + 4 * (self._separate(pad=3)[0] - self.truth).abs().max().item()
         if not ahead <= self.tolerance:
-            raise UserError(
-                f"base_model is a {type(self.scorer.model).__name__} that sees the tokens it is to predict, "
-                "so it is not causal: choose a causal language model (an encoder needs is_decoder=true "
-                "in its config.json)."
-            )
+            way_out = "choose a causal language model (an encoder needs is_decoder=true in its config.json)"
+            why = f"{name} that sees the tokens it is to predict, so it is not causal"
+            raise UserError(f"{why}: {way_out}.")
 
     def _separate(self, pad: int = 0) -> tuple[Tensor, float]:
         """Score each answer in a forward of its own, `pad` tokens of padding behind it; give the scores, and

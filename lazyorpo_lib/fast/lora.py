@@ -64,13 +64,8 @@ def _forward(lora, plain, weight_of, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def replace_forwards(model, weight_of=frozen_weight) -> None:
-    """Have the LoRA layers of a PEFT model over an `nn.Linear`, plain or in 4 bit, computed in one piece.
-
-    It replaces each instance's forward; PEFT's own runs where no gradient is asked for, or adapters are off.
-
-    Args:
-        weight_of: gives a layer's weight in a dtype, as `frozen_weight`.
-    """
+    """Have the LoRA layers of a PEFT model over an `nn.Linear`, plain or in 4 bit, computed in one piece, by
+    each instance's forward; PEFT's own runs where no gradient is asked for, or adapters are off."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if hasattr(module, "lora_A") and isinstance(base, nn.Linear):

@@ -1,8 +1,8 @@
 """Pairs -> steps and micro-batches.
 
-The usual layout is `shared`: one row of tokens without padding; each pair's prompt and chosen, then each
-pair's rejected, whose positions start again where its prompt ended. Models that cannot take it get `packed`
-(two documents a pair) or `padded` (two right-padded rows a pair). It tokenizes nothing and computes nothing.
+The usual layout is `shared`: one row without padding; each pair's prompt and chosen, then each pair's
+rejected, whose positions start again where its prompt ended. Models that cannot take it get `packed` (two
+documents a pair) or `padded` (two right-padded rows a pair). It tokenizes nothing and computes nothing.
 """
 
 import random
@@ -158,13 +158,12 @@ def split_by_tokens(
     room: list[int] = []
     for pair in sorted(pairs, key=lambda p: (-p.tokens(layout), p.index)):
         cost = pair.tokens(layout)
-        k = next((k for k, free in enumerate(room) if free >= cost), None)
-        if k is None:
-            batches.append([pair])
-            room.append(tokens_per_batch - cost)
-        else:
-            batches[k].append(pair)
-            room[k] -= cost
+        k = next((k for k, free in enumerate(room) if free >= cost), len(room))
+        if k == len(room):
+            batches.append([])
+            room.append(tokens_per_batch)
+        batches[k].append(pair)
+        room[k] -= cost
     return batches
 
 

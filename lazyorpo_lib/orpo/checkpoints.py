@@ -1,7 +1,7 @@
 """The checkpoints in the folder of a run: complete or absent; where to go on.
 
-It writes, reads and removes them; the state of training is in the trainer's hands. A checkpoint that a kill,
-a full disk or a failing disk has torn is never gone on from, and nothing that is loaded may hold code.
+One that a kill, a full or a failing disk has torn is never gone on from, and nothing that is loaded may hold
+code. The state of training is in the trainer's hands.
 """
 
 import json
@@ -75,8 +75,8 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
 
     Args:
         progress: its `step`, the `best`, and whatever else of plain numbers and texts training goes on with.
-        model, optimizer: as accelerate prepared them; of the weights only those that are trained are written.
-            optimizer: None after the last step, when it is of no more use.
+        model, optimizer: as accelerate prepared them; of the weights the trained ones are written. optimizer:
+            None where it is of no more use.
     """
     scratch, target = home / ".saving", home / f"checkpoint-{progress['step']}"
     main, rank = accelerator.is_main_process, accelerator.process_index

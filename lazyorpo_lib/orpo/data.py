@@ -1,16 +1,8 @@
 """Candidates -> clean pairs; every dropped row counted and kept, every column that was not used named.
 
-`clean` is handed candidates (rows/ makes them of what people have), `split_held_out` parts what is kept. No
-tokenizer: what is too long, or lost in a template, is for the caller to drop. Nothing is repaired: a row is
-kept as it is, or dropped with a reason.
-
-Reasons for a drop: malformed, unknown_shape, unknown_role, invalid_text (lone surrogates), messages_as_text
-(a list of messages as text that cannot be read), image_part, audio_part, video_part, file_part, document_part
-and unknown_part (of a content that is a list), label_unclear (which of two answers is better), tie,
-prompts_differ, empty_prompt, no_user_turn (the prompt ends neither with the user nor with what a tool said),
-no_answer (a side does not end with the assistant), empty_answer, identical_answers (white space around them
-apart), duplicate (the same pair was kept before), contradiction (the same answers are also ranked the other
-way round: all go). The caller adds its own.
+Nothing is repaired: a row is kept as it is, or dropped with a reason (docs/data.md lists them), here as a
+duplicate of a pair that was kept before, or in contradiction to one that ranks the same answers the other way
+round, when both go. No tokenizer: what is too long, or lost in a template, is for the caller to drop.
 """
 
 import dataclasses
@@ -227,11 +219,11 @@ class Report:
 def json_safe(value, depth: int = 50):
     """Give anything as strict UTF-8 JSON holds it: lone surrogates and bytes escaped, the deeper named, what
     is longer than LONGEST cut."""
+    if isinstance(value, bytes | bytearray):
+        value = value.decode("utf-8", "backslashreplace")
     if isinstance(value, str):
         cut = f"… ({len(value):,} characters)" * (len(value) > LONGEST)
         return value[:LONGEST].encode("utf-8", "backslashreplace").decode() + cut
-    if isinstance(value, bytes | bytearray):
-        return json_safe(value.decode("utf-8", "backslashreplace"))
     is_int = isinstance(value, int) and abs(value) < 2**63
     if value is None or is_int or isinstance(value, float) and math.isfinite(value):
         return value

@@ -1,8 +1,7 @@
 """A pair -> token ids: what the model reads, what is scored, what is cut.
 
-Scored are the tokens of each answer and the token that ends it, nothing else; the template that it is
-handed writes the text.
-It drops no pair itself (it says why one cannot be used), and builds no batches.
+Scored are the tokens of each answer and the token that ends it, nothing else. The template that it is handed
+writes the text; it drops no pair itself (it says why one cannot be used), and builds no batches.
 """
 
 import itertools
@@ -11,7 +10,7 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 
 import numpy as np
@@ -56,11 +55,9 @@ def prepare_tokenizer(tokenizer) -> list[str]:
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + DEFAULT_TEMPLATE
         notes += ["the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"]
         if tokenizer.eos_token is None:
-            raise UserError(
-                f"The tokenizer {tokenizer.name_or_path!r} has neither a chat template nor an "
-                "end-of-sequence token, so no answer could ever end; set tokenizer.eos_token, save it, "
-                "and give that folder as base_model."
-            )
+            why = "neither a chat template nor an end-of-sequence token, so no answer could ever end"
+            way_out = "set tokenizer.eos_token, save it, and give that folder as base_model"
+            raise UserError(f"The tokenizer {tokenizer.name_or_path!r} has {why}; {way_out}.")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         # For generation alone; training has no padding to mistake for an end.
         tokenizer.pad_token = tokenizer.eos_token
@@ -111,9 +108,8 @@ class Encoder:
         if any(len(part) > 1 or part[0][1] for part in pieces):
             return []
         before, chosen, rejected = (part[0][0] for part in pieces)
-        if self._too_long(before, chosen, rejected):
-            return []
-        return [before, before + chosen, before + rejected]
+        too_long = self._too_long(before, chosen, rejected)
+        return [] if too_long else [before, before + chosen, before + rejected]
 
     def _too_long(self, *texts: str) -> bool:
         return self.overlong == "drop" and sum(map(len, texts)) > 3 * self.max_tokens * self._longest_token
@@ -140,9 +136,7 @@ class Encoder:
 
         # The tokenizer merges across the border. The model will answer from `prompt` as it stands, so the
         # answer must be tokenized as its continuation; where that changes the text, the pair is refused.
-        def decode(ids):
-            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         text, start = decode(whole), decode(prompt)
         if text.startswith(start):
             rest = self._ids([text[len(start) :]])[0]
@@ -227,8 +221,8 @@ def encode_rows(candidates, encoder: Encoder, *, on_drop=None) -> tuple[Iterator
     """Clean candidates, as `data.clean` does, and encode them.
 
     Returns:
-        an iterator of what is kept, (Pair, EncodedPair), and the report, which counts the rest. It raises
-        UserError where the limits cut most answers down to a stump.
+        an iterator of (Pair, EncodedPair), which raises UserError where the limits cut most answers down to a
+        stump; and the report, which counts the rest.
     """
     cleaned, report = data.clean(candidates, on_drop=on_drop)
 
@@ -252,17 +246,15 @@ def check_model(pairs: PairFile, model) -> None:
     if pairs.highest >= vocabulary:
         why = f"the tokenizer writes token {pairs.highest}, but the model has {vocabulary}"
         raise UserError(f"base_model does not go with its tokenizer: {why}; choose another base_model.")
-    learned = _learned_positions(causal_lm(model))
+    learned, most = _learned_positions(causal_lm(model)), _stretched_past(model.config)
     sides = pairs.lengths_of_sides()
     longest = int((sides["prompt"] + np.maximum(sides["chosen"], sides["rejected"])).max(initial=0))
     if learned and longest > learned:
         why = f"a pair has {longest:,} tokens, but the model knows {learned:,} positions"
         raise UserError(f"base_model cannot read every pair: {why}; set max_tokens to {learned}.")
-    if longest > (most := _stretched_past(model.config)):
-        why = f"it stretches the positions of a batch by its longest text, past {most:,} tokens"
-        raise UserError(
-            f"base_model cannot read every pair ({why}, and one has {longest:,}): set max_tokens to {most}."
-        )
+    if longest > most:
+        why = f"it stretches the positions of a batch by its longest text, past {most:,} tokens, and one has"
+        raise UserError(f"base_model cannot read every pair ({why} {longest:,}): set max_tokens to {most}.")
 
 
 def _stretched_past(config) -> float:

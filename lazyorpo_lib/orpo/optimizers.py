@@ -21,14 +21,10 @@ def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torc
         retry: take the first step again where memory ran out in it; no process of several may do so.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for n, p in trained if (p.dim() > 1 and "bias" not in n) is wide],
-            "weight_decay": decay,
-        }
-        for wide, decay in ((True, settings.weight_decay), (False, 0.0))
-    ]
-    groups = [group for group in groups if group["params"]]
+    wide = [p for n, p in trained if p.dim() > 1 and "bias" not in n]
+    others = [p for n, p in trained if p.dim() <= 1 or "bias" in n]
+    kinds = (wide, settings.weight_decay), (others, 0.0)
+    groups = [{"params": some, "weight_decay": decay} for some, decay in kinds if some]
     rate, name = settings.learning_rate, settings.optimizer
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)

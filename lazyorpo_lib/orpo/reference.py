@@ -14,11 +14,7 @@ from .batching import EncodedPair
 
 
 class Reference:
-    """Summed log-probabilities of pairs under the model before training.
-
-    Args:
-        score: gives micro-batches of pairs with their log-probabilities; see `scoring.score`.
-    """
+    """Summed log-probabilities of pairs under the model before training; `score` as `scoring.score`."""
 
     def __init__(self, model, score: Callable):
         self.model, self.score, self.sums = model, score, {}

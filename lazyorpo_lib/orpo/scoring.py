@@ -1,8 +1,7 @@
 """Log-probabilities the plain way: what every faster way must equal.
 
-Two right-padded rows a pair, the model's own logits, log-softmax, gather. The trainer asks a scorer for the
-`layout` of its batches, the model's `inputs` for one, and how to `read` what the model returns; a wing may
-hand it a faster one that does the same.
+Two right-padded rows a pair, the model's own logits, log-softmax, gather. A wing may hand the trainer a
+faster scorer with the same `layout`, `inputs` and `read`.
 """
 
 import contextlib
@@ -23,9 +22,8 @@ class PlainScorer:
     """Scores the answers of a causal LM of transformers.
 
     Attributes:
-        layout: of `batching.collate`.
-        rung: the layout in words. refused: better ones that the model does not take, {name: why}.
-        proven: what was tried on the model, in words.
+        layout: of `batching.collate`; rung: in words. refused: better ones, which the model does not take,
+            {name: why}. proven: what was tried on the model, in words.
     """
 
     layout, rung, proven = "padded", "padded", ""

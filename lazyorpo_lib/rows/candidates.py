@@ -1,7 +1,4 @@
-"""Rows -> candidates: each row with the pair that it is, or the reason why it is none.
-
-What `orpo/data.py` cleans. Nothing is dropped, counted or compared here.
-"""
+"""Rows -> candidates, which orpo/data.py cleans: each row with the pair that it is, or why it is none."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,17 +27,18 @@ class Candidates:
         return getattr(self.rows, "notes", {})
 
     def __iter__(self) -> Iterator[tuple[int, object, Pair | None, str]]:
-        judged = (self._judged(index, row) for index, row in spread(self.rows, self.mapping))
+        judged = self._judged()
         if first := list(itertools.islice(judged, FIRST_ROWS)):
             _check_shape(first, self.mapping)
-        yield from first
-        yield from judged
+        yield from itertools.chain(first, judged)
 
-    def _judged(self, index, row):
-        try:
-            return index, row, to_pair(index, row, self.mapping), ""
-        except BadRow as bad:
-            return index, row, None, str(bad)
+    def _judged(self):
+        for index, row in spread(self.rows, self.mapping):
+            try:
+                judged = to_pair(index, row, self.mapping), ""
+            except BadRow as bad:
+                judged = None, str(bad)
+            yield index, row, *judged
 
     def at(self, indexes: Sequence[int]) -> list[Pair]:
         """Give the pairs of the rows with these indexes, in that order; reads up to the last of them."""

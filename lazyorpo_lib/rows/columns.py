@@ -1,7 +1,4 @@
-"""Names of columns -> what each may be: tables, any letter case, paths, the user's mapping.
-
-It looks at names alone, but for the advice that is given where no row is understood.
-"""
+"""Names of columns -> what each may be: tables, any letter case, paths, the user's mapping."""
 
 import functools
 import re

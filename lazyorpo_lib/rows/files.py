@@ -59,27 +59,26 @@ def _member(archive):
     return names[0]
 
 
-def _too_much(most):
-    return ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
+def _check_unpacked(size, most):
+    if size > most:
+        raise ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
 
 
 class _Unpacked(io.RawIOBase):
     """What an archive unpacks to, up to a limit."""
 
     def __init__(self, file, most):
-        self.file, self.left, self.most = file, most, most
+        self.file, self.size, self.most = file, 0, most
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         data = self.file.read(len(buffer))
-        count = len(data)
-        buffer[:count] = data
-        self.left -= count
-        if self.left < 0:
-            raise _too_much(self.most)
-        return count
+        buffer[: len(data)] = data
+        self.size += len(data)
+        _check_unpacked(self.size, self.most)
+        return len(data)
 
     def close(self):
         self.file.close()
@@ -198,10 +197,8 @@ def table_rows(path, say) -> Iterator:
         if encoding != "utf-8-sig" or separator != ",":
             name = {"\t": "tabs", ",": "commas"}.get(separator, repr(separator))
             say(f"Read as {encoding.removesuffix('-sig')}, columns separated by {name}.")
-        spaces = bool(re.search(rf"[{separator}] ", head))
-        table = csv.DictReader(
-            itertools.chain([head], lines), strict=True, delimiter=separator, skipinitialspace=spaces
-        )
+        how = dict(strict=True, delimiter=separator, skipinitialspace=f"{separator} " in head)
+        table = csv.DictReader(itertools.chain([head], lines), **how)
         try:
             yield from table
         except csv.Error as error:
@@ -238,11 +235,9 @@ def sheet_rows(path, say) -> Iterator:
         import openpyxl
     except ImportError:
         raise ValueError("a .xlsx needs openpyxl: pip install openpyxl, or save it as .csv") from None
-    most = limits.unpacked(path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(part.file_size for part in archive.infolist())
-    if unpacked > most:
-        raise _too_much(most)
+        size = sum(part.file_size for part in archive.infolist())
+    _check_unpacked(size, limits.unpacked(path.stat().st_size))
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)

@@ -57,9 +57,8 @@ def as_messages(cell, role: str, unknown: set) -> list:
         if role == "user" and is_transcript(cell) and cell.rstrip().endswith("\n\nAssistant:"):
             return transcript(cell)[:-1]
         return [Message(role=role, content=cell)]
-    if isinstance(cell, dict) and len(cell) and all(isinstance(part, list) for part in cell.values()):
-        sizes = {len(part) for part in cell.values()}  # a dict of lists, as Arrow makes of a list of dicts
-        if len(sizes) == 1:
+    if isinstance(cell, dict) and all(isinstance(part, list) for part in cell.values()):
+        if len({*map(len, cell.values())}) == 1:  # a dict of lists, as Arrow makes of a list of dicts
             cell = [dict(zip(cell, parts, strict=True)) for parts in zip(*cell.values(), strict=True)]
     if not isinstance(cell, dict | list | tuple):
         raise BadRow("malformed")

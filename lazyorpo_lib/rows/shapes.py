@@ -2,8 +2,7 @@
 
 Columns are known by their names (`columns.py`), and by a few rules: the prompt may be inside both sides; two
 answers may have a label, a winner or a score each, which is read and never guessed; of a list of scored
-answers the best goes against the worst. Nothing is repaired: what no rule covers is a `BadRow` with its
-reason, and a column that nobody asked for is named in `Pair.unused`.
+answers the best goes against the worst. What no rule covers is a `BadRow` with its reason.
 """
 
 import json
@@ -78,8 +77,8 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
     (chosen, chosen_with), (rejected, rejected_with) = _parted(best), _parted(worst)
     shape = inside if has_user else "prompt" if "prompt" in row.columns else fold(name)
-    texts = (prompt, chosen, rejected, shape)
-    return _checked(Pair(index, *texts, chosen_with, rejected_with, tools, row.used, row.rest()))
+    both = chosen, rejected, shape, chosen_with, rejected_with
+    return _checked(Pair(index, prompt, *both, tools, row.used, row.rest()))
 
 
 def _answers(row: _Row) -> list:
@@ -129,17 +128,15 @@ def _winner(row: _Row, sides) -> int:
             scores[tokens.index(core(short, tables.SCORES))].append(name)
     votes = []
     for a, b in zip(*scores, strict=False):
-        if all(is_number(row.cells[name]) for name in (a, b)):
+        if is_number(row.cells[a]) and is_number(row.cells[b]):
             row.used |= {a: "score", b: "score"}
-            difference = float(row.cells[a]) - float(row.cells[b])
-            votes += [_ordered(difference, row)]
+            votes.append(_ordered(float(row.cells[a]) - float(row.cells[b]), row))
             break
     labels = [row.columns["winner"]] if "winner" in row.columns else []
     own, any_of = tables.LABELS[:5], (*tables.SIGNED, *tables.LABELS)
     labels += [name for s, name in names.items() if s in any_of or core(s, {"id"}) in own]
     for name in labels:
-        vote = _vote(row, name, sides)
-        if vote is not None:
+        if (vote := _vote(row, name, sides)) is not None:
             row.mark(name, "label")
             votes.append(vote)
             break
@@ -300,8 +297,7 @@ def _tools(row: _Row) -> tuple:
     if column not in row.cells and "tools" not in row.columns:
         return ()
     tools = read(at(row.cells, column))
-    if isinstance(tools, dict):
-        tools = [tools]
+    tools = [tools] if isinstance(tools, dict) else tools
     if missing(tools) or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return ()
     row.used[column] = "tools"

@@ -226,8 +226,9 @@ def test_bad_row_is_dropped_with_its_reason(row, reason):
 
 
 def test_every_reason_is_documented():
+    documented = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for reason in {reason for _, reason in REASONS} | {"duplicate", "contradiction"}:
-        assert reason in data.__doc__
+        assert f"`{reason}`" in documented
 
 
 def test_duplicates_keep_the_first_and_contradictions_keep_none():
