@@ -7,6 +7,7 @@ held_out.json. lm-eval, which computes the scores, is imported only where somebo
 import contextlib
 import copy
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -23,15 +24,20 @@ from ..errors import UserError, dissect
 from ..model import adapters_off
 from ..orpo.body import causal_lm
 
-_USED = {"tasks", "apply_chat_template", "log_samples"}  # of simple_evaluate
+_USED = {"tasks", "task_manager", "apply_chat_template", "log_samples"}  # of simple_evaluate
 
 
 def _tasks(settings) -> list[str]:
     return [name for part in settings.evaluate.split(",") if (name := part.strip())]
 
 
-def _harness() -> tuple:
-    """Give lm-eval's simple_evaluate, HFLM and TaskManager; UserError where it is absent, or too old."""
+@functools.cache  # it reads thousands of files
+def _manager(kind, defaults: bool):
+    return kind(include_defaults=defaults)
+
+
+def _harness(wanted: list[str]) -> tuple:
+    """Give lm-eval's simple_evaluate, HFLM and tasks; UserError where it is absent, or too old."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -46,7 +52,7 @@ def _harness() -> tuple:
     if why:
         todo = "pip install -U lm-eval, or leave evaluate empty"
         raise UserError(f"evaluate asks for benchmarks, but lm-eval {why}: {todo}.")
-    return simple_evaluate, HFLM, TaskManager
+    return simple_evaluate, HFLM, _manager(TaskManager, not all(map(os.path.isfile, wanted)))
 
 
 def check(settings) -> None:
@@ -57,7 +63,7 @@ def check(settings) -> None:
     )
     if wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"evaluate is {settings.evaluate!r}, but several processes train: {otherwise}.")
-    manager = wanted and _harness()[-1]()
+    manager = wanted and _harness(wanted)[-1]
     for name in wanted:
         try:
             if name in manager.all_tasks or os.path.isfile(name):
@@ -103,12 +109,12 @@ def measure(run, when: str) -> None:
 
 
 def _evaluate(run, lm) -> dict:
-    simple_evaluate, HFLM, _ = _harness()
+    how = dict(tasks=_tasks(run.settings), apply_chat_template=bool(run.tokenizer.chat_template))
+    simple_evaluate, HFLM, how["task_manager"] = _harness(how["tasks"])
     mixed = run.dtype if run.method == "full" and run.dtype != torch.float32 else None
-    how = dict(tokenizer=copy.deepcopy(run.tokenizer), mixed_precision_dtype=mixed)  # it sets a pad token
-    wrapped = HFLM(pretrained=lm, batch_size="auto" if lm.device.type == "cuda" else 8, **how)
-    chat = bool(run.tokenizer.chat_template)
-    return simple_evaluate(wrapped, tasks=_tasks(run.settings), apply_chat_template=chat, log_samples=False)
+    own = dict(tokenizer=copy.deepcopy(run.tokenizer), mixed_precision_dtype=mixed)  # it sets a pad token
+    wrapped = HFLM(pretrained=lm, batch_size="auto" if lm.device.type == "cuda" else 8, **own)
+    return simple_evaluate(wrapped, log_samples=False, **how)
 
 
 def _scores(found: dict) -> list[list]:

@@ -20,7 +20,7 @@ from tests.test_run import tiny
 REAL = importlib.util.find_spec("lm_eval") is not None
 FAKE = """
 calls = []
-def simple_evaluate(model=None, tasks=None, apply_chat_template=False, log_samples=True):
+def simple_evaluate(model=None, tasks=None, task_manager=None, apply_chat_template=False, log_samples=True):
     import random, torch
     torch.manual_seed(1), random.seed(1)
     calls.append([model.adapter, apply_chat_template])
@@ -32,6 +32,7 @@ def simple_evaluate(model=None, tasks=None, apply_chat_template=False, log_sampl
 TASKS = """
 class TaskManager:
     all_tasks = ["ifeval", "gsm8k"]
+    def __init__(self, include_defaults): 0
     def load(self, names):
         if names == ["gsm8k"]:
             raise ImportError("No module named 'antlr4'")
@@ -221,8 +222,6 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     assert rows.keys() == {"mine", "says"} and rows["mine"]["questions"] == 6
     assert 0 <= rows["mine"]["before"] <= 1 and rows["mine"]["after_stderr"] > 0
     assert str(tmp_path) not in write_card(done.folder)
-    with pytest.raises(UserError, match="did you mean ifeval"):
-        benchmarks.check(Settings(evaluate="ifevall"))
     (tmp_path / "bad.yaml").write_text("task: [")
     with pytest.raises(UserError, match="cannot load|no task"):
         benchmarks.check(Settings(evaluate=str(tmp_path / "bad.yaml")))
