@@ -16,7 +16,8 @@ import traceback
 from itertools import count
 
 from . import __version__
-from .errors import UserError, expanded, without_secrets
+from .errors import UserError, without_secrets
+from .foreign import settings_of
 from .notebook.setup import check_requirements
 from .session import Stop
 from .settings import FIELDS, coerce, from_environment, resolve
@@ -32,7 +33,10 @@ def train(arguments: list[str]) -> int:
     given = vars(_run_parser().parse_args(arguments))
     flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
     check_requirements()
-    layers = [("env", from_environment()), ("file", _settings_of(given["settings"])), ("flag", flags)]
+    from_file, note = settings_of(given["settings"], flags)
+    if note and int(os.environ.get("RANK", 0)) == 0:
+        print(note, file=sys.stderr)  # stdout may be for JSON
+    layers = [("env", from_environment()), ("file", from_file), ("flag", flags)]
     early, *_ = resolve(layers)  # mistakes are told before anything heavy is imported
     if given["fail_within_noise"] and not early.eval_pairs:
         raise UserError("--fail-within-noise needs held-out pairs, and eval_pairs is 0: give some, or auto.")
@@ -70,20 +74,6 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _settings_of(file: str) -> dict:
-    """Read a file of settings, as a run's settings.json; none of no file."""
-    from .folder import read_json
-
-    path, found = expanded(file), None
-    with contextlib.suppress(ValueError, AttributeError):  # no JSON; no object
-        if file and os.path.isfile(path):  # no pipe, which might never end
-            found = read_json(path)
-            found = found.get("settings", found)
-    if file and not (isinstance(found, dict) and found):
-        raise UserError(f"--settings is {file!r}, which holds no settings: give the settings.json of a run.")
-    return found or {}
-
-
 def _run_parser() -> _Parser:
     also = "; ".join(f"{name} {usage} ({what})" for name, (usage, what, _) in COMMANDS.items())
     about, after = __doc__.split("\n")[0], f"With finished runs: {also}. Before one: pairs FILE ({PAIRS})."
@@ -99,7 +89,7 @@ def _run_parser() -> _Parser:
         parser.add_argument(flag, action="store_true", help=words)
     cards = "plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards"
     parser.add_argument("--device", default="", help=cards)
-    file = "take the settings of a run from its settings.json; flags beside it win"
+    file = "take settings from a run's settings.json, or an ORPO file of TRL or axolotl; flags beside it win"
     parser.add_argument("--settings", default="", metavar="FILE", help=file)
     return parser
 

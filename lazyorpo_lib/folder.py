@@ -20,13 +20,13 @@ from .settings import Settings
 FILES = (
     ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp",
     "history.jsonl", "watched.jsonl", "held_out.json", "live.png", "summary.json", "README.md", "model/",
-    ".saving/", "tensorboard/", "wandb/",
+    ".saving/", "tensorboard/", "wandb/", "model_outputs.json", "reference_outputs.json",
 )  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {
     "preset", "output_dir", "resume", "save_to", "report_to", "hub_repo", "max_minutes", "max_cost",
     "price_per_hour", "on_finish", "save_every_minutes", "save_every_steps", "keep_checkpoints",
-    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens",
+    "log_every_steps", "eval_every_steps", "watch_every_steps", "answers", "answer_tokens", "evaluate",
     "tokens_per_batch", "checkpointed_layers", "tracker_project", "tracker_run",
     "trackio_space",
 }  # fmt: skip

@@ -25,7 +25,7 @@ from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_t
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
-from .results import card, evaluate, held_out, reading, share
+from .results import benchmarks, card, evaluate, held_out, reading, share
 from .results.live import LivePlot, show_progress
 from .results.summary import Spent, about_training, data_report, settings_record, summarise
 from .results.words import BagOfWords, said
@@ -82,6 +82,7 @@ class Run(Staged):
         check_apple(settings, self.machine)
         model.check_liger(settings, self.machine)
         check_tracker(settings.report_to)
+        benchmarks.check(settings)
         if settings.on_finish == "stop-pod" and (why := pod_stopper()[1]):
             self.show(why)
         if self.main:
@@ -282,6 +283,7 @@ class Run(Staged):
                     self._train(found)
                 if "after" not in self._read("held_out.json") and not self.stop.hurried:
                     held_out.measure(self, "after")
+                benchmarks.measure(self, "after")
                 self.plot.results = self.held_out_results() | trainer.best.told()
                 complete = 0 < trainer.steps <= trainer.step and not self.stop.hurried
             except Stopped:  # what was trained is in a checkpoint
@@ -298,8 +300,7 @@ class Run(Staged):
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
         found = checkpoints.go_on(self.folder, sharded=self.sharded, main=self.main, show=self.show)
-        if kept := self._read("held_out.json"):
-            self._write("held_out.json", {n: part for n, part in kept.items() if n != "after" and found})
+        held_out.forget(self, all_of_it=not found)
         return found
 
     def _train(self, found: Path | None) -> None:
@@ -309,6 +310,7 @@ class Run(Staged):
         self.spent.earlier = trainer.carried
         if not found:
             held_out.measure(self, "before")
+        benchmarks.measure(self, "before")
         self.bar = progress_bar(trainer.steps, "steps", initial=trainer.step, desc="training")
         with self.bar, self.stop.waiting():
             with self.spent.on("training"):
@@ -375,13 +377,13 @@ class Run(Staged):
                     lost = f"{home} does not read back as it was written ({', '.join(bad)})"
                     raise UserError(f"{lost}: the disk fails; mend that, and run again.")
         trainer.close()
-        summary = summarise(self, stopped)
-        self._write("summary.json", summary)
+        self._write("summary.json", summary := summarise(self, stopped))
         return summary
 
     def held_out_results(self) -> dict:
         """Say what the held-out pairs show: figures with intervals, the verdict, the demo's habit."""
-        return evaluate.held_out_results(self._read("held_out.json"), self.settings.dataset)
+        kept = self._read("held_out.json")
+        return evaluate.held_out_results(kept, self.settings.dataset) | benchmarks.results(kept)
 
     def answers(self) -> list[dict[str, str]]:
         """List held-out prompts with the answers of the base and of the tuned model."""

@@ -97,6 +97,8 @@ class Settings:
     answers: int = _setting(3,
         "held-out prompts answered by base and tuned model, side by side; 0: none", 0, 1000)
     answer_tokens: int = _setting(128, "longest generated answer, tokens", 1, 8192)
+    evaluate: str = _setting("",
+        "benchmarks by lm-eval before and after training, as ifeval,gsm8k or a .yaml; empty: none")
     watch_every_steps: int = _setting(0,
         "answer the first held-out prompts every so many steps while training; 0: never", 0, 10**8)
     log_every_steps: int = _setting(1, "steps between rows of the history", 1, 10**6)

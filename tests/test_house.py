@@ -28,7 +28,7 @@ FLOORS = {
     "plan": 4,
     "results": 5,
     "run": 6,
-    **dict.fromkeys(("pairs", "trials", "notebook"), 7),
+    **dict.fromkeys(("pairs", "trials", "notebook", "foreign"), 7),
     "__main__": 8,
 }
 WINGS = ("fast", "rows", "plan", "results", "pairs", "trials", "notebook", "demo")

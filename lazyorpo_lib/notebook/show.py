@@ -15,6 +15,7 @@ from ..errors import printable, say
 from ..folder import read_json
 from ..kinds import load_config
 from ..plan import planner
+from ..results import benchmarks
 from ..results.card import spread
 
 BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print
@@ -116,8 +117,11 @@ def held_out(run) -> Shown:
 
     rows = [
         (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))
-        for name, f in results["held_out"].items()
+        for name, f in results.get("held_out", {}).items()
     ]
+    for row in results.get("benchmarks", ()):
+        scores = (benchmarks.spread(row, when) for when in ("before", "after", "change"))
+        rows.append((f"{row['task']} {row['metric']}, ± standard error", row["questions"], *scores))
     if "habit_before" in results:
         habit = (f"{results[f'habit_{when}']:.0%}" for when in ("before", "after"))
         rows.append(("answers with the demo's habit", "", *habit, ""))
@@ -126,7 +130,7 @@ def held_out(run) -> Shown:
             ("a bag of words, without the prompt: up to here it may be style", "", "", f"{bar:.3f}", "")
         )
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
-    verdict = results["verdict"]
+    verdict = results.get("verdict", "Nothing was held out; the benchmarks:")
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")
 
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ..errors import printable, without_secrets
 from ..folder import read_json, read_rows
 from ..settings import DEFAULTS
-from . import reading
+from . import benchmarks, reading
 from .evaluate import answers_side_by_side
 
 # What Markdown or HTML reads: any of these; _ but inside a word; what would make an address a link.
@@ -191,6 +191,7 @@ _ENVIRONMENT.filters |= {
     "licence": _licence,
     "fenced": fenced,
     "spread": spread,
+    "score": benchmarks.spread,
     "where": lambda name: name if _hub_id(name) else f"path/to/{public_name(name)}",
     "python": lambda text: Markup(json.dumps(text, ensure_ascii=False)),
 }

@@ -15,7 +15,9 @@ from ..model import adapters_off
 from ..orpo.body import causal_lm
 from ..orpo.loss import TERMS
 from ..session import Stopped, progress_bar
-from . import evaluate, reading
+from . import card, evaluate, reading
+
+OUTPUTS = {"model_outputs.json": "tuned", "reference_outputs.json": "base"}  # of alpaca-eval
 
 
 def measure(run, when: str) -> None:
@@ -52,6 +54,28 @@ def measure(run, when: str) -> None:
             when: {"pairs": finite(table.tolist()), "answers": texts},
         }
         marker.write_atomically(path, json.dumps(kept, indent=1).encode())
+
+        write_outputs(run)
+
+
+def forget(run, *, all_of_it: bool) -> None:
+    """Take away what was measured after training; `all_of_it`: before, too, but for the base's benchmarks."""
+    path = run.folder / "held_out.json"
+    if run.main and (kept := folders.read_json(path)):
+        for name in OUTPUTS:
+            marker.remove(run.folder / name)
+        stay = {"benchmarks_before"} if all_of_it else kept.keys() - {"after", "benchmarks_after"}
+        kept = {name: part for name, part in kept.items() if name in stay}
+        marker.write_atomically(path, json.dumps(kept, indent=1).encode())
+
+
+def write_outputs(run) -> None:
+    """Write the answers as alpaca-eval reads them: the tuned model's, and the base's as their reference."""
+    rows, base = run.answers(), card.public_name(run.settings.base_model)
+    names = {"tuned": f"{base} {run.settings.objective}", "base": base}
+    for file, who in OUTPUTS.items() if rows else ():
+        said = [{"instruction": r["prompt"], "output": r[who], "generator": names[who]} for r in rows]
+        marker.write_atomically(run.folder / file, json.dumps(said, indent=1).encode())
 
 
 def finite(table: list[list[float]]) -> list[list[float | None]]:

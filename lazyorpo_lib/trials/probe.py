@@ -55,7 +55,8 @@ def _round(settings: Settings, home: Path, show, *, steps: int, held_out: int):
     short = dataclasses.replace(
         settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5),
         eval_pairs=held_out, max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
-        answers=0, keep="last", patience=0, resume="auto", hub_repo="", watch_every_steps=0, max_minutes=0.0,
+        answers=0, evaluate="", keep="last", patience=0, resume="auto", hub_repo="", watch_every_steps=0,
+        max_minutes=0.0,
     )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
     runs, pairs, prompts, minutes = [], {name: [] for name in GAINS}, [], 0.0

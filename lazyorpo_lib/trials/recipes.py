@@ -128,7 +128,7 @@ class Comparison:
             name = recipe.lower().replace(" ", "-") if last else f"{'half' if share == 0.5 else 'part'}-sft"
             changed = {"max_steps": math.ceil(s.max_steps * share), "epochs": s.epochs * share}
             changed |= {"or_weight": ALONE} if "without nll" in recipe else {}
-            changed |= {} if last else {"answers": 0, "or_weight": s.or_weight}
+            changed |= {} if last else {"answers": 0, "evaluate": "", "or_weight": s.or_weight}
             if stages:
                 changed |= {"base_model": f"{stages[-1].output_dir}/merged"}
             stages.append(dataclasses.replace(

@@ -1,5 +1,6 @@
 """held_out.py: memory that runs out in the answers costs answers and no run."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -41,3 +42,19 @@ def test_an_answer_that_is_left_out_is_not_watched(tmp_path, monkeypatch):
     )  # fmt: skip
     held_out.watch(run, 1)
     assert said == ["step 1 · 'b' -> 'yes'"]
+
+
+def test_answers_lie_as_alpaca_eval_reads_them_and_go_when_training_goes_on(tmp_path):
+    values = {"preset": "tiny", "max_steps": 1, "output_dir": str(tmp_path / "run")}
+    done = execute(*resolve([("test", values)])[:2], show=lambda text: None)
+    tuned, base = (json.loads((done.folder / name).read_text()) for name in held_out.OUTPUTS)
+    for rows, side, generator in ((tuned, "tuned", "tiny-random orpo"), (base, "base", "tiny-random")):
+        assert rows == [
+            {"instruction": row["prompt"], "output": row[side], "generator": generator}
+            for row in done.answers()
+        ]
+    assert len(tuned) == 2
+    held_out.forget(done, all_of_it=False)
+    assert not any((done.folder / name).exists() for name in held_out.OUTPUTS)
+    kept = read_json(done.folder / "held_out.json")
+    assert "before" in kept and "after" not in kept
