@@ -110,7 +110,7 @@ class Run(Staged):
         if self.finished:  # its record stays as it is
             folders.release(self.folder)
         else:
-            self._write("settings.json", self.record)
+            self._write("settings.json", kinds.look_up(self.settings, self.record, self.show))
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
     def _take(self, settings: Settings, why: dict[str, str]) -> None:

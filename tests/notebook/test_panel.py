@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.notebook import panel as module
 from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
+from lazyorpo_lib.plan.beside import Beside
 from lazyorpo_lib.settings import DEFAULTS, FIELDS
 
 
@@ -245,6 +248,76 @@ def test_a_secret_typed_into_the_panel_is_not_kept_with_the_notebook():
     panel.edit("dataset", "https://me:s3cretpass@host/pairs?sig=f00ba4")
     shown = repr(space) + panel.table() + repr(panel.inputs and {n: w.value for n, w in panel.inputs.items()})
     assert "s3cretpass" not in shown and "f00ba4" not in shown and "(token left out)" in shown
+
+
+class Slow:
+    """A planner that takes until `go` is set; what it was asked for, in order."""
+
+    def __init__(self):
+        self.asked, self.go = [], threading.Event()
+
+    def __call__(self, settings):
+        self.asked.append(settings.epochs)
+        assert self.go.wait(20)
+        return f"{settings.epochs:g} minutes"
+
+
+def planned(panel):
+    """The form's line once nothing is planned any more."""
+    if thread := panel._planning:
+        thread.join(60)
+    return panel.status.value
+
+
+def test_a_slow_plan_is_made_beside_a_form_that_goes_on_and_only_the_newest_edits_is_shown():
+    pytest.importorskip("ipywidgets")
+    slow, began = Slow(), time.monotonic()
+    panel = Panel({"epochs": 2.0}, estimate=slow)
+    while not slow.asked:
+        time.sleep(0.01)
+    for epochs in ("3", "4", "5"):
+        panel.inputs["epochs"].value = epochs
+        assert panel.status.value.endswith("<br>planning …</div>")
+        assert now(panel, "epochs") == (float(epochs), "panel")
+    assert time.monotonic() - began < 2
+    slow.go.set()
+    assert planned(panel).endswith("5 minutes</div>") and slow.asked == [2.0, 5.0]
+    slow.go.clear()
+    panel.inputs["epochs"].value = "6"
+    assert "planning … (before this change: 5 minutes)" in panel.status.value
+    panel.inputs["epochs"].value = "5"  # as it was
+    assert panel.status.value.endswith("<br>5 minutes</div>")
+    slow.go.set()
+    assert planned(panel).endswith("5 minutes</div>")
+
+
+def test_a_plan_that_comes_late_does_not_hide_what_is_wrong():
+    pytest.importorskip("ipywidgets")
+    slow = Slow()
+    panel = Panel({}, estimate=slow)
+    panel.inputs["epochs"].value = "many"
+    slow.go.set()
+    assert "must be a number" in planned(panel)
+    panel.inputs["epochs"].value = "2"
+    assert planned(panel).endswith("2 minutes</div>")
+
+
+def test_a_planner_beside_plans_fails_in_a_sentence_and_begins_anew_when_it_was_ended(tmp_path, monkeypatch):
+    from lazyorpo_lib.demo.model import write_tiny
+
+    write_tiny(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    planner = Beside()
+    panel = Panel({"base_model": "base", "method": "lora"}, estimate=planner)
+    line = panel.table().splitlines()[-2:]
+    assert "GiB, about" in line[0] and "learning_rate 0.0005" in line[1]
+    panel.edit("base_model", "./none")
+    assert panel.table().splitlines()[-1].startswith("No estimate: base_model is './none'")
+    planner.process.kill()
+    panel.edit("base_model", "base")
+    assert "GiB, about" in panel.table().splitlines()[-2]
+    planner.process.stdin.close()  # as when the notebook ends
+    assert planner.process.wait(120) == 0
 
 
 PAIR = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
