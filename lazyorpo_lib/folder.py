@@ -39,8 +39,12 @@ _held: dict[Path, FileLock] = {}  # folders this process is at work in
 # ---- a run's folder
 def fingerprint(settings: Settings) -> str:
     """Digest, in ten characters, everything in the settings that shapes the result."""
-    shaping = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(_shaping(settings), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _shaping(settings: Settings) -> dict:
+    others = NOT_THE_RESULT - ({"eval_every_steps"} if settings.keep == "best" else set())
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in others}
 
 
 def folder_of(settings: Settings) -> Path:
@@ -100,8 +104,8 @@ def is_begun(folder: Path, settings: Settings) -> bool:
     if not any((folder / name).exists() for name in ("history.jsonl", "summary.json")):
         return False
     if older.get("fingerprint") != fingerprint(settings):
-        now, then = dataclasses.asdict(settings), older.get("settings", {})
-        differ = [name for name in then and now if name not in NOT_THE_RESULT and then.get(name) != now[name]]
+        now, then = _shaping(settings), older.get("settings", {})
+        differ = [name for name in then and now if then.get(name) != now[name]]
         other = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ)
         raise UserError(
             f"{folder} holds a run with other settings "

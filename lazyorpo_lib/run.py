@@ -20,6 +20,7 @@ from .errors import UserError, explain_model, say
 from .fast.layouts import PairScorer
 from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision, this_machine
 from .orpo import checkpoints, data
+from .orpo.best import take_best
 from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
 from .orpo.processes import check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
@@ -281,7 +282,7 @@ class Run(Staged):
                     self._train(found)
                 if "after" not in self._read("held_out.json") and not self.stop.hurried:
                     held_out.measure(self, "after")
-                self.plot.results = self.held_out_results()
+                self.plot.results = self.held_out_results() | trainer.best.told()
                 complete = 0 < trainer.steps <= trainer.step and not self.stop.hurried
             except Stopped:  # what was trained is in a checkpoint
                 pass
@@ -289,19 +290,14 @@ class Run(Staged):
         self.interrupted = bool(trainer.stop_reason) or (self.stop.asked and not complete)
         if self.stopped:
             self.show(f"Stopped at step {trainer.step}: {self.stopped}. Run again to go on from there.")
+        if trainer.best.step:
+            self.show(f"Kept: {trainer.best.told()['kept']}.")
         rows = folders.read_rows(self.folder / "history.jsonl")
         self.show(f"Reading of the curves: {reading.read_curves(rows, self.plot.results)}.")
 
     def _clear_up(self) -> Path | None:
         """The checkpoint to go on from, with what an earlier process left behind it taken away."""
-        found = checkpoints.newest(self.folder, sharded=self.sharded, show=self.show)
-        last = checkpoints.step_of(found) if found else -1
-        if not found and folders.read_rows(self.folder / "history.jsonl"):
-            self.show("No checkpoint is there to go on from: the run begins anew.")
-        if self.main:
-            checkpoints.clear_after(self.folder, last)
-        if found:
-            self.show(f"Going on from step {last}.")
+        found = checkpoints.go_on(self.folder, sharded=self.sharded, main=self.main, show=self.show)
         if kept := self._read("held_out.json"):
             self._write("held_out.json", {n: part for n, part in kept.items() if n != "after" and found})
         return found
@@ -320,9 +316,11 @@ class Run(Staged):
             last = self.folder / f"checkpoint-{trainer.step}"
             if trainer.step >= trainer.steps and not marker.is_whole(last, "checkpoint"):
                 trainer.save(to_go_on=False)  # before the model is examined, which may fail
+            take_best(trainer)
 
     def _on_row(self, row: dict) -> None:
         folders.append_row(self.folder / "history.jsonl", row)
+        self.plot.results = self.trainer.best.told()
         self.plot.update(row)
 
     def _on_step(self, step: int) -> None:

@@ -158,9 +158,7 @@ def stop_pod(show: Callable[[str], None]) -> None:
     if command:
         show("The pod is being stopped, as on_finish says.")
         done = subprocess.run(command, capture_output=True, text=True)
-        why = (
-            f"runpodctl did not stop the pod ({(done.stderr or done.stdout).strip()[:200]}): do it yourself."
-        )
-        why = why if done.returncode else ""
+        said = (done.stderr or done.stdout).strip()[:200]
+        why = f"runpodctl did not stop the pod ({said}): do it yourself." if done.returncode else ""
     if why:
         show(why)

@@ -89,6 +89,11 @@ class Settings:
         "pairs held out for evaluation, at most a fifth; 0: none; auto: for about ±5 points", 0, 10**6)
     eval_every_steps: int = _setting(0,
         "evaluate on the held-out pairs every so many steps; 0: before and after training only", 0, 10**8)
+    keep: str = _choice("last best",
+        "step whose weights are kept; best: the one with the lowest loss on the held-out pairs, evaluated by "
+        "eval_every_steps, or if that is 0 ten times on at most 100 of them")
+    patience: int = _setting(0,
+        "with keep=best: evaluations without a better one after which training ends; 0: never", 0, 10**6)
     answers: int = _setting(3,
         "held-out prompts answered by base and tuned model, side by side; 0: none", 0, 1000)
     answer_tokens: int = _setting(128, "longest generated answer, tokens", 1, 8192)
@@ -130,6 +135,10 @@ class Settings:
                 f"max_cost is {self.max_cost:g}, but price_per_hour is not said: set it to what an hour of "
                 "this machine costs, or give max_minutes instead."
             )
+        if self.keep == "best" and self.eval_pairs == 0:
+            raise UserError("keep is best, and eval_pairs is 0: give some to decide by, or set keep=last.")
+        if self.patience and self.keep == "last":
+            raise UserError(f"patience is {self.patience}, but keep is last: set keep=best, or patience=0.")
         if self.max_tokens != "auto" and self.max_prompt_tokens >= self.max_tokens:
             given = f"max_prompt_tokens is {self.max_prompt_tokens} and max_tokens is {self.max_tokens}"
             why = "prompt plus answer must be longer than the prompt alone"

@@ -287,6 +287,44 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, tmp_path):
         assert (value == weights(tmp_path)[name]).all(), name
 
 
+def test_what_a_run_leaves_is_its_best_step_also_after_a_stop(tmp_path):
+    best = dict(keep="best", method="full", learning_rate=0.05, lr_schedule="constant", answers=0)
+    kept = []
+    for name in ("straight", "stopped"):
+        folder, run = tmp_path / name, Run(*tiny(tmp_path / name, **best), show=lambda text: None)
+        run.load_pairs()
+        run.load_model()
+        inner = run.trainer.on_row
+
+        def stop_at_five(row, inner=inner, run=run):
+            inner(row)
+            run.stop.reason = "asked" * (row["step"] == 5)
+
+        if name == "stopped":
+            run.trainer.on_row = stop_at_five
+            run.train()
+            assert run.finish()["kept_step"] == kept[0][0] and not run.finished
+            assert (folder / f"checkpoint-{kept[0][0]}").is_dir() and (folder / "checkpoint-5").is_dir()
+            run = Run(*tiny(folder, **best), show=lambda text: None)
+            run.load_pairs()
+            run.load_model()
+        run.train()
+        summary, rows = run.finish(), read_rows(folder / "history.jsonl")
+        losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"]}
+        nlls = {row["step"]: row["eval_nll"] for row in rows if "eval_nll" in row}
+        assert summary["kept_step"] == min(losses, key=losses.get) < 5 and list(losses) == [1, 2, 3, 4, 5, 6]
+        nll, tokens, *_ = map(sum, zip(*read_json(folder / "held_out.json")["after"]["pairs"], strict=True))
+        assert nll / tokens == pytest.approx(nlls[summary["kept_step"]], rel=1e-6)
+        assert summary["finished"] and summary["steps"] == 6 and run.plot.results["kept_step"] < 5
+        assert (
+            f"Kept: step {summary['kept_step']} of 6: its held-out loss" in (folder / "README.md").read_text()
+        )
+        assert not list(folder.glob("checkpoint-*"))
+        left = (folder / "model" / "model.safetensors").read_bytes(), read_json(folder / "held_out.json")
+        kept.append((summary["kept_step"], summary["kept"], *left))
+    assert kept[0] == kept[1]
+
+
 def test_an_interrupt_before_the_first_step_takes_none_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     said = []
     run = Run(*tiny(tmp_path, max_steps=2), show=said.append)

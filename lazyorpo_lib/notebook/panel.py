@@ -243,9 +243,8 @@ class Panel:
             for name, source in sources.items():
                 value = getattr(settings, name)
                 self.inputs[name].value = value if isinstance(value, bool) else str(value)
-                weight = "normal" if source == "default" else "bold"
-                help = escape(FIELDS[name].metadata["help"])
-                text = f'<span style="font-weight:{weight}">{escape(source)}</span> · {help}'
+                whence = escape(source) if source == "default" else f"<b>{escape(source)}</b>"
+                text = f"{whence} · {escape(FIELDS[name].metadata['help'])}"
                 self.notes[name].value = f'<div style="line-height:1.3;padding:6px 0 4px 6px">{text}</div>'
         finally:
             self._moving = False

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import marker
 from ..errors import UserError, explain_disk
-from ..folder import truncate_after
+from ..folder import read_rows, truncate_after
 
 PROGRESS = "progress.json"
 
@@ -53,11 +53,28 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
     return None
 
 
+def go_on(folder: Path, *, sharded: bool, main: bool, show: Callable[[str], None]) -> Path | None:
+    """Give the checkpoint to go on from; what an earlier process left behind it is taken away, and told."""
+    found = newest(folder, sharded=sharded, show=show)
+    last = step_of(found) if found else -1
+    if not found and read_rows(folder / "history.jsonl"):
+        show("No checkpoint is there to go on from: the run begins anew.")
+    if found:
+        show(f"Going on from step {last}.")
+    if main:
+        for later in [c for c in numbered(folder) if step_of(c) > last]:
+            marker.remove(later)  # damaged, and newer than what may be kept
+        for name in ("history.jsonl", "watched.jsonl"):
+            truncate_after(folder / name, last)
+        marker.remove(folder / ".saving")
+    return found
+
+
 def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
     """Write `checkpoint-<step>` into the folder of a run, complete or not at all; all but the last `keep` go.
 
     Args:
-        progress: its `step`, and whatever else of plain numbers and texts training goes on with.
+        progress: its `step`, the `best`, and whatever else of plain numbers and texts training goes on with.
         model, optimizer: as accelerate prepared them; of the weights only those that are trained are written.
             optimizer: None after the last step, when it is of no more use.
     """
@@ -88,7 +105,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
                 marker.settle(home)  # the history reaches as far as the checkpoint does
                 marker.remove(target)
                 marker.put(scratch, target, "checkpoint")
-                remove(home, keep=keep)
+                remove(home, keep=keep, best=progress["best"].get("step"))
     finally:
         if main:
             marker.remove(scratch)
@@ -96,7 +113,7 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
 
 
 def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
-    """Read a checkpoint back: weights, optimizer, random numbers, float16's scale; gives its `progress`."""
+    """Read a checkpoint back: weights, optimizer (or None), random numbers, scale; gives its `progress`."""
     if not (checkpoint / PROGRESS).is_file():
         raise UserError(
             f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "
@@ -109,7 +126,7 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
         states = _load(draws) if draws.is_file() else None  # a run may go on with more processes
         if not plugin:
             weights = load_file(checkpoint / "weights.safetensors")
-            state = _load(kept) if kept.is_file() else None
+            state = _load(kept) if optimizer and kept.is_file() else None
             pairs = [(parameter, weights[name]) for name, parameter in _trained(accelerator, model)]
     except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError, RuntimeError, OSError):
         raise UserError(
@@ -118,7 +135,7 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
         ) from None
     if plugin:
         load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
-        if any(checkpoint.glob("optimizer*")):
+        if optimizer and any(checkpoint.glob("optimizer*")):
             load_fsdp_optimizer(plugin, accelerator, optimizer, model, checkpoint, adapter_only=True)
     else:
         for parameter, saved in pairs:
@@ -162,18 +179,9 @@ def _draw_on(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def clear_after(folder: Path, step: int) -> None:
-    """Take away what an earlier process left behind the checkpoint of `step`, from which a run goes on."""
-    for later in [c for c in numbered(folder) if step_of(c) > step]:
-        marker.remove(later)  # damaged, and newer than what may be kept
-    for name in ("history.jsonl", "watched.jsonl"):
-        truncate_after(folder / name, step)
-    marker.remove(folder / ".saving")
-
-
-def remove(folder: Path, *, keep: int = 0) -> None:
-    """Remove all but the last `keep` complete checkpoints, torn ones too."""
+def remove(folder: Path, *, keep: int = 0, best: int | None = None) -> None:
+    """Remove all but the last `keep` complete checkpoints and that of the step `best`, torn ones too."""
     kept = complete(folder)[-keep:] if keep else []
     for checkpoint in numbered(folder):
-        if checkpoint not in kept:
+        if checkpoint not in kept and step_of(checkpoint) != best:
             marker.remove(checkpoint)

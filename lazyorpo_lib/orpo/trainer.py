@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -27,6 +27,7 @@ from ..session import Stop
 from ..settings import Settings, settle
 from . import checkpoints, loss
 from .batching import Batch, EncodedPair, StepOrder, collate, split_by_tokens
+from .best import Best
 from .body import checkpoint_layers, text_layers
 from .optimizers import make_optimizer
 from .processes import check_sharding, over_ranks, tracked
@@ -51,9 +52,9 @@ class OrpoTrainer:
             taken; on_save is called when a checkpoint is complete.
 
     Attributes:
-        step, steps: taken, and in all. bad_steps: those left out since a number was not finite, {step, rows
-            of the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by
-            itself, or empty. carried: what checkpoints keep for whoever trains, of plain numbers and texts.
+        step, steps: taken, and in all. best: see best.py. bad_steps: left out as not finite, {step, rows of
+            the dataset}. oom_notes: what was done when memory ran out. stop_reason: why it ended by itself,
+            or empty. carried: what checkpoints keep for whoever trains, of plain numbers and texts.
     """
 
     def __init__(
@@ -93,9 +94,12 @@ class OrpoTrainer:
             lengths = [pair.tokens(self.scorer.layout) for pair in train_pairs]
         place = dict(rank=accelerator.process_index, world=self.world)
         self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
-        self.steps = settings.max_steps or math.ceil(settings.epochs * len(self.order))
+        planned = settings.max_steps or math.ceil(settings.epochs * len(self.order))
+        self.best = Best(settings, planned, len(eval_pairs))
         self.wrapped, self.optimizer, self.carried = model, None, {}
         self._start_window()
+
+    steps = property(lambda self: self.best.steps)  # fewer than planned once patience is over
 
     # The loop.
 
@@ -119,9 +123,8 @@ class OrpoTrainer:
         if self.reference and not hasattr(self.model, "disable_adapter") and not self.reference.sums:
             for pairs in (self.train_pairs, self.eval_pairs):  # afterwards the untrained model is gone
                 self.reference.remember([pairs[i] for i in range(len(pairs))])
-        self.schedule = get_scheduler(
-            s.lr_schedule, self.optimizer, num_warmup_steps=s.warmup_steps, num_training_steps=self.steps
-        )
+        span = dict(num_warmup_steps=s.warmup_steps, num_training_steps=self.best.planned)
+        self.schedule = get_scheduler(s.lr_schedule, self.optimizer, **span)
         self.close()
         self.accelerator.trackers = []  # it would add to those of an earlier call
         self.accelerator.init_trackers(**tracked(s))
@@ -131,8 +134,9 @@ class OrpoTrainer:
     def train(self) -> None:
         """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
         self._start_window()
-        self._saved_at, every = time.monotonic(), self.settings.eval_every_steps
-        self.stop_reason, self._bad_in_a_row = "", 0
+        self._saved_at, self.stop_reason, self._bad_in_a_row = time.monotonic(), "", 0
+        if self.best.is_due(self.step):  # an interrupt broke it off
+            self.stop.try_to(self.evaluate)
         for pairs in self._steps_left():
             norm = self._clip(pairs, self._gradient(pairs))
             rate = self.schedule.get_last_lr()[0]
@@ -143,7 +147,7 @@ class OrpoTrainer:
             self.step += 1
             if self.step % self.settings.log_every_steps == 0:
                 self._log_step(rate, norm)
-            if every and len(self.eval_pairs) and self.step % every == 0:
+            if self.best.is_due(self.step):
                 self.stop.try_to(self.evaluate)
             self.on_step(self.step)
             stopping = self._asked_to_stop()
@@ -192,12 +196,9 @@ class OrpoTrainer:
     def _forward_backward(self, pairs: list[EncodedPair]) -> Tensor:
         s, micro_batches = self.settings, self._micro_batches(pairs)
         of_prompt = s.nll_over != "answer"
-        step = dict(
-            nll_tokens=over_ranks(
-                self.accelerator, sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)
-            ),
-            pairs=over_ranks(self.accelerator, len(pairs)),
-        )
+        tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)
+        step = dict(nll_tokens=tokens, pairs=len(pairs))
+        step = {name: over_ranks(self.accelerator, count) for name, count in step.items()}
         sums, work = torch.zeros(len(loss.TERMS) + 2, device=self.device), Counter()
         for k, (micro, weight) in enumerate(micro_batches):
             self._computing, last = micro, k == len(micro_batches) - 1
@@ -285,9 +286,8 @@ class OrpoTrainer:
                 f"Out of memory in step {self.step + 1} on a single pair with every layer checkpointed "
                 f"({message}); {LESS}."
             )
-        self._note(
-            f"step {self.step + 1}: out of memory; {change}; the step is repeated with the same result"
-        )
+        again = "the step is repeated with the same result"
+        self._note(f"step {self.step + 1}: out of memory; {change}; {again}")
 
     def _note(self, text: str) -> None:
         self.oom_notes.append(text)
@@ -307,7 +307,8 @@ class OrpoTrainer:
     def _checkpoint_is_due(self) -> bool:
         """By steps; and by the first process's clock since the last one, or since the beginning."""
         s = self.settings
-        if s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps):
+        by_steps = s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps)
+        if by_steps or self.step == self.best.step:
             return True
         if not s.save_every_minutes or self.step >= self.steps:
             return False
@@ -335,10 +336,13 @@ class OrpoTrainer:
 
     def evaluate(self, table: Tensor | None = None) -> dict[str, float]:
         """Log the figures of the held-out pairs, or of their `table`, each name after `eval_`."""
-        if table is None:
-            table = self.pair_tables([self.eval_pairs[i] for i in range(len(self.eval_pairs))])
+        some = list(range(0, len(self.eval_pairs), self.best.stride))
+        table = self.pair_tables([self.eval_pairs[i] for i in some]) if table is None else table[some]
         row = {f"eval_{name}": value for name, value in self.metrics(table.sum(0).tolist()).items()}
-        self.log(row)
+        with self.stop.waiting():  # known and written down, or neither
+            if self.best.is_due(self.step):  # all ranks go by the first one's rounding
+                self.best.take_in(self.step, *broadcast_object_list([row["eval_loss"]]))
+            self.log(row)
         return row
 
     # What is written down.
@@ -379,7 +383,8 @@ class OrpoTrainer:
         Raises:
             UserError: the disk is full or fails.
         """
-        progress = {name: getattr(self, name) for name in KEPT} | {"schedule": self.schedule.state_dict()}
+        progress = {"best": self.best.found, "schedule": self.schedule.state_dict()}
+        progress |= {name: getattr(self, name) for name in KEPT}
         optimizer, keep = self.optimizer if to_go_on else None, self.settings.keep_checkpoints
         place = dict(accelerator=self.accelerator, model=self.wrapped, optimizer=optimizer)
         checkpoints.save(self.folder, progress, keep=keep, **place)
@@ -388,8 +393,8 @@ class OrpoTrainer:
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. Raises UserError where it is damaged, or of an earlier version."""
-        progress = checkpoints.load(
-            checkpoint, accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer
-        )
+        place = dict(accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer)
+        progress = checkpoints.load(checkpoint, **place)
         vars(self).update({name: progress[name] for name in KEPT if name in progress})
+        self.best.found = progress.get("best", {})
         self.schedule.load_state_dict(progress["schedule"])

@@ -18,6 +18,7 @@ from ..fast.attention import takes_sdpa
 from ..machine import GIB, Machine
 from ..model import about_adapters, add_adapters
 from ..orpo.batching import EncodedPair
+from ..orpo.best import Best
 from ..orpo.body import fused_experts, is_within, sizes_of, text_layers, towers_of
 from ..orpo.data import held_out_of
 from ..settings import Settings
@@ -256,8 +257,10 @@ class Costs:
         step = computing + moving + waiting + paging
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
-        evaluations = 2 + (steps // settings.eval_every_steps if settings.eval_every_steps else 0)
-        asked = evaluations * held_out_of(lengths.pairs * 5 // 4, settings.eval_pairs) / self.pairs
+        held_out = held_out_of(lengths.pairs * 5 // 4, settings.eval_pairs)
+        best = Best(settings, steps, held_out)
+        looks = steps // best.every if best.every else 0
+        asked = (2 + looks / best.stride) * held_out / self.pairs
         evaluation = asked * evaluated / pair * (step - paging)
         total, passes = (steps * step + evaluation) / 60, (3 if self.full else 2) + again
         return total, (
@@ -268,7 +271,7 @@ class Costs:
             f"at {self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving bytes {moving:.3g} at "
             f"{self.bandwidth / 1e9:.3g} GB/s; waiting for launches {waiting:.3g}; "
             f"paging optimizer state {paging:.3g})",
-            f"the run: {steps} steps x {step:.3g} s + {evaluations} evaluations in {evaluation:.3g} s = "
+            f"the run: {steps} steps x {step:.3g} s + {2 + looks} evaluations in {evaluation:.3g} s = "
             f"{total:.3g} min, without the answers written for comparison and the checkpoints",
         )
 

@@ -56,10 +56,8 @@ class Plan:
         """Say it in one line, for the panel."""
         m = self.method
         verdict = "fits" if m.fits else "does not fit" + (f"; {self.changes[0]}" if self.changes else "")
-        device, minutes = (
-            "CPU" if self.device.startswith("CPU") else self.device,
-            duration(m.minutes, self.price),
-        )
+        device = "CPU" if self.device.startswith("CPU") else self.device
+        minutes = duration(m.minutes, self.price)
         return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {minutes} on this {device}: {verdict}"
 
     def said(self) -> str:
@@ -170,9 +168,7 @@ def _may_be_full(settings: Settings) -> bool:
 
 def _decided(given: Settings, why: str, known: dict) -> dict[str, tuple]:
     found, reasons = settle(given, **known)
-    auto = {
-        name: (getattr(found, name), for_what.removeprefix("auto: ")) for name, for_what in reasons.items()
-    }
+    auto = {name: (getattr(found, name), of.removeprefix("auto: ")) for name, of in reasons.items()}
     return auto | ({"method": (known["method"], why)} if given.method == "auto" else {})
 
 

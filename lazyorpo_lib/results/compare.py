@@ -67,16 +67,16 @@ def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
 
 
 def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 2000) -> tuple[float, float]:
-    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds. Seeds and prompts are both
+    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds: seeds and prompts are
     drawn with replacement, a prompt with its pairs in all seeds (Owen 2007, the pigeonhole bootstrap).
 
     Args:
-        values, prompts: of each seed, (pairs,) and a name for the prompt of each.
+        values, prompts: of each seed, (pairs,), NaN is passed over, and a name for the prompt of each.
     """
     seeds, names = len(values), np.concatenate([np.array(some) for some in prompts])
     ends, laid = np.cumsum([0, *map(len, values)]), np.zeros((2, seeds, len(names)))
-    for s, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        laid[:, s, start:end] = values[s], np.ones(end - start)
+    for s, some in enumerate(values):
+        laid[:, s, ends[s] : ends[s + 1]] = np.nan_to_num(some), np.isfinite(some)
     table, chance = by_prompt(laid, names), np.random.default_rng(0)
     often = [chance.multinomial(n, [1 / n] * n, draws).astype(float) for n in (seeds, table.shape[-1])]
     sums, counts = ((often[0] @ side * often[1]).sum(axis=1) for side in table)

@@ -107,13 +107,13 @@ def verdict(figures: dict[str, dict], after: dict | None = None) -> str:
 def broken(figures: dict[str, dict], after: dict) -> str:
     """Say why no gain may be told of a model whose likelihoods or answers fell to pieces; "" of a sound one.
 
-    A nll that rose by two nats, to a seventh of the probability of every token of the better answers, is that
-    of a model which no longer knows its language: guessing among 32,000 tokens has 10.
+    A nll that rose by three nats, or that more than doubled and one more, is that of a model which no longer
+    knows its language: from 2.5 to 5.5 nats, where guessing among 32,000 tokens has 10.
     """
     if any(None in row for row in after.get("pairs", ())):
         return "its loss is no longer a number"
     nll = figures.get("nll", {"before": 0.0, "after": 0.0})
-    if nll["after"] > nll["before"] + 2:
+    if nll["after"] - nll["before"] > min(3, nll["before"] + 1):
         return f"its nll went from {nll['before']:.3g} to {nll['after']:.3g} nats per token"
     texts = [text for text in after.get("answers", ()) if text is not None]
     idle = sum(map(_says_nothing, texts))
@@ -149,7 +149,6 @@ def answers(
     end_ids: Sequence[int],
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda done: None,
-    streamer=None,
     draw: Callable[[list[int]], LogitsProcessor] | None = None,
     note: Callable[[str], None] = _refuse,
     **sampling,
@@ -162,10 +161,9 @@ def answers(
         end_ids: tokens that end an answer.
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
         on_batch: called with the number of answers that are done since the last call.
-        streamer: one of transformers', for a single prompt.
         draw: makes what changes the scores of the prompts at some positions, for each batch anew.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
-        sampling: what generate() takes, as do_sample, temperature, top_p.
+        sampling: what generate() takes, as do_sample, temperature, top_p; for a single prompt a streamer.
     """
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
@@ -173,7 +171,7 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
     waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
-    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), streamer=streamer, **sampling)
+    options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), **sampling)
     while waiting:
         some = waiting.pop()
         options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])

@@ -39,9 +39,9 @@ def measure(run, when: str) -> None:
             table = trainer.pair_tables(pairs, partial(advance, bar))
         with progress_bar(len(prompts), "answers", desc=f"answers {when}") as bar:
             texts = _answer(run, prompts, partial(advance, bar))
-    evaluated = [row for row in folders.read_rows(run.folder / "history.jsonl") if reading.is_evaluation(row)]
-    if trainer.step not in [row["step"] for row in evaluated]:  # else training did, or a kill came in between
-        trainer.evaluate(table)
+    rows = filter(reading.is_evaluation, folders.read_rows(run.folder / "history.jsonl"))
+    if (trainer.best.step or trainer.step) not in [row["step"] for row in rows]:
+        trainer.evaluate(table)  # else training did, or a kill came in between
     if run.main:
         path = run.folder / "held_out.json"
         kept = folders.read_json(path) | {

@@ -180,6 +180,10 @@ def _figure(rows, title, status, results=None) -> Figure:
     figure.text(0.03, 0.053, reading.read_curves(rows, results).capitalize(), size=10.5, va="center")
     _draw_sides(figure, rows)
     _draw_panels(figure, rows)
+    if kept := (results or {}).get("kept_step"):
+        for axes in figure.axes:
+            axes.axvline(kept, color=QUIET, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
+        figure.axes[0].set_title(f"\N{WHITE CIRCLE} held-out pairs   \u250a step {kept:,} is kept", **NOTE)
     return figure
 
 

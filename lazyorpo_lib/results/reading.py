@@ -50,12 +50,9 @@ def _without(curve: list[float], lines: list[list[float]]) -> list[float]:
 
 
 def trend(curve: list[float]) -> tuple[float, float]:
-    """Give how far a noisy curve went, the mean of its last fifth less that of its first, and the noise of
-    that: its standard deviation.
-
-    The noise is what a line and a logarithm, as of a curve that rises soon and then stays, leave of it. What
-    leans on its neighbour counts for less, as in an autoregression of first order, whose coefficient is taken
-    to be as large as so few points allow.
+    """Give how far a noisy curve went, the mean of its last fifth less that of its first, and the standard
+    deviation of that: of what a line and a logarithm (of what rises soon, then stays) leave of the curve, in
+    which neighbours lean on each other as in an autoregression, by as much as so few points allow.
     """
     width = math.ceil(len(curve) / 200)
     curve = [fmean(curve[i : i + width]) for i in range(0, len(curve), width)]
@@ -77,21 +74,18 @@ def _sign(rows: list[dict], train: list[dict], name: str, figures: dict) -> int 
         low, high = figures[name]["change_interval"]
         return 1 if low > 0 else -1 if high < 0 else 0 if -flat <= low and high <= flat else None
     change, noise = trend(values(train, name))
-    sign = (change > 0) - (change < 0) if abs(change) > max(least, 3 * noise) else None
-    if abs(change) + 2 * noise <= flat and sign is None:
-        sign = 0
-    seen = values(rows, f"eval_{name}")
-    held_out = seen[-1] - seen[0] if len(seen) > 1 else 0.0
-    if sign is not None and (sign * held_out < -least or sign == 0 and abs(held_out) > flat):
-        return None
-    return sign
+    first, *_, last = values(rows, f"eval_{name}") * 2 or (0.0, 0.0)  # of one they are the same
+    if abs(change) > max(least, 3 * noise):
+        sign = 1 if change > 0 else -1
+        return sign if sign * (last - first) >= -least else None
+    return 0 if abs(change) + 2 * noise <= flat and abs(last - first) <= flat else None
 
 
 def _memorises(seen: list[float]) -> bool:
-    """Tell whether the held-out nll, of at least two evaluations, has passed its lowest."""
-    bends = [a - 2 * b + c for a, b, c in zip(seen, seen[1:], seen[2:], strict=False)]
-    noise = math.sqrt(fmean(bend * bend for bend in bends) / 6) if len(bends) > 2 else 0.0
-    return seen[-1] > min(seen) + max(0.05, 4 * noise)
+    """Tell whether the held-out nll, evaluation by evaluation, has passed its lowest."""
+    bends = [(a - 2 * b + c) ** 2 for a, b, c in zip(seen, seen[1:], seen[2:], strict=False)]
+    noise = math.sqrt(fmean(bends) / 6) if len(bends) > 2 else 0.0
+    return bool(seen) and seen[-1] > min(seen) + max(0.05, 4 * noise)
 
 
 def read_curves(rows: list[dict], results: dict | None = None) -> str:
@@ -102,7 +96,8 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
     rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
 
     Args:
-        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`.
+        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`; and
+            `kept_step`, where it is not the last.
     """
     train, results = [row for row in rows if not is_evaluation(row)], results or {}
     if train and train[-1].get("loss", 0) is None:
@@ -120,12 +115,12 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
         what, margin = "accuracy", accuracy
     elif accuracy and margin != accuracy:
         return "held-out accuracy and margin go different ways: look at the pairs before you change anything"
-    held_out, evaluated = "log_odds_ratio" in figures or what == "accuracy", values(rows, "eval_nll")
-    rates = values(train, "learning_rate")
+    held_out, kept = "log_odds_ratio" in figures or what == "accuracy", results.get("kept_step", math.inf)
+    evaluated = values([row for row in rows if row["step"] <= kept], "eval_nll")
+    sides, rates = {chosen, rejected}, values(train, "learning_rate")
     told = _judged(
-        what, margin, nll, both_fall=chosen == rejected == -1, side_holds=max(chosen or 0, rejected or 0) > 0
-        or 0 in (chosen, rejected), memorises=len(evaluated) > 1 and _memorises(evaluated),
-        warming=rates[-1:] > rates[-2:-1],
+        what, margin, nll, both_fall=sides == {-1}, side_holds=bool(sides & {0, 1}),
+        memorises=_memorises(evaluated), warming=rates[-1:] > rates[-2:-1],
         more="hold out more pairs, or train longer" if held_out else "wait for more steps",
     )  # fmt: skip
     return f"on held-out pairs {told}" if held_out else told
@@ -150,10 +145,7 @@ def _judged(what, margin, nll, *, both_fall, side_holds, memorises, warming, mor
     others = (
         (nll == 1, f"nll rising, {what} not: the learning rate is too high; try a third"),
         (both_fall, f"both falling, {what} not rising: the learning rate is too high; try a third"),
-        (
-            margin == -1,
-            f"{what} falling: raise or_weight, and check that chosen and rejected are not swapped",
-        ),
+        (margin == -1, f"{what} falling: raise or_weight; check that chosen and rejected are not swapped"),
         (warming, f"{what} flat, learning rate still warming up: wait"),
         (nll == -1, f"{what} flat, nll falling: it learns the answers, not the preference; or_weight is low"),
         (nll == 0, f"{what} flat, nll flat: learning rate or or_weight is low"),

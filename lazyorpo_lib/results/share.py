@@ -247,8 +247,16 @@ _say = functools.partial(say, end="")
 def ask(run, question: str) -> None:
     """Print the tuned model's answer as it is written: a notebook's way to talk to its `run.Run`."""
     _reload(run)
-    reply(run.model, run.tokenizer, [{"role": "user", "content": question}], _say)
-    say()
+    waiting = []
+
+    def tell(piece: str) -> None:
+        waiting.append(piece)
+        if sum(map(len, waiting)) > 20:  # each print is an output of its own in the saved notebook
+            _say("".join(waiting))
+            waiting.clear()
+
+    reply(run.model, run.tokenizer, [{"role": "user", "content": question}], tell)
+    say("".join(waiting))
 
 
 def _reload(run) -> None:

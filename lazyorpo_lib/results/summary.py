@@ -101,7 +101,7 @@ def summarise(run, stopped: str) -> dict:
     spent, price = run.spent.totals(), run.settings.price_per_hour
     return {
         "finished": not stopped,
-        "why": stopped or "every step was taken",
+        "why": stopped or trainer.best.early() or "every step was taken",
         "steps": trainer.step,
         "epochs": round(trainer.epoch, 4),
         "method": run.method,
@@ -130,4 +130,5 @@ def summarise(run, stopped: str) -> dict:
         },
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "accelerate", "datasets")},
         **run.held_out_results(),
+        **trainer.best.told(),
     }

@@ -12,7 +12,7 @@ from ..plan.planner import settled
 from ..results.compare import by_prompt
 from ..results.evaluate import WHEN, measures
 from ..settings import Settings
-from .runs import pinned, prepare_home, run_apart, write_up
+from .runs import prepare_home, run_apart, write_up
 
 GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy": "accuracy gain"}
 ROUNDS = 6  # each with twice the steps and twice the held-out pairs of the one before
@@ -32,8 +32,7 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
         [{"trial", "or_weight", "learning_rate", gains}] of the last round, "recommended": {setting: value},
         empty where no trial differs beyond its interval, "said": [sentence]}; probe.md, probe.png.
     """
-    home = prepare_home(settings, "probe")
-    settings, minutes = pinned(settled(settings), home), 0.0
+    home, minutes, settings = prepare_home(settings, "probe"), 0.0, settled(settings)
     held_out = 32 if settings.eval_pairs == "auto" else min(settings.eval_pairs or 32, 32)
     for k in range(ROUNDS):
         size = dict(steps=steps * 2**k, held_out=held_out * 2**k)
@@ -56,7 +55,7 @@ def _round(settings: Settings, home: Path, show, *, steps: int, held_out: int):
     short = dataclasses.replace(
         settings, objective="orpo", max_steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5),
         eval_pairs=held_out, max_pairs=min(settings.max_pairs or pairs_needed, pairs_needed),
-        answers=0, resume="auto", hub_repo="", watch_every_steps=0, max_minutes=0.0,
+        answers=0, keep="last", patience=0, resume="auto", hub_repo="", watch_every_steps=0, max_minutes=0.0,
     )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
     runs, pairs, prompts, minutes = [], {name: [] for name in GAINS}, [], 0.0
@@ -95,13 +94,8 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
     Returns:
         {"recommended": {setting: value}, empty where nothing is proven, "said": [sentence]}.
     """
-    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
-    sums, count, others = np.concatenate([gain, -nll]), pairs["nll"].shape[1], range(1, len(runs))
-    scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
-    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
-    more, less = np.split(sums.sum(axis=1) / count, 2)
-    spread = np.split(limit * scale / count, 2)
+    (more, less), spread = _weighed(pairs, prompts, level)
+    count, others = pairs["nll"].shape[1], range(1, len(runs))
     kept = [j for j in others if runs[j]["nll change"] <= 0]
     if runs[0]["nll change"] <= 0:
         found = [j for j in kept if more[j - 1] > spread[0][j - 1]]
@@ -126,6 +120,16 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
     if sign == 1:
         why += "; held-out nll rose in all that are better, so lower the learning rate further"
     return {"recommended": recommended, "said": [f"Recommended: {flags}: {why}."]}
+
+
+def _weighed(pairs, prompts, level):
+    """Give how much more log-odds ratio and less nll each trial has than the first; half the intervals."""
+    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
+    sums, count = np.concatenate([gain, -nll]), pairs["nll"].shape[1]
+    scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
+    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
+    return np.split(sums.sum(axis=1) / count, 2), np.split(limit * scale / count, 2)
 
 
 def _told(by, of, j: int) -> str:

@@ -1,21 +1,36 @@
-"""ORPO against SFT and SFT then DPO: from the same base, on the same pairs, with the same number of steps."""
+"""ORPO against SFT, SFT then DPO, SFT then ORPO: from one base, on the same pairs, on the same budget."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
 from ..folder import read_json
-from ..plan.planner import settled
+from ..plan import planner
 from ..results import card
+from ..results.compare import interval
 from ..results.evaluate import broken, changes, measures
+from ..session import duration
 from ..settings import Settings
-from .runs import prepare_home, run_apart, write_up
+from .runs import is_finished, prepare_home, run_apart, write_up
 
+# The objective of each stage, and its learning rate as a share of the settings': a thirtieth is usual for
+# DPO; a tenth, without nll a twentieth, are about what arXiv 2502.01237 (Table 1) found for ORPO after SFT.
+STAGES = {
+    "SFT": {"sft": 1.0},
+    "SFT then DPO": {"sft": 1.0, "dpo": 1 / 30},
+    "ORPO": {"orpo": 1.0},
+    "SFT then ORPO": {"sft": 1.0, "orpo": 1 / 10},
+    "SFT then ORPO without nll": {"sft": 1.0, "orpo": 1 / 20},
+}
+ALONE = 100.0  # or_weight with which the odds term is all but alone: AdamW does not see the scale of a loss
 RECIPES = ("SFT", "SFT then DPO", "ORPO")
+BUDGETS = ("steps", "tokens")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
 HABIT = {"habit_after": "answers with the habit"}  # of the demo
 COST = {
@@ -27,53 +42,132 @@ COST = {
 
 
 def compare_recipes(
-    settings: Settings, *, seeds: int = 3, dpo_learning_rate: float = 0.0, show: Callable[[str], None] = print
-) -> Path:
-    """Carry out SFT, SFT then DPO and ORPO, a few seeds of each, and compare them on held-out pairs.
+    settings: Settings, *, seeds: int = 3, dpo_learning_rate: float = 0.0,
+    recipes: str | Sequence[str] = RECIPES, budget: str = "steps", tries: int = 1,
+    show: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Carry out recipes, a few seeds of each in one number format, and compare them on held-out pairs.
 
-    SFT then DPO spends half of the epochs (or max_steps) on each stage; with an even number of epochs every
-    recipe sees every pair equally often. DPO starts from the merged model of its SFT, which is also its
-    reference. A seed decides the order of the pairs, the adapters' start and which pairs are held out; within
-    a seed all recipes are tested on the same ones.
+    A recipe of two stages spends half of the epochs (or max_steps) on each. The second stage starts from the
+    merged model of its SFT, which is also DPO's reference. A seed decides the order of the pairs, the
+    adapters' start and which pairs are held out; within a seed all are tested on the same ones.
 
     Args:
         settings: what the recipes share; `objective`, `seed` and `output_dir` are set here.
-        seeds: how many, from 1 on.
         dpo_learning_rate: of the DPO stage; 0: a thirtieth of `learning_rate`, about the usual ratio.
+        recipes: of STAGES, a list or a text with commas.
+        budget: "steps", or "tokens": as many through the model, DPO's reference included, which takes its
+            recipe fewer steps.
+        tries: learning rates tried for each last stage, by factors of 3, on a split of its own (seed 0).
 
     Returns:
         `comparison/` in the run's folder: a folder a run; comparison.json, {"runs": [{"recipe", "seed",
-        figure: value}], "said": [sentence]}; the same as comparison.md, a table, and .png.
+        figure: value}], "rates", "budget", "said": [sentence]}; as comparison.md, a table, and .png too.
     """
+    recipes = _checked(settings, recipes, budget, seeds, tries)
+    settings, home = planner.settled(settings), prepare_home(settings, "comparison")
+    runs, folders = [], {}
+    rates = {name: settings.learning_rate * list(STAGES[name].values())[-1] for name in STAGES}
+    rates["SFT then DPO"] = dpo_learning_rate or rates["SFT then DPO"]
+    plan = Comparison(settings, home, budget, rates)
+    wanted = [(recipe, seed, "") for seed in range(1, seeds + 1) for recipe in recipes]
+    factors = [3.0 ** (k - tries // 2) for k in range(tries)] if tries > 1 else []
+    show(plan.told(wanted + [(recipe, 0, f"-{factor}") for recipe in recipes for factor in factors]))
+    for recipe in [name for name in STAGES if factors and name in recipes]:  # SFT first: others begin with it
+        rates[recipe] = plan.best_rate(recipe, factors, show)
+    for recipe, seed, _ in wanted:
+        stages = plan.carry_out(plan.stages(recipe, seed), show)
+        folders.setdefault(recipe, []).append(stages[-1])
+        runs.append({"recipe": recipe, "seed": seed} | _figures(stages))
+        show(f"{recipe}, seed {seed}: " + ", ".join(f"{n} {v:.4g}" for n, v in list(runs[-1].items())[2:]))
+    pairs = [(b, a) for a, b in combinations(recipes, 2) if "ORPO" in b] or list(combinations(recipes, 2))
+    rates = {name: float(f"{rates[name]:.3g}") for name in recipes}
+    said = [*(_verdict(folders, *two) for two in pairs), _about(rates, budget, tries)]
+    said += [_sft_tokens(folders["SFT"][0])] if "SFT" in folders else []
+    rest = {"rates": rates, "budget": budget, "said": said}
+    return write_up(home, "recipe", runs, QUALITY | HABIT | COST, rest)
+
+
+def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -> list[str]:
+    names = recipes.split(",") if isinstance(recipes, str) else recipes
+    names = list(dict.fromkeys(name.strip() for name in names))
+    unknown = [f"There is no recipe {name!r}" for name in names if name not in STAGES]
+    if given := [*unknown, "No recipe was given"][0] if unknown or not names else "":
+        raise UserError(f"{given}: give some of {', '.join(STAGES)}.")
+    if budget not in BUDGETS:
+        raise UserError(f"budget is {budget!r}, but must be one of {', '.join(BUDGETS)}.")
+    for name, number in {"seeds": seeds, "tries": tries}.items():
+        if type(number) is not int or number < 1:
+            raise UserError(f"{name} is {number!r}, but must be a whole number from 1 on.")
     if not settings.eval_pairs:
         raise UserError("eval_pairs is 0: a comparison needs held-out pairs; give at least 40.")
-    home, runs, folders = prepare_home(settings, "comparison"), [], {}
-    settings = settled(settings)
-    for seed in range(1, seeds + 1):
-        for recipe in RECIPES:
-            stages = _stages(settings, home, recipe, seed, dpo_learning_rate or settings.learning_rate / 30)
-            for before, stage in zip([None, *stages], stages, strict=False):
-                run_apart(stage, show, merge=before and before.output_dir)
-            folders.setdefault(recipe, []).append(Path(stages[-1].output_dir))
-            figures = _figures([Path(stage.output_dir) for stage in stages])
-            runs.append({"recipe": recipe, "seed": seed} | figures)
-            words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            show(f"{recipe}, seed {seed}: {words}")
-    said = [*(_verdict(folders, other) for other in RECIPES[:2]), _sft_tokens(folders["SFT"][0])]
-    return write_up(home, "recipe", runs, QUALITY | HABIT | COST, {"said": said})
+    return names
 
 
-def _stages(settings: Settings, home: Path, recipe: str, seed: int, dpo_rate: float) -> list[Settings]:
-    def stage(name, **changed):
-        own = {"seed": seed, "output_dir": str(home / f"{name}-{seed}"), "resume": "auto", "hub_repo": ""}
-        return dataclasses.replace(settings, **own, **changed)
+@dataclasses.dataclass
+class Comparison:
+    """The runs of a comparison: their settings, in `home`, with the learning rates as they are so far."""
 
-    if recipe != "SFT then DPO":
-        return [stage(recipe.lower(), objective=recipe.lower())]
-    half = {"max_steps": math.ceil(settings.max_steps / 2), "epochs": settings.epochs / 2}
-    sft = stage("half-sft", objective="sft", answers=0, **half)
-    base = f"{sft.output_dir}/merged"
-    return [sft, stage("sft-then-dpo", objective="dpo", base_model=base, learning_rate=dpo_rate, **half)]
+    settings: Settings
+    home: Path
+    budget: str
+    rates: dict[str, float]
+
+    def _share(self, recipe: str) -> float:
+        """Give the part of the whole budget that each stage of a recipe takes."""
+        s = self.settings
+        if self.budget == "tokens" and "dpo" in STAGES[recipe]:  # whose reference reads each pair once
+            return 1 / 3 if s.max_steps else max(1 / 3, (1 - 1 / s.epochs) / 2)
+        return 1 / len(STAGES[recipe])
+
+    def stages(self, recipe: str, seed: int, suffix: str = "") -> list[Settings]:
+        """Give the settings of each stage; what two recipes begin with is one run."""
+        s, share, stages = self.settings, self._share(recipe), []
+        for objective in STAGES[recipe]:
+            last = objective == list(STAGES[recipe])[-1]
+            name = recipe.lower().replace(" ", "-") if last else f"{'half' if share == 0.5 else 'part'}-sft"
+            changed = {"max_steps": math.ceil(s.max_steps * share), "epochs": s.epochs * share}
+            changed |= {"or_weight": ALONE} if "without nll" in recipe else {}
+            changed |= {} if last else {"answers": 0, "or_weight": s.or_weight}
+            if stages:
+                changed |= {"base_model": f"{stages[-1].output_dir}/merged"}
+            stages.append(dataclasses.replace(
+                s, objective=objective, seed=seed, learning_rate=self.rates[recipe if last else "SFT"],
+                output_dir=str(self.home / f"{name}-{seed}{suffix if last else ''}"), resume="auto",
+                hub_repo="", **changed,
+            ))  # fmt: skip
+        return stages
+
+    def carry_out(self, stages: list[Settings], show) -> list[Path]:
+        for before, stage in zip([None, *stages], stages, strict=False):
+            run_apart(stage, show, merge=before and before.output_dir)
+        return [Path(stage.output_dir) for stage in stages]
+
+    def told(self, wanted: list[tuple[str, int, str]]) -> str:
+        """Say how many runs there are, and how long they will take, by the planner's arithmetic."""
+        jobs = {stage.output_dir: stage for one in wanted for stage in self.stages(*one)}
+        left = [stage for folder, stage in jobs.items() if not is_finished(Path(folder))]
+        said = f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished"
+        with contextlib.suppress(UserError):  # the run tells it
+            whole = planner.estimate(dataclasses.replace(self.settings, objective="orpo")).method.minutes
+            passes = sum((4 / 3 if one.objective == "dpo" else 1) * one.epochs for one in left)
+            took = duration(whole * passes / self.settings.epochs)
+            said += f"; the others take about {took} by plan, answers apart"
+        return f"{said}. Interrupted, it goes on where it was."
+
+    def best_rate(self, recipe: str, factors: list[float], show) -> float:
+        """Try rates on a split of its own, and give the one that comes out with the highest accuracy."""
+        found, own = {}, self.rates[recipe]
+        for rate in (float(f"{own * factor:.3g}") for factor in factors):
+            self.rates[recipe] = rate
+            folder = self.carry_out(self.stages(recipe, 0, f"-{rate:g}"), show)[-1]
+            summary = read_json(folder / "summary.json")
+            held = summary.get("held_out", {})
+            if held.keys() >= QUALITY.keys() and "no gain all the same" not in summary["verdict"]:
+                found[rate] = held["accuracy"]["after"], -held["nll"]["after"]
+        if not found:
+            raise UserError(f"No learning rate of {recipe} left a sound model: lower learning_rate.")
+        return max(found, key=found.get)
 
 
 def _figures(stages: list[Path]) -> dict[str, float]:
@@ -89,26 +183,29 @@ def _figures(stages: list[Path]) -> dict[str, float]:
     return figures | sums | {"training_peak_gib": max(peaks)}
 
 
-def _verdict(folders: dict[str, list[Path]], other: str) -> str:
-    """Hold ORPO against another recipe, pair by pair over the held-out pairs of all seeds."""
+def _verdict(folders: dict[str, list[Path]], one: str, other: str) -> str:
+    """Hold a recipe against another, pair by pair over the held-out pairs of all seeds."""
+    kept = [[read_json(folder / "held_out.json") for folder in folders[recipe]] for recipe in (one, other)]
+    sides = [[measures(k, "after") for k in side] for side in kept]
+    fallen = (broken(changes(measures(k, "before"), measures(k, "after")), k["after"]) for k in kept[0])
+    noise = "more than noise"
+    if why := next(filter(None, fallen), ""):
+        noise = f"no gain all the same, for of {one}'s model {why}"
+    prompts, parts = [k.get("prompt_ids", range(len(k["after"]["pairs"]))) for k in kept[0]], []
+    for name in QUALITY:
+        values = [a[name] - b[name] for a, b in zip(*sides, strict=True)]
+        low, high = interval(values, prompts)
+        figure = {"change": np.nanmean(np.concatenate(values)), "change_interval": (low, high)}
+        proven = noise if low > 0 or high < 0 else "within the noise"
+        parts.append(f"{name} {card.spread(figure, 'change', '+.3f')}, {proven}")
+    pairs = f"{sum(map(len, values))} held-out pairs of {len(values)} seed{'s' * (len(values) > 1)}"
+    return f"{one} minus {other}, on {pairs}: {'; '.join(parts)}."
 
-    def pooled(recipe):
-        sides = [measures(read_json(folder / "held_out.json"), "after") for folder in folders[recipe]]
-        return {name: np.concatenate([side[name] for side in sides]) for name in QUALITY}
 
-    def fallen(folder):
-        kept = read_json(folder / "held_out.json")
-        return broken(changes(measures(kept, "before"), measures(kept, "after")), kept["after"])
-
-    figures = changes(pooled(other), pooled("ORPO"))
-    noise = {True: "more than noise", False: "within the noise"}
-    if why := next(filter(None, map(fallen, folders["ORPO"])), ""):
-        noise[True] = f"no gain all the same, for of ORPO's model {why}"
-    parts = [
-        f"{name} {card.spread(f, 'change', '+.3f')}, {noise[f['more_than_noise']]}"
-        for name, f in figures.items()
-    ]
-    return f"ORPO minus {other}, on {figures['accuracy']['pairs']} held-out pairs: {'; '.join(parts)}."
+def _about(rates: dict[str, float], budget: str, tries: int) -> str:
+    how = f"each the best of {tries} on a split of its own" if tries > 1 else "no rate was searched"
+    taken = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    return f"Learning rates of the last stages: {taken}; {how}. Budget: the same {budget} for all."
 
 
 def _sft_tokens(folder: Path) -> str:

@@ -19,7 +19,6 @@ import torch
 from .. import run
 from ..errors import UserError, explain_disk, without_secrets
 from ..folder import folder_of, read_json
-from ..machine import pick_precision, this_machine
 from ..marker import take, write_atomically
 from ..results import card, live, share
 from ..session import Stopped
@@ -32,11 +31,15 @@ def prepare_home(settings: Settings, name: str) -> Path:
     return take(home, "set of runs", *(f"{name}.{ending}" for ending in ("json", "md", "png")))
 
 
-def pinned(settings: Settings, home: Path) -> Settings:
-    """Choose one number format for all the runs in a folder: the one in which the first of them began."""
-    begun = (read_json(file)["settings"]["precision"] for file in sorted(home.glob("*/settings.json")))
-    dtype, _ = pick_precision(settings.precision, this_machine())
-    return dataclasses.replace(settings, precision=next(begun, str(dtype).removeprefix("torch.")))
+def _pinned(settings: Settings) -> Settings:
+    """Take the number format in which the first of the runs beside this one was carried out, where `auto` may
+    choose another one on another machine; a run that has begun keeps its own."""
+    folder = Path(settings.output_dir)
+    own = read_json(folder / "settings.json").get("settings", settings.__dict__)["precision"]
+    beside = (read_json(file).get("chosen", {}) for file in sorted(folder.parent.glob("*/settings.json")))
+    first = next((chosen["precision"] for chosen in beside if "precision" in chosen), own)
+    begun = (folder / "settings.json").exists()
+    return dataclasses.replace(settings, precision=own if begun else first)
 
 
 def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:
@@ -46,8 +49,9 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         merge: folder of a finished run whose merged model is this one's base.
     """
     folder, settings = Path(settings.output_dir), dataclasses.replace(settings, on_finish="nothing")
-    if _is_finished(folder):
+    if is_finished(folder):
         return
+    settings = _pinned(settings) if settings.precision == "auto" else settings
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     take(folder, "run", "log.txt", "STOP")
     # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand
@@ -67,7 +71,7 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         else:
             process.terminate()  # it ends its step and saves
         process.join()
-    if not _is_finished(folder):
+    if not is_finished(folder):
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
         told = f"The run in {folder} is not finished ({' '.join(last)})"
@@ -75,7 +79,8 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         raise kind(f"{told}: mend that and run this again, it goes on from there.")
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run in a folder has come to its end."""
     return bool(read_json(folder / "summary.json").get("finished"))
 
 

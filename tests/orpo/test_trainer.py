@@ -51,7 +51,6 @@ SETTINGS = dict(
     pairs_per_step=8,
     learning_rate=1e-2,
     save_every_steps=0,
-    eval_pairs=0,
     lora_rank=4,
     lora_alpha=8,
     max_steps=4,

@@ -364,8 +364,21 @@ def test_the_longest_reading_of_held_out_pairs_fits_too():
             drawn = live._figure(curves(), "", "", {"held_out": figures})
             drawn.canvas.draw()
         *_, text = drawn.texts
-        assert text.get_text().startswith("On held-out pairs margin f") and len(text.get_text()) > 100
+        assert text.get_text().startswith("On held-out pairs margin f") and len(text.get_text()) > 95
         assert text.get_window_extent().x1 < 0.99 * drawn.bbox.x1
+
+
+def test_the_step_that_is_kept_is_marked_in_every_curve_and_named():
+    rows = healthy(40)
+    assert live.draw(rows) == live.draw(rows, results={}), "no mark where the last step is kept"
+    with matplotlib.rc_context(live.STYLE):
+        drawn = live._figure(rows, "", "", {"kept_step": 12_345})
+        drawn.canvas.draw()
+    marks = [[line for line in axes.lines if list(line.get_xdata()) == [12_345] * 2] for axes in drawn.axes]
+    assert len(marks) == 5 and all(len(found) == 1 for found in marks)
+    heading, note = drawn.axes[0]._left_title, drawn.axes[0]._right_title
+    assert "held-out pairs" in note.get_text() and "step 12,345 is kept" in note.get_text()
+    assert note.get_window_extent().x0 > heading.get_window_extent().x1
 
 
 def test_progress_is_shown_from_the_folder_alone(tmp_path, shown, capsys):

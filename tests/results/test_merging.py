@@ -12,26 +12,8 @@ from lazyorpo_lib import marker, model
 from lazyorpo_lib.demo.model import TINY_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.kinds import locate
-from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.results import merging, share
-from lazyorpo_lib.settings import Settings
-from tests.results.test_card import write_run
-
-
-def make_run(folder, base, adapter=True):
-    """A finished run over a base; its adapter is random."""
-    write_run(folder, settings={"base_model": str(base)})
-    tuned = model.load_base(str(base), dtype=torch.float32, device="cpu")
-    if adapter:
-        tuned = model.add_adapters(tuned, Settings(base_model=str(base)))
-    torch.manual_seed(1)
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    tokenizer = model.load_tokenizer(TINY_MODEL)
-    prepare_tokenizer(tokenizer)
-    model.save_model(tuned, tokenizer, folder / "model", base_model=str(base))
-    return folder
+from tests.results.test_share import make_run
 
 
 @pytest.fixture(scope="module")

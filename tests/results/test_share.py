@@ -33,22 +33,28 @@ from tests.results.test_card import write_run
 IDS = torch.arange(10, 40)[None]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of a tiny model whose adapter has learned something random; never changed by a test."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "a", settings={"base_model": TINY_MODEL})
-    tuned = model.add_adapters(
-        model.load_base(TINY_MODEL, dtype=torch.float32, device="cpu"), Settings(base_model=TINY_MODEL)
-    )
+def make_run(folder, base, adapter=True, end_ids=()):
+    """A finished run over a base, whose adapter has learned something random."""
+    write_run(folder, settings={"base_model": str(base)})
+    tuned = model.load_base(str(base), dtype=torch.float32, device="cpu")
+    if adapter:
+        tuned = model.add_adapters(tuned, Settings(base_model=str(base)))
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     tokenizer = model.load_tokenizer(TINY_MODEL)
     prepare_tokenizer(tokenizer)
-    tuned.generation_config.eos_token_id = [2, 7]
-    model.save_model(tuned, tokenizer, folder / "model", base_model=TINY_MODEL)
+    tuned.generation_config.eos_token_id = list(end_ids) or tuned.generation_config.eos_token_id
+    model.save_model(tuned, tokenizer, folder / "model", base_model=str(base))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a tiny model; never changed by a test."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    return make_run(folder, TINY_MODEL, end_ids=[2, 7])
 
 
 @pytest.fixture

@@ -66,8 +66,8 @@ def noise(chance, size=32, heavy=False):
 @pytest.mark.parametrize("size", [8, 32, 128])
 def test_on_shuffled_labels_nothing_is_recommended_in_19_of_20_probes_at_least(size, heavy):
     chance = np.random.default_rng(size)
-    found = [bool(recommended(*noise(chance, size, heavy))["recommended"]) for _ in range(200)]
-    assert max(sum(found[i : i + 20]) for i in range(0, 200, 20)) <= 1 and sum(found) <= 4
+    found = [bool(recommended(*noise(chance, size, heavy))["recommended"]) for _ in range(100)]
+    assert max(sum(found[i : i + 20]) for i in range(0, 100, 20)) <= 1 and sum(found) <= 3
 
 
 def test_pairs_of_one_prompt_are_no_proof_of_their_own():
@@ -80,7 +80,7 @@ def test_pairs_of_one_prompt_are_no_proof_of_their_own():
 
 
 def trained(monkeypatch, figures, minutes=1.0):
-    """In the place of training: `figures(settings)` gives the change of log-odds ratio and nll of each pair."""
+    """In the place of training: `figures(settings)` gives what log-odds ratio and nll of each pair change."""
     seen = []
 
     def run(settings, show):
@@ -114,7 +114,7 @@ def test_probe_tries_each_setting_lower_and_higher_and_writes_what_it_decided_fr
     home = probe(tiny(tmp_path, or_weight=0.3, learning_rate=3e-3), steps=5)
     out = read(home, "probe.json")
     assert {(s.max_steps, s.objective, s.answers) for s in seen} == {(5, "orpo", 0)}
-    assert max(s.eval_pairs for s in seen) <= 32 and len({s.precision for s in seen} - {"auto"}) == 1
+    assert max(s.eval_pairs for s in seen) <= 32
     assert [(run["or_weight"], run["learning_rate"]) for run in out["runs"]] == [
         (0.3, 3e-3), (0.3, 1e-3), (0.3, 9e-3), (0.1, 3e-3), (0.9, 3e-3),
     ]  # fmt: skip
