@@ -19,6 +19,15 @@ from ..machine import Machine, this_machine
 from ..settings import Settings
 
 IDLE = 120.0
+# Whatever a library prints, from its first line and from C too, is no answer: it goes where errors go.
+_BEGIN = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+from lazyorpo_lib.plan import beside
+beside.serve(answers)
+"""
 
 
 class Beside:
@@ -35,9 +44,7 @@ class Beside:
         asked = dict(settings=asdict(settings), machine=asdict(this_machine()), folder=os.getcwd(), hub=hub)
         with self._lock:
             answer = self._answer(json.dumps(asked)) or self._answer(json.dumps(asked))
-        if not answer:
-            raise UserError("the process that plans has ended: run the cell again, or use --plan.")
-        said, refused = json.loads(answer)
+        said, refused = json.loads(answer or '["", "the process that plans has ended: use --plan."]')
         if refused:
             raise UserError(refused)
         return said
@@ -45,31 +52,27 @@ class Beside:
     def _answer(self, asked: str) -> str:
         """Ask the process, one that is begun where there is none; nothing if it ended instead."""
         if self.process is None or self.process.poll() is not None:
-            code = "import sys; sys.path.insert(0, sys.argv[1]); from lazyorpo_lib.plan import beside"
-            home = str(Path(__file__).parents[2])
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"{code}; beside.serve()", home], text=True, encoding="utf-8",
+                [sys.executable, "-c", _BEGIN, str(Path(__file__).parents[2])], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # an interrupt of the notebook is not meant for it
             )  # fmt: skip
-        answer = ""
         with contextlib.suppress(OSError):
             print(asked, file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        if not answer:
-            self.process.kill()
-            self.process.wait()
-        return answer
+            if answer := self.process.stdout.readline():
+                return answer
+        self.process.kill()
+        self.process.wait()
+        return ""
 
 
 beside = Beside()
 
 
-def serve() -> None:
+def serve(answers) -> None:
     """Answer the questions on stdin, one a line, with [what the plan says, or why there is none]."""
     from . import planner
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     while True:
         bored = threading.Timer(IDLE, os._exit, (0,))
         bored.daemon = True
@@ -77,7 +80,7 @@ def serve() -> None:
         line = sys.stdin.readline()
         bored.cancel()
         if not line:
-            return
+            os._exit(0)  # what libraries do at an end takes long, or fails
         asked = json.loads(line)
         machine = Machine(**asked["machine"] | {"capability": tuple(asked["machine"]["capability"])})
         try:

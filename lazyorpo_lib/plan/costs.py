@@ -146,7 +146,8 @@ class Costs:
             pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in parts]
             rows.append([EncodedPair(i, *pair) for i in range(count)])
         key = self.config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
-        key += settings.lora_rank, settings.lora_dropout > 0, settings.nll_over, self.cards > 1
+        adapters = None if self.full else (settings.lora_rank, settings.lora_dropout > 0)
+        key += adapters, settings.nll_over, self.cards > 1
         key += tuple(len(part) for row in rows for part in row[0][1:])
         if key not in _profiles:
             what = self.held, self.dtype, machine, rows, self.cards > 1

@@ -10,8 +10,9 @@ import pytest
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.notebook import panel as module
 from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
+from lazyorpo_lib.plan import beside
 from lazyorpo_lib.plan.beside import Beside
-from lazyorpo_lib.settings import DEFAULTS, FIELDS
+from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +303,10 @@ def test_a_plan_that_comes_late_does_not_hide_what_is_wrong():
     assert planned(panel).endswith("2 minutes</div>")
 
 
-def test_a_planner_beside_plans_fails_in_a_sentence_and_begins_anew_when_it_was_ended(tmp_path, monkeypatch):
+@pytest.mark.slow  # torch and all else is imported anew
+def test_a_planner_beside_plans_or_says_in_a_sentence_why_not_and_ends_with_the_notebook(
+    tmp_path, monkeypatch
+):
     from lazyorpo_lib.demo.model import write_tiny
 
     write_tiny(tmp_path / "base")
@@ -313,11 +317,40 @@ def test_a_planner_beside_plans_fails_in_a_sentence_and_begins_anew_when_it_was_
     assert "GiB, about" in line[0] and "learning_rate 0.0005" in line[1]
     panel.edit("base_model", "./none")
     assert panel.table().splitlines()[-1].startswith("No estimate: base_model is './none'")
-    planner.process.kill()
-    panel.edit("base_model", "base")
-    assert "GiB, about" in panel.table().splitlines()[-2]
     planner.process.stdin.close()  # as when the notebook ends
-    assert planner.process.wait(120) == 0
+    assert planner.process.wait(60) == 0
+
+
+def quick(monkeypatch, *lines):
+    """A planner beside whose process imports nothing, and runs `lines` for each question."""
+    begin, _, _ = beside._BEGIN.partition("from lazyorpo_lib")
+    loop = "".join(f"\n    {line}" for line in lines)
+    monkeypatch.setattr(beside, "_BEGIN", f"{begin}for line in sys.stdin:{loop}")
+    return Beside()
+
+
+ANSWER = """print('["7 GiB", ""]', file=answers, flush=True)"""
+
+
+def test_a_planner_beside_that_was_ended_begins_anew(monkeypatch):
+    planner = quick(monkeypatch, ANSWER)
+    assert planner(Settings()) == "7 GiB"
+    first = planner.process
+    assert planner(Settings()) == "7 GiB" and planner.process is first
+    first.kill()
+    assert planner(Settings()) == "7 GiB" and planner.process is not first
+    planner.process.stdin.close()
+
+
+def test_a_planner_beside_that_ends_at_each_question_is_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="the process that plans has ended: use --plan"):
+        quick(monkeypatch, "os._exit(1)")(Settings())
+
+
+def test_what_a_library_prints_is_no_answer_of_the_planner_beside(monkeypatch):
+    planner = quick(monkeypatch, "print('from Python', flush=True)", "os.write(1, b'from C')", ANSWER)
+    assert planner(Settings()) == planner(Settings()) == "7 GiB"
+    planner.process.stdin.close()
 
 
 PAIR = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
