@@ -20,7 +20,7 @@ from .settings import Settings
 FILES = (
     ".lock", "STOP", "settings.json", "data_report.json", "dropped.jsonl", "dropped.jsonl.tmp",
     "history.jsonl", "watched.jsonl", "held_out.json", "live.png", "summary.json", "README.md", "model/",
-    ".saving/", "tensorboard/", "wandb/", "model_outputs.json", "reference_outputs.json",
+    ".saving/", ".pairs", "tensorboard/", "wandb/", "model_outputs.json", "reference_outputs.json",
 )  # fmt: skip
 # Settings that change where and how a run is carried out, but not what comes out of it.
 NOT_THE_RESULT = {

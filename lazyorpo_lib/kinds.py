@@ -10,14 +10,14 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 from .demo.model import DEMO_MODEL, TINY_MODEL, home_of, hub_answers
-from .errors import UserError, expanded, explain_model
+from .errors import UserError, dissect, expanded, explain_hub, explain_model
 from .folder import read_json
 from .orpo.body import sizes_of
 
@@ -33,6 +33,7 @@ _OTHERS = {  # what a folder holds in place of a model, by the first file that t
     "*.gguf": "holds GGUF files, which llama.cpp runs and nobody trains: give the model they were made from",
     "params.json": "holds weights as their maker's own library has them: give it in transformers' form",
 }
+_CACHED = {"model": "config.json", "dataset": "README.md"}  # what is fetched of one in any case
 _FROM = "give the language model that it was made from"
 _EMBEDS = f"without an output layer, as models have that embed texts: {_FROM}"
 _ENCODER = "an encoder, which sees the tokens it is to predict: give a causal one"
@@ -86,6 +87,50 @@ def _weights_of(folder: Path) -> list[str]:
     """List the files that a saved model's weights are in, with those that its index names and are gone."""
     named = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
     return sorted({*named, *(file.name for file in folder.glob("*.safetensors"))})
+
+
+def look_up(settings, record: dict, show) -> dict:
+    """Ask the hub for the licences of base model and data, before a download, and show what it says.
+
+    Returns:
+        the `record` of the run, into which they are put as {"licences": {"model" or "dataset": licence}}.
+
+    Raises:
+        UserError: one of them is gated, not here yet, and the token at hand does not open it.
+    """
+    wanted = {"model": settings.base_model, "dataset": settings.dataset.split(":")[0]}
+    wanted = {
+        k: v for k, v in wanted.items() if re.fullmatch(r"[\w.-]+/[\w.-]+", v) and not os.path.exists(v)
+    }
+    said = []
+    for kind, name in wanted.items() if wanted and hub_answers() else ():
+        try:
+            info = HfApi().repo_info(name, repo_type=kind, timeout=5)
+        except Exception:  # the download says why, or what is cached will do
+            continue
+        stated = getattr(info.card_data, "license", None)
+        names = stated if isinstance(stated, list) else [stated]
+        if licence := ", ".join(text for text in names if isinstance(text, str))[:200]:
+            record.setdefault("licences", {})[kind] = licence
+        words = ", ".join([f"licence {licence}"] * bool(licence) + ["gated"] * bool(info.gated))
+        said += [f"{name}: {words}"] * bool(words)
+        if info.gated:
+            _check_access(kind, name)
+    if said:
+        show(f"The hub says of {'; of '.join(said)}.")
+    return record
+
+
+def _check_access(kind: str, name: str) -> None:
+    """Raise UserError where the token at hand does not open a gated repository that is not cached."""
+    if isinstance(try_to_load_from_cache(name, _CACHED[kind], repo_type=kind), str):
+        return
+    try:
+        HfApi().auth_check(name, repo_type=kind)
+    except Exception as error:  # of an old client or a hub that is busy nothing is made here
+        page, instead = (name, "a local folder") if kind == "model" else (f"datasets/{name}", "a local file")
+        if dissect(error)[1] & {401, 403}:
+            raise UserError(f"The {kind} {name!r} {explain_hub(error, page, instead)}.") from None
 
 
 def digest_of(base_model: str) -> str:

@@ -22,7 +22,7 @@ from .machine import check_apple, forget_peak_memory, memory_gib, pick_precision
 from .orpo import checkpoints, data
 from .orpo.best import take_best
 from .orpo.encoding import PairFile, Subset, check_model, encode_rows, prepare_tokenizer
-from .orpo.processes import check_tracker, make_accelerator
+from .orpo.processes import by_first, check_tracker, make_accelerator
 from .orpo.trainer import OrpoTrainer
 from .plan import planner
 from .results import benchmarks, card, evaluate, held_out, reading, share
@@ -112,7 +112,7 @@ class Run(Staged):
         if self.finished:  # its record stays as it is
             folders.release(self.folder)
         else:
-            self._write("settings.json", self.record)
+            self._write("settings.json", kinds.look_up(self.settings, self.record, self.show))
         self.show(f"{self.machine.name}, {self.machine.memory_gib:.1f} GiB. {why}.\nFolder: {self.folder}")
 
     def _take(self, settings: Settings, why: dict[str, str]) -> None:
@@ -143,7 +143,7 @@ class Run(Staged):
             self.show(f"{error} The run is finished, and its results follow all the same.")
 
     def _load_pairs(self) -> data.Report:
-        pairs, words, config = PairFile(), BagOfWords(), kinds.load_config(self.settings.base_model)
+        config = kinds.load_config(self.settings.base_model)
         self._take(*settle(self.settings, positions=kinds.positions_of(config)))
         s = self.settings
         kinds.check_method(config, s.method, s.base_model)
@@ -151,8 +151,25 @@ class Run(Staged):
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
         self.encoder = encoder_of(self.tokenizer, s, clock=self.record["clock"])
+        if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
+            here = f"{self.folder} is not on every machine the folder that the first process writes"
+            raise UserError(f"{here}: give an output_dir that all of them see.")
+        try:
+            vars(self).update(by_first(self._read_pairs, several=self.stop.several and not self.finished))
+        finally:
+            if self.main:
+                marker.remove(self.folder / ".pairs")  # which all have opened, or a kill left behind
+        self.show(f"{str(self.report).capitalize()}. {data.about_split(self.train_pairs, self.eval_pairs)}")
+        for note in filter(None, [said(self.style), *self.report.notes()]):
+            self.show(note)
+        return self.report
+
+    def _read_pairs(self) -> dict:
+        """Make what becomes of the dataset, by name, in a form for other processes."""
+        s, words, anew = self.settings, BagOfWords(), self.main and not self.finished
+        pairs = PairFile(self.folder / ".pairs" if self.stop.several and anew else None)
         rows = candidates(open_rows(s.dataset, max_rows=s.max_pairs), s.columns)
-        draft = self.folder / "dropped.jsonl.tmp" if self.main and not self.finished else Path(os.devnull)
+        draft = self.folder / "dropped.jsonl.tmp" if anew else Path(os.devnull)
         bar = progress_bar(None, "pairs", desc="cleaning")
         with open(draft, "w", encoding="utf-8", errors="backslashreplace") as dropped, bar:
 
@@ -166,12 +183,11 @@ class Run(Staged):
                     words.add(pair.chosen, pair.rejected)
                     yield pair
 
-            encoded_pairs, self.report = encode_rows(rows, self.encoder, on_drop=write)
+            encoded_pairs, report = encode_rows(rows, self.encoder, on_drop=write)
             train, tested = data.split_held_out(kept(), s.eval_pairs, s.seed)
-        digest = self.report.digest.hexdigest()
+        self.report = dataclasses.replace(report, on_drop=None, digest=report.digest.hexdigest())
         older = self._read("data_report.json").get("digest")
-        anew = self._keep_to("dataset", s.dataset, older, digest) and self.main
-        if anew:
+        if self._keep_to("dataset", s.dataset, older, self.report.digest) and anew:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
             raise UserError(
@@ -182,11 +198,8 @@ class Run(Staged):
         self.texts = rows.at([p.index for p in self.eval_pairs] or [pairs[0].index])
         self.style = words.accuracy(train, tested)
         if anew:
-            self._write("data_report.json", data_report(self, pairs, digest))
-        self.show(f"{str(self.report).capitalize()}. {data.about_split(train, tested)}")
-        for note in filter(None, [said(self.style), *self.report.notes()]):
-            self.show(note)
-        return self.report
+            self._write("data_report.json", data_report(self, pairs))
+        return {name: vars(self)[name] for name in ("report", "train_pairs", "eval_pairs", "texts", "style")}
 
     def _keep_to(self, what: str, name: str, older: str | None, now: str) -> bool:
         """Tell whether the run is still to be trained; that it was trained with another one is told, and that
@@ -219,9 +232,6 @@ class Run(Staged):
         taken |= {name: value for name, (value, _) in self.plan.auto.items()}
         why = {name: f"auto: {why}" for name, (_, why) in self.plan.auto.items()}
         self._take(dataclasses.replace(self.settings, **taken), why)
-        if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
-            here = f"{self.folder} is not on every machine the folder that the first process writes"
-            raise UserError(f"{here}: give an output_dir that all of them see.")
         self.method = self.plan.chosen
         self._make_trainer()
         name, older = self.settings.base_model, self.record.get("base")

@@ -1,8 +1,9 @@
 """A server on this machine that plays the hub, and a process that downloads from it.
 
 It takes pushes too. What it serves lies in a folder, `models/<name>/` and `datasets/<name>/`, and is had from
-any owner. The owner's name says how it behaves: `fine`, or one of FAULTS. An error's text repeats what the
-client sent to authorise itself, as a careless server might.
+any owner. The owner's name says how it behaves: `fine`, `closed` (gated, what it says of itself is had), or
+one of FAULTS. A repository has what `card.json` in its folder says as its card. An error's text repeats
+what the client sent to authorise itself, as a careless server might.
 
     python -m tests.hub    # lines ["model" | "dataset", name] on stdin, ["" | what was said] on stdout
 """
@@ -56,13 +57,15 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         where = re.fullmatch(
-            r"/(?:api/)?(models/|datasets/|)([\w-]+)/([\w-]+)(?:/(resolve|tree|revision)/[\w-]+/?(.*))?",
+            r"/(?:api/)?(models/|datasets/|)([\w-]+)/([\w-]+)(?:/(resolve|tree|revision)/[\w-]+/?(.*)|/auth-check)?",
             self.path.split("?")[0],
         )
         if not where or where[2] in ("me", "api"):
             return self._say(self.server.status, {"id": "me/tuned", "type": "user", "name": "me"})
         kind, self.owner, name, action, path = where.groups()
         self.home = Path(self.server.folder) / (kind or "models/") / name
+        if self.owner == "closed" and action == "resolve" or "/auth-check" in self.path:
+            return self._refuse(*FAULTS["gated"]) if self.owner == "closed" else self._say(200, {})
         if FAULTS.get(self.owner):
             return self._refuse(*FAULTS[self.owner])
         if self.owner == "slow":
@@ -78,6 +81,8 @@ class Hub(BaseHTTPRequestHandler):
             {
                 "id": f"{self.owner}/{name}",
                 "sha": COMMIT,
+                "gated": "manual" if self.owner == "closed" else False,
+                "cardData": self._card(),
                 "siblings": [{"rfilename": e["path"]} for e in self._tree()],
             },
         )
@@ -91,6 +96,10 @@ class Hub(BaseHTTPRequestHandler):
             ).expand(r"\1/\2")
         files = sorted(f for f in self.home.iterdir())
         return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+
+    def _card(self):
+        card = self.home / "card.json"
+        return json.loads(card.read_text()) if card.is_file() else None
 
     def _file(self, file):
         if not file.is_file():

@@ -1,7 +1,10 @@
 """kinds.py, and what model.py does of them: what people give as base_model, and what comes of it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from lazyorpo_lib import kinds, model
 from lazyorpo_lib.demo.model import write_tiny
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.settings import Settings
+from tests.hub import serve
 
 MAMBA = dict(num_heads=4, head_dim=16, expand=2, n_groups=2, state_size=8)
 EXPERTS = dict(num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
@@ -304,3 +308,39 @@ def test_of_qlora_it_is_said_what_fused_experts_keep_and_a_mixer_without_any_is_
     said = plan_of(transformers.MixtralConfig(**SMALL | EXPERTS), method="qlora").why
     assert "fused experts stay in 16 bit" in said
     assert "experts" not in plan_of(transformers.Mamba2Config(**SMALL, **MAMBA), method="qlora").why
+
+
+LOOK = """
+import sys
+from lazyorpo_lib import kinds
+from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.settings import Settings
+from tests.hub import serve
+
+for base, data in (pair.split() for pair in sys.argv[1:]):
+    try:
+        print(kinds.look_up(Settings(base_model=base, dataset=data), {}, print))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_the_hub_is_asked_for_licence_and_access_before_any_download(tmp_path):
+    for place, card in (
+        ("models/tiny", {"license": "apache-2.0"}),
+        ("datasets/pairs", {"license": ["mit", 5]}),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "card.json").write_text(json.dumps(card))
+    asked = ["fine/tiny fine/pairs:train", "closed/tiny demo", "fine/tiny closed/pairs", "missing/x broken/y"]
+    with serve(tmp_path) as hub:
+        online = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
+        done = subprocess.run(
+            [sys.executable, "-c", LOOK, *asked], capture_output=True, text=True, env=os.environ | online
+        )
+    said, record, model, data, unknown = done.stdout.splitlines()
+    assert said == "The hub says of fine/tiny: licence apache-2.0; of fine/pairs: licence mit."
+    assert record == "{'licences': {'model': 'apache-2.0', 'dataset': 'mit'}}" and unknown == "{}"
+    assert model.startswith("The model 'closed/tiny' needs a login: ask for access at ")
+    assert "datasets/closed/pairs and set HF_TOKEN" in data and "a local file" in data
+    assert not any((tmp_path / "home").rglob("snapshots"))  # where a download would lie

@@ -6,11 +6,13 @@ accelerate spreads weights over GPUs alone, so for FSDP it is told that these CP
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from lazyorpo_lib import run, settings
+from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo import processes
 from lazyorpo_lib.orpo.body import checkpoint_layers
 from lazyorpo_lib.session import Stop
@@ -19,6 +21,8 @@ from tests.orpo import test_trainer
 
 STEPS = dict(max_steps=3, tokens_per_batch=90, learning_rate=1e-3, save_every_steps=2)
 TINY = {"preset": "tiny", "precision": "float32", "tokens_per_batch": 150, "save_every_steps": 4}
+# At this rate the second step is worse than the first one, which is kept.
+BEST = {"keep": "best", "patience": 1, "eval_every_steps": 1, "learning_rate": 5e-2}
 
 
 WAYS = {"lora": dict(method="lora"), "full": dict(method="full"), "dpo": dict(method="lora", objective="dpo")}
@@ -42,9 +46,18 @@ def stopped(folder):
     return test_trainer.trained(made).step
 
 
-def tiny_run(folder):
-    given = settings.resolve([("flag", TINY | {"output_dir": str(folder)})])[:2]
+def tiny_run(folder, **changes):
+    given = settings.resolve([("flag", TINY | changes | {"output_dir": str(folder)})])[:2]
     return run.execute(*given, show=lambda text: None)
+
+
+def refused(home):
+    """What this process says of a dataset of which nothing is left."""
+    if PartialState().is_main_process:
+        (home / "same.jsonl").write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "So."}\n')
+    with pytest.raises(UserError) as said:
+        tiny_run(home / "none", dataset=str(home / "same.jsonl"))
+    return str(said.value)
 
 
 def on_gpus(**kwargs):
@@ -65,7 +78,10 @@ if __name__ == "__main__":
         }
         if PartialState().is_main_process:
             torch.save(weights, home / f"{what}.pt")
-    steps = gather_object([stopped(home / "stopped")])
-    if PartialState().is_main_process:
-        torch.save(steps, home / "stopped.pt")
+    steps, opened, open_rows = gather_object([stopped(home / "stopped")]), [], run.open_rows
+    run.open_rows = lambda *given, **options: opened.append(given) or open_rows(*given, **options)
     tiny_run(home / "run")
+    tiny_run(home / "best", **BEST)
+    told = gather_object([(len(opened), refused(home))])
+    if PartialState().is_main_process:
+        torch.save({"stopped": steps, "read": told}, home / "told.pt")

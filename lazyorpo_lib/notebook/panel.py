@@ -6,6 +6,7 @@ its source. It starts no training, and knows no type and no limit: `settings.coe
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -54,15 +55,18 @@ class Panel:
     Args:
         namespace: `globals()` of the notebook, in which edits outlive a cell that is run again.
         gpu_gib: memory of the GPU at hand, GiB, for `preset="auto"`.
-        estimate: what a run with these settings will take, as text; asked again when a value has changed.
+        estimate: what a run with these settings will take, as text; asked when a value has changed, by a
+            thread that nobody waits for, so it must change nothing of the process (plan/beside.py does not).
     """
 
     def __init__(
-        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] = lambda s: ""
+        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
     ):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
         self._estimated: tuple[Settings | None, str] = (None, "")
+        self._wanted: tuple[Settings, str] | None = None  # the settings that are shown, and about the preset
+        self._planning, self._lock = None, threading.RLock()
         self._moving = False  # while the panel itself moves its widgets
         self.box = None if ipywidgets is None else self._build()
 
@@ -88,7 +92,10 @@ class Panel:
         except UserError as error:
             return str(error)
         rows = [f"{name:<20} {str(getattr(settings, name)):<40} {source}" for name, source in sources.items()]
-        return "\n".join([*rows, why, self._estimate_of(settings)]).rstrip()
+        self._plan(settings, why)
+        if planning := self._planning:
+            planning.join()
+        return "\n".join([*rows, why, self._estimated[1]]).rstrip()
 
     def edit(self, name: str, value) -> None:
         """Take in an edit, as if it were made in the form; a secret in it is not kept with the notebook."""
@@ -118,14 +125,44 @@ class Panel:
                 changed[name] = self.namespace[name]
         return changed
 
-    def _estimate_of(self, settings: Settings) -> str:
-        if self._estimated[0] != settings:
+    def _plan(self, settings: Settings, why: str) -> None:
+        """Show these settings' estimate, or that it is made: of edits in quick succession for the last."""
+        with self._lock:
+            self._wanted = settings, why
+            self._tell()
+            if self.estimate and self._estimated[0] != settings and not self._planning:
+                self._planning = threading.Thread(target=self._keep_planning, daemon=True)
+                self._planning.start()
+
+    def _keep_planning(self) -> None:
+        while True:
+            with self._lock:
+                self._tell()
+                if not self._wanted or self._wanted[0] == self._estimated[0]:
+                    self._planning = None
+                    return
+                settings = self._wanted[0]
             try:
                 text = self.estimate(settings)
             except Exception as error:  # an estimate is a courtesy: the run says what is really wrong
                 text = f"No estimate: {without_secrets(error)}"
             self._estimated = settings, text
-        return self._estimated[1]
+
+    def _tell(self) -> None:
+        if ipywidgets is None or not self._wanted:
+            return
+        (settings, why), (planned, text) = self._wanted, self._estimated
+        if self.estimate and planned != settings:
+            before = text.partition("\n")[0]
+            text = "planning …" + f" (before this change: {before})" * bool(before)
+        text = escape(f"{why[0].upper()}{why[1:]}.\n{text}").replace("\n", "<br>")
+        self.status.value = f'<div style="line-height:1.5;padding:6px">{text}</div>'
+
+    def _refuse(self, why: object) -> None:
+        """Show what is wrong, in the place of any plan."""
+        with self._lock:
+            self._wanted = None
+            self.status.value = f'<b style="color:#D55E00">{escape(str(why))}</b>'
 
     # Widgets. Only what ipywidgets 7.7.1 (Colab) and 8 both have.
 
@@ -172,7 +209,7 @@ class Panel:
                 write_atomically(path, bytes(file["content"]))
                 self.edit("dataset", path.name)
                 continue
-            self.status.value = f'<b style="color:#D55E00">{escape(why)}</b>'
+            self._refuse(why)
 
     def _make(self, kind, **options):
         """Make a widget that shares its style, as its layout: each of them is saved with the notebook."""
@@ -200,8 +237,7 @@ class Panel:
         try:
             settings, sources, why = self.resolve()
         except UserError as error:
-            self.status.value = f'<b style="color:#D55E00">{escape(str(error))}</b>'
-            return
+            return self._refuse(error)
         self._moving = True
         try:
             for name, source in sources.items():
@@ -212,8 +248,7 @@ class Panel:
                 self.notes[name].value = f'<div style=line-height:1.3;padding:5px>{text}</div>'
         finally:
             self._moving = False
-        text = escape(f"{why[0].upper()}{why[1:]}.\n{self._estimate_of(settings)}").replace("\n", "<br>")
-        self.status.value = f'<div style="line-height:1.5;padding:6px">{text}</div>'
+        self._plan(settings, why)
 
 
 def _mark(name: str, value):

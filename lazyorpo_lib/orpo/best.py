@@ -7,6 +7,8 @@ losses and writes the checkpoints, in which all that is known of the best stands
 import math
 import warnings
 
+from accelerate.utils import broadcast_object_list
+
 from .. import marker
 from ..errors import UserError
 from ..settings import Settings
@@ -69,7 +71,8 @@ def take_best(trainer) -> None:
     place = trainer.folder / f"checkpoint-{best.step}"
     if best.step in (None, trainer.step):
         return
-    if marker.is_whole(place, "checkpoint") and not marker.damaged(place):
+    # Of several processes all do what the first one finds right.
+    if broadcast_object_list([marker.is_whole(place, "checkpoint") and not marker.damaged(place)])[0]:
         checkpoints.load(place, accelerator=trainer.accelerator, model=trainer.wrapped, optimizer=None)
     else:
         warnings.warn(f"{place}, the best, is damaged or gone: the last step is kept", stacklevel=2)

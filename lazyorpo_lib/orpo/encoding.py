@@ -176,11 +176,19 @@ def _some(pairs, most: int = 64, characters: int = 2**20) -> list:
 
 
 class PairFile:
-    """Encoded pairs in an unnamed file on disk, so that memory stays flat however many there are."""
+    """Encoded pairs in a file on disk, so that memory stays flat however many there are: an unnamed one, or
+    at `path`, where another process that gets a pickle of this finds them as long as the file is there."""
 
-    def __init__(self):
-        self._file, self._places, self.lengths = tempfile.TemporaryFile(), array("q"), array("q")
-        self._tokens, self.highest = None, 0  # the highest token
+    def __init__(self, path=None):
+        self._file, self._places = open(path, "w+b") if path else tempfile.TemporaryFile(), array("q")
+        self.lengths, self._tokens, self.highest = array("q"), None, 0  # the highest token
+
+    def __getstate__(self):
+        self._file.flush()
+        return vars(self) | {"_file": str(self._file.name), "_tokens": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _file=open(state["_file"], "rb"))
 
     def append(self, pair: EncodedPair) -> None:
         sides = pair.prompt, pair.chosen, pair.rejected

@@ -6,12 +6,14 @@ It starts no process: `accelerate launch` does, with one of the files in configs
 import dataclasses
 import os
 import re
+from collections.abc import Callable
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from huggingface_hub import get_token
 
@@ -106,6 +108,25 @@ def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
         own = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.mixed_precision_policy = own
     return True
+
+
+def by_first(make: Callable[[], object], *, several: bool):
+    """Give what the first of several processes makes, to all of them; its UserError too, which all raise."""
+    if not several:
+        return make()
+    first = PartialState().is_main_process
+    # What is made may take longer than a group waits for by itself, and does not belong on a GPU.
+    made, group = [None], torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo")
+    if first:
+        try:
+            made = [make()]
+        except UserError as error:
+            made = [error]
+    torch.distributed.broadcast_object_list(made, group=group)
+    torch.distributed.barrier(group)  # who goes on first may take away what the others are still opening
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return made[0]
 
 
 def over_ranks(accelerator: Accelerator, count: int, how=sum) -> int:

@@ -6,6 +6,7 @@ own is stated, and no run has checked it: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNC
 methods.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class Costs:
     def __init__(
         self, config, settings: Settings, machine: Machine, lengths: Lengths, dtype, method, cards=1
     ):
-        self.settings, self.machine, self.lengths = settings, machine, lengths
+        self.config, self.settings, self.machine, self.lengths = config, settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank, settings.lora_dropout > 0
@@ -118,7 +119,6 @@ class Costs:
         self.pairs = max(1, math.ceil(settings.pairs_per_step / cards))  # of a step on one card
         # Eight random pairs are rarely half as long again as eight mean ones.
         self.most = max(lengths.longest, round(self.pairs * min(lengths.longest, 1.5 * lengths.mean)), 16)
-        self.profile = self._profile(config)
         self.rate, self.bandwidth, self.rate_source = rates(machine, dtype)
         self.memory = machine.memory_gib * GIB * (APPLE_SHARE if machine.device == "mps" else 1)
         self.limit = self.memory * (1 - MARGIN) / GIB
@@ -127,7 +127,8 @@ class Costs:
         here = psutil.Process().memory_info().rss + CPU_GROWTH_GIB * GIB
         self.framework = CUDA_CONTEXT_GIB * GIB if self.cuda else here
 
-    def _profile(self, config) -> Profile:
+    @functools.cached_property
+    def profile(self) -> Profile:
         """Simulate from the fewest to the most tokens that a micro-batch may have, each time with at most
         three times as many: between two such counts a line is near enough, wherever the head's blocks bend
         it, and past 30,000 tokens nothing bends."""
@@ -144,12 +145,13 @@ class Costs:
             parts = (lengths.prompt, lengths.chosen, lengths.rejected)
             pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in parts]
             rows.append([EncodedPair(i, *pair) for i in range(count)])
-        key = config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
-        key += settings.lora_rank, settings.lora_dropout > 0, settings.nll_over, self.cards > 1
+        key = self.config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
+        adapters = None if self.full else (settings.lora_rank, settings.lora_dropout > 0)
+        key += adapters, settings.nll_over, self.cards > 1
         key += tuple(len(part) for row in rows for part in row[0][1:])
         if key not in _profiles:
             what = self.held, self.dtype, machine, rows, self.cards > 1
-            _profiles[key] = simulate(config, settings, *what)
+            _profiles[key] = simulate(self.config, settings, *what)
         return _profiles[key]
 
     def _weights(self, stored: torch.dtype) -> float:
@@ -164,6 +166,10 @@ class Costs:
             return float(size * (shape.total - unread))
         # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
+
+    def is_hopeless(self) -> bool:
+        """Tell whether the weights alone are too much, which needs no simulation."""
+        return self.weights / self.cards > self.limit * GIB
 
     def optimizer(self, name: str = "") -> tuple[float, float, float]:
         """Count bytes of its state on the device, of state that may leave it, of what an update holds."""

@@ -101,6 +101,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     cards: int = 1,
     begun: bool = False,
+    brief: bool = False,
 ) -> Plan:
     """Plan a run with every method.
 
@@ -108,14 +109,15 @@ def make_plan(
         dtype: of the computation; None takes what `pick_precision` gives.
         cards: how many such devices share the weights, their gradients and the optimizer's state (FSDP).
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
+        brief: plan no method but the one that would be chosen, and those before it that do not fit.
     """
     target = find_card(target) if isinstance(target, str) else target
     machine = getattr(target, "machine", target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
     given, (settings, _) = settings, settle(settings, pairs=lengths.pairs, positions=positions_of(config))
-    costs, methods = _methods(config, settings, machine, lengths, dtype, cards, begun)
-    chosen, why = _choose(settings, methods, machine)
+    costs, methods = _methods(config, settings, machine, lengths, dtype, cards, begun, brief)
+    chosen, why = _choose(settings, methods, machine, brief)
     one = costs[chosen]
     known = dict(weights=one.shape.total, method=chosen, pairs=lengths.pairs)
     return Plan(
@@ -134,21 +136,34 @@ def make_plan(
     )
 
 
-def _methods(config, settings, machine, lengths, dtype, cards, begun) -> tuple[dict, dict]:
+def _methods(config, settings, machine, lengths, dtype, cards, begun, brief) -> tuple[dict, dict]:
     """Plan with every method that there is for this model on such a machine: its costs, its best split."""
     four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
     optimizers = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
-    costs, methods = {}, {}
+    costs, methods, auto = {}, {}, settings.method == "auto"
     # Neither Apple GPUs nor FSDP have 4-bit weights; weights that are saved so are not trained in full.
-    for method in METHODS[is_quantised(config) : 3 if four_bit else 2]:
+    names = METHODS[is_quantised(config) : 3 if four_bit else 2]
+    if brief and auto:
+        names = names[:1] if is_quantised(config) else names[not _may_be_full(settings) :]
+    elif brief:
+        names = names[names.index(settings.method) :] if settings.method in names else names
+    for method in names:
         for some in optimizers:
             costs[method] = Costs(config, some, machine, lengths, dtype, method, cards)
+            if brief and auto and method != names[-1] and costs[method].is_hopeless():
+                break
             methods[method] = costs[method].best()
             if methods[method].fits:
                 break
+        if brief and method in methods and methods[method].fits:
+            break
     return costs, methods
+
+
+def _may_be_full(settings: Settings) -> bool:
+    return settings.learning_rate != "auto" and settings.learning_rate <= FULL_LEARNING_RATE
 
 
 def _decided(given: Settings, why: str, known: dict) -> dict[str, tuple]:
@@ -166,11 +181,11 @@ def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
     return plans
 
 
-def estimate(settings: Settings, device: str = "") -> Plan:
-    """Plan a run from the model's config.json alone: on a named card, or the machine at hand."""
-    target = find_card(device) if device else this_machine()
+def estimate(settings: Settings, device: Machine | Card | str = "", *, brief: bool = False) -> Plan:
+    """Plan a run from the model's config.json alone: on a card, or the machine at hand."""
+    target = (find_card(device) if isinstance(device, str) else device) if device else this_machine()
     config, settings = fitted(settings, getattr(target, "machine", target))
-    return make_plan(config, settings, target, lengths_of(settings))
+    return make_plan(config, settings, target, lengths_of(settings), brief=brief)
 
 
 def estimates(settings: Settings) -> list[Plan]:
@@ -194,15 +209,16 @@ def settled(settings: Settings) -> Settings:
     return replace(settings, **{name: value for name, (value, _) in estimate(settings).auto.items()})
 
 
-def _choose(settings: Settings, methods: dict[str, MethodPlan], machine: Machine) -> tuple[str, str]:
+def _choose(settings: Settings, methods: dict[str, MethodPlan], machine, brief=False) -> tuple[str, str]:
     """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
     if settings.method != "auto":
         return settings.method, f"{settings.method}: chosen in the settings"
+    if brief:  # the last one planned is the first that fits, or nothing does
+        return (name := list(methods)[-1]), f"{name}: stronger ones were not planned, or do not fit"
     full = methods.get("full")
     if full is None:
         return "lora", "lora: the weights of this base model are quantised as they come"
-    rate = settings.learning_rate
-    if full.fits and rate != "auto" and rate <= FULL_LEARNING_RATE:
+    if full.fits and _may_be_full(settings):
         why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
         return "full", f"full: {why}"
     reason = f"full needs {full.peak_gib:.1f} GiB"

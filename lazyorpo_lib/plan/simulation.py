@@ -114,6 +114,7 @@ def quantised_layers(model) -> list[nn.Module]:
 
 def on_meta(config, dtype):
     """Make the model of a config, its parameters shapes alone; UserError where transformers has none."""
+    config = copy.deepcopy(config)  # on which transformers would write its dtype
     with torch.device("meta"), explain_model(getattr(config, "_name_or_path", "") or config.model_type):
         return class_of(config).from_config(config, dtype=dtype)
 

@@ -44,8 +44,13 @@ def write_card(folder: Path, repo: str = "") -> str:
     rows = read_rows(folder / "history.jsonl")
     train = [row for row in rows if not reading.is_evaluation(row)]
     adapter = summary.get("method", values["method"]) != "full"
+    licences = {
+        kind: _licence(values[name], kind) or settings.get("licences", {}).get(kind, "")
+        for kind, name in (("model", "base_model"), ("dataset", "dataset"))
+    }
     text = _TEMPLATE.render(
-        front=Markup(_front_matter(values, summary, adapter)),
+        front=Markup(_front_matter(values, summary, adapter, licences["model"])),
+        licences=licences,
         title=_title(values),
         adapter=adapter,
         values=values,
@@ -147,10 +152,9 @@ def _title(values: dict) -> str:
     return " ".join(f"{base} {values['objective'].upper()} {data.split(':')[0]}".split())
 
 
-def _front_matter(values: dict, summary: dict, adapter: bool) -> str:
+def _front_matter(values: dict, summary: dict, adapter: bool, licence: str) -> str:
     base, dataset = _hub_id(values["base_model"]), _hub_id(values["dataset"])
-    licence, result = _licence(values["base_model"], "model"), None
-    accuracy = summary.get("accuracy_after", math.nan)
+    result, accuracy = None, summary.get("accuracy_after", math.nan)
     if dataset and math.isfinite(accuracy):  # the hub takes results on its own datasets alone
         result = EvalResult(
             task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
@@ -188,7 +192,6 @@ _ENVIRONMENT = jinja2.Environment(
 )  # fmt: skip
 _ENVIRONMENT.filters |= {
     "link": _link,
-    "licence": _licence,
     "fenced": fenced,
     "spread": spread,
     "score": benchmarks.spread,

@@ -35,13 +35,14 @@ def settings_record(run, older: dict, *, begun: bool) -> dict:
     return record | {"clock": older.get("clock") or time.time()}  # what a chat template is told as the time
 
 
-def data_report(run, pairs, digest: str) -> dict:
+def data_report(run, pairs) -> dict:
     """Give the content of data_report.json: rows by fate, and the lengths of the pairs' sides, in tokens."""
     figures = {"mean": np.mean, "p50": np.median, "p95": partial(np.quantile, q=0.95), "max": np.max}
     sides = pairs.lengths_of_sides().items()
     tokens = {side: {name: f(lengths).item() for name, f in figures.items()} for side, lengths in sides}
     counts = {"train": len(run.train_pairs), "held_out": len(run.eval_pairs)}
-    return run.report.as_dict() | counts | {"bag_of_words": run.style, "tokens": tokens, "digest": digest}
+    more = {"bag_of_words": run.style, "tokens": tokens, "digest": run.report.digest}
+    return run.report.as_dict() | counts | more
 
 
 def about_training(run) -> str:

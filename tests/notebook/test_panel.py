@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.notebook import panel as module
 from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
-from lazyorpo_lib.settings import DEFAULTS, FIELDS
+from lazyorpo_lib.plan import beside
+from lazyorpo_lib.plan.beside import Beside
+from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +249,108 @@ def test_a_secret_typed_into_the_panel_is_not_kept_with_the_notebook():
     panel.edit("dataset", "https://me:s3cretpass@host/pairs?sig=f00ba4")
     shown = repr(space) + panel.table() + repr(panel.inputs and {n: w.value for n, w in panel.inputs.items()})
     assert "s3cretpass" not in shown and "f00ba4" not in shown and "(token left out)" in shown
+
+
+class Slow:
+    """A planner that takes until `go` is set; what it was asked for, in order."""
+
+    def __init__(self):
+        self.asked, self.go = [], threading.Event()
+
+    def __call__(self, settings):
+        self.asked.append(settings.epochs)
+        assert self.go.wait(20)
+        return f"{settings.epochs:g} minutes"
+
+
+def planned(panel):
+    """The form's line once nothing is planned any more."""
+    if thread := panel._planning:
+        thread.join(60)
+    return panel.status.value
+
+
+def test_a_slow_plan_is_made_beside_a_form_that_goes_on_and_only_the_newest_edits_is_shown():
+    pytest.importorskip("ipywidgets")
+    slow, began = Slow(), time.monotonic()
+    panel = Panel({"epochs": 2.0}, estimate=slow)
+    while not slow.asked:
+        time.sleep(0.01)
+    for epochs in ("3", "4", "5"):
+        panel.inputs["epochs"].value = epochs
+        assert panel.status.value.endswith("<br>planning …</div>")
+        assert now(panel, "epochs") == (float(epochs), "panel")
+    assert time.monotonic() - began < 2
+    slow.go.set()
+    assert planned(panel).endswith("5 minutes</div>") and slow.asked == [2.0, 5.0]
+    slow.go.clear()
+    panel.inputs["epochs"].value = "6"
+    assert "planning … (before this change: 5 minutes)" in panel.status.value
+    panel.inputs["epochs"].value = "5"  # as it was
+    assert panel.status.value.endswith("<br>5 minutes</div>")
+    slow.go.set()
+    assert planned(panel).endswith("5 minutes</div>")
+
+
+def test_a_plan_that_comes_late_does_not_hide_what_is_wrong():
+    pytest.importorskip("ipywidgets")
+    slow = Slow()
+    panel = Panel({}, estimate=slow)
+    panel.inputs["epochs"].value = "many"
+    slow.go.set()
+    assert "must be a number" in planned(panel)
+    panel.inputs["epochs"].value = "2"
+    assert planned(panel).endswith("2 minutes</div>")
+
+
+@pytest.mark.slow  # torch and all else is imported anew
+def test_a_planner_beside_plans_or_says_in_a_sentence_why_not_and_ends_with_the_notebook(
+    tmp_path, monkeypatch
+):
+    from lazyorpo_lib.demo.model import write_tiny
+
+    write_tiny(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    planner = Beside()
+    panel = Panel({"base_model": "base", "method": "lora"}, estimate=planner)
+    line = panel.table().splitlines()[-2:]
+    assert "GiB, about" in line[0] and "learning_rate 0.0005" in line[1]
+    panel.edit("base_model", "./none")
+    assert panel.table().splitlines()[-1].startswith("No estimate: base_model is './none'")
+    planner.process.stdin.close()  # as when the notebook ends
+    assert planner.process.wait(60) == 0
+
+
+def quick(monkeypatch, *lines):
+    """A planner beside whose process imports nothing, and runs `lines` for each question."""
+    begin, _, _ = beside._BEGIN.partition("from lazyorpo_lib")
+    loop = "".join(f"\n    {line}" for line in lines)
+    monkeypatch.setattr(beside, "_BEGIN", f"{begin}for line in sys.stdin:{loop}")
+    return Beside()
+
+
+ANSWER = """print('["7 GiB", ""]', file=answers, flush=True)"""
+
+
+def test_a_planner_beside_that_was_ended_begins_anew(monkeypatch):
+    planner = quick(monkeypatch, ANSWER)
+    assert planner(Settings()) == "7 GiB"
+    first = planner.process
+    assert planner(Settings()) == "7 GiB" and planner.process is first
+    first.kill()
+    assert planner(Settings()) == "7 GiB" and planner.process is not first
+    planner.process.stdin.close()
+
+
+def test_a_planner_beside_that_ends_at_each_question_is_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="the process that plans has ended: use --plan"):
+        quick(monkeypatch, "os._exit(1)")(Settings())
+
+
+def test_what_a_library_prints_is_no_answer_of_the_planner_beside(monkeypatch):
+    planner = quick(monkeypatch, "print('from Python', flush=True)", "os.write(1, b'from C')", ANSWER)
+    assert planner(Settings()) == planner(Settings()) == "7 GiB"
+    planner.process.stdin.close()
 
 
 PAIR = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}

@@ -1,6 +1,8 @@
 """What is scored decodes to the answer and its end, for a dozen kinds of tokenizer; what cannot be is
 refused."""
 
+import pickle
+
 import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
@@ -251,3 +253,13 @@ def test_pairs_on_disk_come_back_as_they_went(pairs):
     some = Subset(file, [3, 1])
     assert [p.index for p in some] == [3, 1] and list(some.lengths) == [pairs[3].tokens(), pairs[1].tokens()]
     assert file.lengths_of_sides()["chosen"].tolist() == [len(p.chosen) for p in pairs]
+
+
+def test_pairs_in_a_file_with_a_name_are_found_by_who_gets_a_pickle_and_outlive_the_name(pairs, tmp_path):
+    file = PairFile(tmp_path / "pairs")
+    for pair in pairs:
+        file.append(pair)
+    some, again = pickle.loads(pickle.dumps([Subset(file, [3, 1]), file]))
+    (tmp_path / "pairs").unlink()
+    assert some.dataset is again and list(again) == list(file) and list(again.lengths) == list(file.lengths)
+    assert again.highest == file.highest and [p.index for p in some] == [3, 1]

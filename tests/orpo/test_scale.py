@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.processes import check_sharding, make_accelerator
 from lazyorpo_lib.settings import Settings
-from tests.two_processes import TINY, WAYS, tiny_run, train
+from tests.two_processes import BEST, TINY, WAYS, tiny_run, train
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = """
@@ -65,6 +65,7 @@ def one(tmp_path_factory):
     """What one process trains: the weights of each way to train, and the folder of a run."""
     home = tmp_path_factory.mktemp("one")
     tiny_run(home / "run")
+    tiny_run(home / "best", **BEST)
     return {what: train(home / what, what) for what in WAYS}, home / "run"
 
 
@@ -104,8 +105,16 @@ def test_two_processes_train_what_one_trains(way, one, tmp_path):
         assert difference(two["through"], weights[what]) < 1e-5
         assert difference(two["resumed"], weights[what]) < 1e-5
     assert any((tmp_path / "lora" / "checkpoint-2").glob("pytorch_model_fsdp*")) == (way == "fsdp2")
-    assert torch.load(tmp_path / "stopped.pt", weights_only=True) == [1, 1]
+    told = torch.load(tmp_path / "told.pt", weights_only=True)
+    assert told["stopped"] == [1, 1]
+    (first, sentence), (second, also) = told["read"]
+    assert (first, second) == (2, 0)  # of two runs: the first process read each dataset, once
+    assert sentence == also and sentence.startswith("No pair of the dataset") and "1 identical" in sentence
+    assert not list(tmp_path.rglob(".pairs"))
     same_run(tmp_path / "run", run)
+    same_run(tmp_path / "best", run.parent / "best")
+    ended = [json.loads((home / "best/summary.json").read_text()) for home in (tmp_path, run.parent)]
+    assert all(one["kept_step"] == 1 and one["steps"] == 2 and "patience" in one["why"] for one in ended)
     if way == "ddp":  # whose checkpoints fit any number of processes
         alone = train(tmp_path / "alone", "lora", tmp_path / "lora" / "checkpoint-2")
         assert difference(alone, weights["lora"]) < 1e-5

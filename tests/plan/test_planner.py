@@ -238,6 +238,37 @@ def test_the_panels_line_moves_with_the_settings(tmp_path):
     )
 
 
+BRIEF = [  # settings, the card, and what is planned for a panel
+    ({}, "T4", ["lora"]),
+    ({"learning_rate": 5e-6}, "T4", ["full"]),
+    ({"method": "full"}, "T4", ["full"]),
+    ({"method": "qlora"}, "T4", ["qlora"]),
+    ({}, Machine("cuda", "T4", 0.05, (7, 5)), ["lora", "qlora"]),  # nothing fits
+    ({}, Machine("cuda", "T4", 0.001, (7, 5)), ["qlora"]),  # nor do the weights alone
+    ({"method": "lora"}, Machine("cuda", "T4", 0.05, (7, 5)), ["lora", "qlora"]),
+]
+
+
+@pytest.mark.parametrize("settings,target,planned", BRIEF)
+def test_a_brief_plan_says_what_the_whole_one_says_and_simulates_less(settings, target, planned):
+    whole = plan(target, dtype=torch.float16, **settings)
+    few = make_plan(small(), Settings(**settings), target, LENGTHS, dtype=torch.float16, brief=True)
+    assert few.said() == whole.said() and few.chosen == whole.chosen
+    assert [m.method for m in few.methods] == planned
+
+
+def test_a_plan_leaves_the_config_as_it_is_and_is_not_simulated_twice(monkeypatch):
+    config, lengths = small(layers=7), replace(LENGTHS, longest=221)
+    config.dtype = torch.bfloat16
+    before, first = config.to_json_string(), plan("T4", lengths, config)
+    assert config.to_json_string() == before
+    monkeypatch.setattr(costs, "simulate", None)
+    monkeypatch.setattr(costs, "_Shape", None)
+    again = small(layers=7)
+    again.dtype = torch.bfloat16
+    assert plan("T4", lengths, again) == first
+
+
 def test_settings_given_as_numbers_are_kept():
     m = plan(tokens_per_batch=333, checkpointed_layers=2).methods[0]
     assert (m.tokens_per_batch, m.checkpointed_layers) == (333, 2)

@@ -208,6 +208,12 @@ def test_licence_is_told_only_where_a_card_at_hand_states_it(tmp_path):
     (base / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
     text = card.write_card(run)
     assert front_matter(text)["license"] == "mit" and "Licence of the data: apache-2.0" in text
+    record = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps(record | {"licences": {"model": "gpl", "dataset": "mit"}}))
+    assert front_matter(card.write_card(run))["license"] == "mit"  # its own word is newer than the hub's
+    (base / "README.md").unlink()
+    assert front_matter(card.write_card(run))["license"] == "gpl"
+    (run / "settings.json").write_text(json.dumps(record))
     (base / "README.md").write_text("---\nlicense: [mit\n---\n# broken\n")
     assert "license" not in front_matter(card.write_card(run))
 
