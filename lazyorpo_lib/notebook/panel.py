@@ -245,7 +245,7 @@ class Panel:
                 self.inputs[name].value = value if isinstance(value, bool) else str(value)
                 whence = escape(source) if source == "default" else f"<b>{escape(source)}</b>"
                 text = f"{whence} · {escape(FIELDS[name].metadata['help'])}"
-                self.notes[name].value = f'<div style=line-height:1.3;padding:5px>{text}</div>'
+                self.notes[name].value = f"<div style=line-height:1.3;padding:5px>{text}</div>"
         finally:
             self._moving = False
         self._plan(settings, why)
