@@ -64,9 +64,8 @@ class Pair:
 def clean(
     candidates: Iterable, *, on_drop: Callable[[dict], None] | None = None
 ) -> tuple[Iterator[Pair], "Report"]:
-    """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions.
-
-    Memory is flat but for a digest of each distinct pair, about 0.15 kB.
+    """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions. Memory
+    is flat but for a digest of each distinct pair, about 0.15 kB.
 
     Args:
         candidates: (index, row, pair, "") or (index, row, None, reason) tuples that can be iterated again, as
