@@ -58,8 +58,5 @@ def copy_complete(source: Path, target: Path) -> None:
             shutil.copyfileobj(old, new)
         return
     with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-
-        def marker(at, names):  # which the copy gets anew
-            return {MARKER} if at == str(source) else ()
-
-        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=marker)
+        anew = shutil.ignore_patterns(MARKER)
+        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=anew)

@@ -94,9 +94,8 @@ def expanded(path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(
-            f"{str(path)!r} begins with a home that is not there: write the folder out."
-        ) from None
+        why = "begins with a home that is not there: write the folder out"
+        raise UserError(f"{str(path)!r} {why}.") from None
 
 
 def dissect(error: Exception) -> tuple[set[str], set[int], str]:

@@ -78,9 +78,8 @@ def claim(folder: Path, setting: str = "output_dir") -> bool:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"Another run is at work in {folder}: wait for it to end, or choose another {setting}."
-        ) from None
+        way_out = f"wait for it to end, or choose another {setting}"
+        raise UserError(f"Another run is at work in {folder}: {way_out}.") from None
     except PermissionError as error:
         raise unwritable(folder, error) from None
     except OSError:  # a volume without locks, as networks have: the lock is a courtesy

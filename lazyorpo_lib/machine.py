@@ -137,8 +137,8 @@ def quickest(work: Callable[[], Any], within: float = math.inf) -> float:
 
 
 def memory_gib(device) -> float:
-    """Give the peak since `forget_peak_memory`, GiB: of the process, or of the GPU all that its allocator
-    reserved, and what is not in its count (CUDA's context, other processes)."""
+    """Give the peak since `forget_peak_memory`, GiB: of the process, or of the GPU what its allocator
+    reserved and what is not in its count (CUDA's context, other processes)."""
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         outside = total - free - torch.cuda.memory_reserved(device)

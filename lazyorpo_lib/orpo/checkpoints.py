@@ -44,10 +44,8 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
         if bad := marker.damaged(checkpoint):
             show(f"{checkpoint} is damaged ({', '.join(bad)}): passed over.")
         elif any(checkpoint.glob("pytorch_model_fsdp*")) != sharded:
-            raise UserError(
-                f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: go on with the "
-                "accelerate config that the run began with, or choose another output_dir."
-            )
+            way_out = "go on with the accelerate config that the run began with, or choose another output_dir"
+            raise UserError(f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: {way_out}.")
         else:
             return checkpoint
     return None
@@ -115,10 +113,9 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
 def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
     """Read a checkpoint back: weights, optimizer (or None), random numbers, scale; gives its `progress`."""
     if not (checkpoint / PROGRESS).is_file():
-        raise UserError(
-            f"{checkpoint} was written by an earlier version of the kit, from which this one cannot go on: "
-            "choose another output_dir, or finish the run with that version."
-        )
+        why = "was written by an earlier version of the kit, from which this one cannot go on"
+        way_out = "choose another output_dir, or finish the run with that version"
+        raise UserError(f"{checkpoint} {why}: {way_out}.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     draws, kept = checkpoint / f"random_{accelerator.process_index}.pt", checkpoint / "optimizer.pt"
     try:  # all is read before anything is changed
@@ -129,10 +126,8 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
             state = _load(kept) if optimizer and kept.is_file() else None
             pairs = [(parameter, weights[name]) for name, parameter in _trained(accelerator, model)]
     except (UnpicklingError, SafetensorError, EOFError, KeyError, ValueError, RuntimeError, OSError):
-        raise UserError(
-            f"{checkpoint} is damaged, or holds code, which is never run: delete that folder, and the run "
-            "goes on from the checkpoint before it."
-        ) from None
+        way_out = "delete that folder, and the run goes on from the checkpoint before it"
+        raise UserError(f"{checkpoint} is damaged, or holds code, which is never run: {way_out}.") from None
     if plugin:
         load_fsdp_model(plugin, accelerator, model, checkpoint, adapter_only=True)
         if optimizer and any(checkpoint.glob("optimizer*")):

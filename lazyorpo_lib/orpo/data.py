@@ -68,9 +68,8 @@ class Pair:
 def clean(
     candidates: Iterable, *, on_drop: Callable[[dict], None] | None = None
 ) -> tuple[Iterator[Pair], "Report"]:
-    """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions.
-
-    Memory is flat but for the digests of the pairs, 9 bytes each while they are compared.
+    """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions. Memory
+    is flat but for the digests of the pairs, 9 bytes each while they are compared.
 
     Args:
         candidates: (index, row, pair, "") or (index, row, None, reason) tuples that can be iterated again, as

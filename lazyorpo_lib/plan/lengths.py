@@ -1,7 +1,4 @@
-"""How long the pairs are: measured where they are on this machine, else what is known of the dataset.
-
-It downloads no dataset and chooses no budget.
-"""
+"""How long the pairs are: measured where they are on this machine, else what is known of the dataset."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -79,12 +79,8 @@ class Profile:
 
 
 def rough_profile(counts: list[int], hidden: int, inner: int, size: int, head: int) -> Profile:
-    """Estimate: a layer stores about 12 hidden and 5 inner states, a checkpointed one its input.
-
-    Args:
-        hidden, inner: sizes of the states. size: bytes of a number. head: bytes that the head passes through.
-    """
-
+    """Estimate: a layer stores about 12 hidden and 5 inner states, a checkpointed one its input; `size` is a
+    number's bytes, `head` those that the head passes through."""
     table = {  # layers' inputs that are kept, layers of which all is kept, layers that pass
         "start": (1, 0, 0), "forward 0": (1, 0, 1), "forward 1": (2, 0, 1), "forward 2": (3, 0, 0),
         "head": (3, 1, 0), "backward 2": (3, 1, 1), "backward 1": (3, 0, 2), "backward 0": (2, 0, 2),

@@ -1,8 +1,7 @@
 """One training step of a shortened model on fake tensors: what each phase of it holds in memory.
 
 A cut of three layers takes the kit's own path: forward, attention, head, loss, backward. Only shapes are
-computed: no weights, no GPU, no kernel of one. It counts what a step makes, the bytes that it moves and what
-it launches; weights and optimizer state are planner.py's.
+computed: no weights, no GPU, no kernel of one. Weights and optimizer state are planner.py's.
 """
 
 import contextlib
@@ -214,13 +213,11 @@ def _in_float32(norm: nn.LayerNorm, x):
 
 
 def simulate(config, settings: Settings, method, dtype, machine: Machine, rows, sharded=False) -> Profile:
-    """Run forward and backward of a micro-batch of each of `rows` as `machine` would.
+    """Run forward and backward of a micro-batch of each of `rows`, lists of EncodedPair, as `machine` would;
+    `sharded`: the weights are gathered by FSDP.
 
     A model that looks at values on its way (fakes have none), or takes no shared row, is stood in for by a
     Llama of its shape; where this torch cannot simulate that either, by a few products of its sizes.
-
-    Args:
-        rows: lists of EncodedPair. sharded: the weights are gathered by FSDP.
     """
     counts, llama = [sum(pair.tokens() for pair in row) for row in rows], _llama_like(config)
     for model, stood_in in ((config, ""), (llama, "those of a Llama of its shape")):
@@ -330,16 +327,13 @@ def _watch(lm, model, ledger: _Ledger) -> float:
     def mark(name):
         return lambda *_: ledger.mark(name)
 
-    def watch_backward(i):
-        def hook(module, args, out):
-            if not ledger.in_backward:
-                (out if isinstance(out, torch.Tensor) else out[0]).register_hook(mark(f"backward {i}"))
-
-        return hook
+    def watch_backward(i, module, args, out):
+        if not ledger.in_backward:
+            (out if isinstance(out, torch.Tensor) else out[0]).register_hook(mark(f"backward {i}"))
 
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(mark(f"forward {i}"))
-        layer.register_forward_hook(watch_backward(i))
+        layer.register_forward_hook(functools.partial(watch_backward, i))
     layers[-1].register_forward_hook(mark("head"))
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(ledger.add_gradient)

@@ -15,11 +15,7 @@ FIGURES = ("accuracy", "log_odds_ratio", "nll")
 
 
 def compare(folders, picture=None) -> dict:
-    """Put runs side by side.
-
-    Args:
-        folders: two or more folders of runs, finished or not.
-        picture: file of the picture; None: none is written.
+    """Put two runs or more side by side, finished or not; `picture`: a file for the curves.
 
     Returns:
         settings: {name: [value of each run]} where they differ; results: [{figure: text} of each run];

@@ -1,7 +1,7 @@
 """The picture of a run while it goes on, and of several runs over or beside each other.
 
-The only module that imports matplotlib, and never pyplot: Figures of its own, so that no global state is
-touched. In a notebook it is one image output, updated in place; elsewhere a file. It computes no metric.
+The only module that imports matplotlib, and never pyplot, so that no global state is touched. In a notebook
+it is one image output, updated in place; elsewhere a file.
 """
 
 import io
@@ -234,9 +234,8 @@ class LivePlot:
     """The picture of a run while it goes on; an error in it is logged once and ends it, never the run.
 
     It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the
-    time so far, so that 8 hours are some 1,500 pictures), and only while it takes less than `max_share` of
-    training's time. `drawn` counts the pictures, `cost_seconds` is the wall time that they took; `results` is
-    what the held-out pairs said, once they were measured.
+    time so far), and only while it takes less than `max_share` of training's time. `drawn` counts the
+    pictures, `cost_seconds` is the wall time that they took; `results` is what the held-out pairs said.
     """
 
     path: Path | None  # of the file; None: no file. Where a notebook's kernel runs, it is displayed too
@@ -333,11 +332,8 @@ def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
 
 @rc_context(STYLE)
 def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
-    """Draw figures of several kinds of run beside each other; returns PNG bytes as `draw`.
-
-    Args:
-        trials: {kind: {figure: its value in each run}}; a panel a figure, a dot a run, a bar at their mean.
-    """
+    """Draw {kind: {figure: its value in each run}}, a panel a figure, a dot a run, a bar at their mean; gives
+    PNG bytes as `draw`."""
     kinds, names = list(trials), list(next(iter(trials.values())))
     columns = min(len(names), 3)
     lines = math.ceil(len(names) / columns)

@@ -1,7 +1,7 @@
 """The full model of a run on the disk: whole where memory has room for it, else shard by shard, or refused.
 
 Room is looked at before anything is written. Shards, a file of the base model's at once, are for plain LoRA
-over layers that these files call as the model does; what other weights mean, the model's class alone knows.
+over layers that these files name as the model does.
 """
 
 import json
@@ -30,10 +30,7 @@ _OWN |= {"task_type", "inference_mode", "peft_version", "revision", "auto_mappin
 
 def write_merged(folder: Path, out: Path, dtype: torch.dtype) -> None:
     """Write the full model of a run's `model/` to `out`, in `dtype`; Ollama's Modelfile where one can be.
-
-    Raises:
-        UserError: there is no room for it, on the disk or in memory.
-    """
+    UserError where there is no room for it, on the disk or in memory."""
     with reading_finished(folder):
         model = _in_shards(folder, out, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

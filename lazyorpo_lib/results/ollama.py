@@ -1,7 +1,7 @@
 """A chat template -> Ollama's Modelfile: the texts between turns, cut out, put together again, compared.
 
-There is no table of families: a template that writes the same texts around every turn is translated, whatever
-it is called, and no other. Nothing runs but the template, under a limit of time and memory.
+A template that writes the same texts around every turn is translated, and no other. Nothing runs but the
+template, under a limit of time and memory.
 """
 
 import re
@@ -38,10 +38,8 @@ def modelfile(tokenizer, ends) -> str:
             same = all(_put(texts, talk) == _written(tokenizer, talk) for talk in _TALKS)
     except (Exception, limits.OverLimit):  # whatever a stranger's template raises
         return ""
-    template, special = (
-        _go(**texts),
-        [t.content for t in tokenizer.added_tokens_decoder.values() if t.special],
-    )
+    template = _go(**texts)
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
     stops = tokenizer.convert_ids_to_tokens(ends)
     stops += [token for token in special if texts["next_user"].lstrip().startswith(token)]

@@ -1,8 +1,7 @@
 """What the curves of a run show, in words.
 
-Rows are those of history.jsonl: of training with `step` and the curves by name (`nll`, `or_loss`, …), of
-evaluations with `step` and the same names after `eval_`. Where the held-out pairs were measured before and
-after, they decide, and no curve. It reads no file, computes no metric, draws nothing.
+Rows are those of history.jsonl, an evaluation's figures after `eval_`. Where the held-out pairs were measured
+before and after, they decide, and no curve. It reads no file, computes no metric, draws nothing.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Take a finished run home: merge it, talk to it, export it, push it to the hub.
 
-Each function works from the folder of a run alone, also of one from another machine. Nothing is trained here,
-and nothing leaves the machine but by `push`.
+Each function works from the folder of a run alone, also of one from another machine; nothing leaves the
+machine but by `push`.
 """
 
 import contextlib
@@ -46,12 +46,10 @@ _TORN = set("LookupError TypeError AttributeError ValueError ArithmeticError Tem
 
 def folder_of_run(folder, needed: str = "settings.json") -> Path:
     """Give the folder of a run as a path; UserError where it is none, or has no `needed` yet."""
-    folder = expanded(folder)
+    folder, way_out = expanded(folder), "give one that a run wrote"
     name = repr(str(folder))
     if not os.path.isfile(folder / "settings.json"):
-        raise UserError(
-            f"{name} is not the folder of a run (it has no settings.json): give one that a run wrote."
-        )
+        raise UserError(f"{name} is not the folder of a run (it has no settings.json): {way_out}.")
     if not os.path.exists(folder / needed):
         raise UserError(f"The run in {name} has no {needed} yet: let it end, or run it again to go on.")
     check_files(folder)
@@ -74,9 +72,6 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
     Args:
         out: where to; None: `merged/` in the run's folder.
         dtype: of the weights; None: what the run computed in (16 bit on GPUs), also over a base in 4 bit.
-
-    Returns:
-        the folder: safetensors, tokenizer, chat template, generation settings, Ollama's Modelfile.
     """
     folder = folder_of_run(run_folder, "model")
     out = expanded(out or folder / "merged").resolve()
@@ -95,9 +90,6 @@ def export_gguf(run_folder, kind: str = "q8_0") -> str:
     """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
     llama.cpp's converter is the one on the PATH, that of a clone here, or else PyPI's, of one known digest.
-
-    Args:
-        kind: of its numbers: q8_0 (8 bits), f16 or bf16.
 
     Returns:
         what was written; where the converter cannot be had, the commands that do it, without its own
@@ -230,9 +222,8 @@ def reply(
     try:
         prompt = encoder.prompt_ids(messages)
     except Unusable as why:
-        raise UserError(
-            f"The model's chat template does not take this ({why}): say it in other words."
-        ) from None
+        said = f"The model's chat template does not take this ({why}): say it in other words."
+        raise UserError(said) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
     ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
@@ -269,11 +260,7 @@ def ask_both(
     run, prompts: list[str], *, temperature: float = 0, top_p: float = 1, max_tokens: int = 256
 ) -> list[dict[str, str]]:
     """Answer prompts with the base and with the tuned model of a `run.Run`: [{"prompt", "base", "tuned"}].
-
-    Args:
-        temperature, top_p: of the sampling, drawn alike for both; temperature 0: greedy.
-        max_tokens: longest answer, tokens.
-    """
+    Both are sampled alike, or greedy at temperature 0; `max_tokens`: longest answer, tokens."""
     if not (0 <= temperature <= 5 and 0 < top_p <= 1 and max_tokens >= 1):
         given = f"temperature is {temperature}, top_p {top_p} and max_tokens {max_tokens}"
         raise UserError(f"{given}: give 0 to 5, more than 0 up to 1, and 1 or more.")
@@ -325,10 +312,8 @@ def chat(run_folder) -> list[dict]:
 def push(run_folder, repo: str, *, private: bool = True) -> str:
     """Push a finished run to the hub in one commit: the model's files, the card, the picture, the summary.
 
-    The token comes from HF_TOKEN or `hf auth login`. A repository that exists keeps its visibility.
-
-    Returns:
-        address of the repository.
+    The token comes from HF_TOKEN or `hf auth login`. A repository that exists keeps its visibility; its
+    address is given.
     """
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):

@@ -1,7 +1,7 @@
 """What style alone is worth: a bag of words that ranks two answers without the prompt.
 
 The bar for an accuracy: a logistic regression on the words, and pairs of words, in which the two answers
-differ; fitted on the training pairs, tested on the held-out ones. It says nothing of why words differ.
+differ; fitted on the training pairs, tested on the held-out ones.
 """
 
 import re
@@ -32,8 +32,8 @@ class BagOfWords:
         train, held_out = ([i for i in some if i < len(self.rows)] for some in (train, held_out))
         if len(train) < 20 or not held_out:
             return None
-        ids, values, starts = self._stacked(train)
-        owners = np.repeat(np.arange(len(train)), np.diff(starts))
+        ids, values = map(np.concatenate, zip(*(self.rows[i] for i in train), strict=True))
+        owners = np.repeat(np.arange(len(train)), [len(self.rows[i][0]) for i in train])
         weights, speed = np.zeros(FEATURES), np.zeros(FEATURES)
         for _ in range(rounds):  # gradient descent with momentum on the logistic loss and a little decay
             ahead = weights + 0.9 * speed
@@ -45,11 +45,6 @@ class BagOfWords:
         margins = [float(weights[self.rows[i][0]] @ self.rows[i][1]) for i in held_out]
         return float(np.mean([(margin > 0) + 0.5 * (margin == 0) for margin in margins]))
 
-    def _stacked(self, positions):
-        rows = [self.rows[i] for i in positions]
-        starts = np.cumsum([0] + [len(ids) for ids, _ in rows])
-        return np.concatenate([ids for ids, _ in rows]), np.concatenate([v for _, v in rows]), starts
-
 
 def _features(text: str) -> set[int]:
     words = re.findall(r"\w+|[^\w\s]", text.lower()[: 20 * WORDS])[:WORDS]
@@ -59,7 +54,5 @@ def _features(text: str) -> set[int]:
 
 def said(accuracy: float | None) -> str:
     """Say the bar in a sentence."""
-    if accuracy is None:
-        return ""
-    so_far = "so far it may be style"
-    return f"A bag of words that never saw the prompt ranks {accuracy:.0%} of them right: {so_far}."
+    said = "A bag of words that never saw the prompt ranks {:.0%} of them right: so far it may be style."
+    return "" if accuracy is None else said.format(accuracy)

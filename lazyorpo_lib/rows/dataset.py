@@ -59,13 +59,9 @@ class Rows:
 
 
 def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
-    """Give the rows of "demo", of a local file (ENDINGS) or a folder of such, of an https address of one, or
-    of a hub dataset: "owner/name", "owner/name:split" or "owner/name:config:split". Without a split: train,
-    else the one most like it.
-
-    Args:
-        max_rows: read at most so many; 0 reads all.
-    """
+    """Give the rows, at most `max_rows` unless it is 0, of "demo", of a local file (ENDINGS) or a folder of
+    such, of an https address of one, or of a hub dataset: "owner/name", "owner/name:split" or
+    "owner/name:config:split"; without a split: train, else the one most like it."""
     if re.match("https?://", dataset):
         return _file_rows(*_fetched(dataset), max_rows)
     path = DEMO if dataset == "demo" else _found(dataset)
@@ -156,14 +152,13 @@ def _fetched(address: str) -> tuple[str, Path]:
         raise
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(
-            f"Dataset {name!r} cannot be fetched ({why}): download it, and give the file."
-        ) from None
+        way_out = "download it, and give the file"
+        raise UserError(f"Dataset {name!r} cannot be fetched ({why}): {way_out}.") from None
     return name, path
 
 
-def written(value, folder: str = "") -> str:
-    """Write rows that a notebook holds (a list of dicts, a DataFrame, a `datasets.Dataset`) to a file that is
+def written(value) -> str:
+    """Write rows that a notebook holds (a list of dicts, a DataFrame, a `datasets.Dataset`) to a file here,
     named after what is in it, if it is not there yet; gives its name."""
     kind = type(value).__name__
     if hasattr(value, "keys") and hasattr(value, "num_rows"):  # a DatasetDict
@@ -182,10 +177,10 @@ def written(value, folder: str = "") -> str:
         return cell.tolist() if hasattr(cell, "tolist") else str(cell)
 
     text = "".join(json.dumps(row, default=plain) + "\n" for row in rows).encode()
-    path = Path(folder, f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl")
-    if not path.exists():
-        write_atomically(path, text)
-    return str(path)
+    name = f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl"
+    if not os.path.exists(name):
+        write_atomically(name, text)
+    return name
 
 
 def _hub_table(dataset):

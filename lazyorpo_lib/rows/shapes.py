@@ -107,13 +107,11 @@ def _labelled(row: _Row) -> list:
     """Give two answers in the order that a label, a winner or scores tell."""
     if {"a", "b"} <= row.columns.keys():
         sides = [("a", row.columns["a"]), ("b", row.columns["b"])]
-        found = [row.take("a"), row.take("b")]
     else:
         filled = (pair for pair in row.layout.both if not any(missing(row.cells[n]) for _, n in pair))
         if not (sides := next(filled, ())):
             raise BadRow("empty_answer")
-        found = [row.cells[name] for _, name in sides]
-    first = _winner(row, sides)
+    first, found = _winner(row, sides), [at(row.cells, name) for _, name in sides]
     for _, name in sides:
         row.mark(name, "one of two answers")
     return found if first == 0 else found[::-1]

@@ -1,10 +1,9 @@
 """A pair -> the text that the chat template makes of it: prompt, answers, ends; nothing of it lost.
 
-The template is the tokenizer's own; a base model without one gets `DEFAULT_TEMPLATE`. It is a stranger's
-program, so it runs under a limit of time and memory, and reads one clock, that of the run. A plain answer is
-put where the template puts a mark; one with reasoning or tool calls is written by the template itself. Every
-message must be found in what comes before the answer: else another form of the prompt is tried, else the pair
-is refused. No token is made here.
+The template is a stranger's program, so it runs under a limit of time and memory, and reads one clock, the
+run's. A plain answer is put where it puts a mark; one with reasoning or tool calls is written by the
+template itself. Every message must be found in what comes before the answer: else another form of the prompt
+is tried, else the pair is refused.
 """
 
 import datetime
@@ -31,12 +30,7 @@ Piece = tuple[str, bool]  # a text; whether names of special tokens in it are pl
 
 
 class Template:
-    """Writes pairs with a tokenizer's chat template.
-
-    Args:
-        tokenizer: a transformers tokenizer that has a chat template.
-        clock: seconds since 1970 that a template is told as the time; None: now.
-    """
+    """Writes pairs with a tokenizer's chat template; `clock`: the time it is told, seconds since 1970."""
 
     def __init__(self, tokenizer, clock: float | None = None):
         self.tokenizer = tokenizer
