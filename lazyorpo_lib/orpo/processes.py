@@ -18,6 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from huggingface_hub import get_token
 
 from ..errors import UserError
+from ..folder import read_json
 from ..settings import Settings
 
 
@@ -30,8 +31,9 @@ def check_tracker(tracker: str) -> None:
         )
 
 
-def tracked(settings: Settings) -> dict:
-    """Give what the tracker of `report_to` begins with: project, settings, the run's name and Space.
+def tracked(settings: Settings, folder: Path) -> dict:
+    """Give what the tracker of `report_to` begins with: project, the run's name and Space; the settings, with
+    the name and the digest of the pairs of the run in `folder`.
 
     Raises:
         UserError: no project can be called so; the Space is of another tracker, or there is no token for it.
@@ -51,7 +53,11 @@ def tracked(settings: Settings) -> dict:
         if why:
             raise UserError(f"trackio_space is {s.trackio_space!r}, which {why}, or leave it empty.")
         named["space_id"] = s.trackio_space
-    return dict(project_name=project, config=vars(s), init_kwargs={s.report_to: named})
+    own = {
+        "run": s.tracker_run or folder.name,
+        "data_digest": read_json(folder / "data_report.json").get("digest", ""),
+    }
+    return dict(project_name=project, config=vars(s) | own, init_kwargs={s.report_to: named})
 
 
 def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
@@ -66,7 +72,7 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
         )
     check_tracker(tracker := settings.report_to)
-    tracked(settings)  # what is wrong with it is told before anything is loaded
+    tracked(settings, Path(folder))  # what is wrong with it is told before anything is loaded
     AcceleratorState._reset_state(True)
     GradientState._reset_state()  # another library's trainer may have left it waiting for more gradients
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;
