@@ -255,9 +255,9 @@ class Run(Staged):
 
     def _plan(self) -> planner.Plan:
         config, begun = kinds.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
-        cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
+        cards = int(os.environ.get("WORLD_SIZE", 1))
         lengths = planner.measured_lengths(self.train_pairs)
-        how = dict(dtype=self.dtype, cards=cards, begun=begun)
+        how = dict(dtype=self.dtype, cards=cards, sharded=self.sharded, begun=begun)
         with explain_model(self.settings.base_model):
             plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")
