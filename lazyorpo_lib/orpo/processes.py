@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from huggingface_hub import get_token
 
 from ..errors import UserError
@@ -116,23 +116,35 @@ def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
     return True
 
 
-def by_first(make: Callable[[], object], *, several: bool):
-    """Give what the first of several processes makes, to all of them; its UserError too, which all raise."""
-    if not several:
-        return make()
-    first = PartialState().is_main_process
-    # What is made may take longer than a group waits for by itself, and does not belong on a GPU.
-    made, group = [None], torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo")
-    if first:
-        try:
-            made = [make()]
-        except UserError as error:
-            made = [error]
-    torch.distributed.broadcast_object_list(made, group=group)
-    torch.distributed.barrier(group)  # who goes on first may take away what the others are still opening
+def by_first(make: Callable[[], object], shared: Path, *, several: bool):
+    """Give what the first of several processes makes, to all of them; its UserError too, which all raise.
+
+    Args:
+        shared: a file in the run's folder through which they may share it; gone once all have what was made.
+    """
+    if not all(gather_object([(shared.parent / "settings.json").is_file()])):  # the first process wrote it
+        here = f"{shared.parent} is not on every machine the folder that the first process writes"
+        raise UserError(f"{here}: give an output_dir that all of them see.")
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        made = [_tried(make) if first or not several else None]
+        if several:  # what takes longer than a group waits for by itself, and does not belong on a GPU
+            group = torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo")
+            torch.distributed.broadcast_object_list(made, group=group)
+            torch.distributed.barrier(group)  # the file goes when all have opened it
+    finally:
+        if first:
+            shared.unlink(missing_ok=True)  # or what a kill left behind
     if isinstance(made[0], UserError):
         raise made[0]
     return made[0]
+
+
+def _tried(make: Callable[[], object]):
+    try:
+        return make()
+    except UserError as error:
+        return error
 
 
 def over_ranks(accelerator: Accelerator, count: int, how=sum) -> int:
