@@ -45,14 +45,17 @@ def train(arguments: list[str]) -> int:
     from .plan import planner
 
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
+    cards = _cards_of(given["cards"], getattr(target, "machine", target), given["device"])
     settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
     if given["device"] == "all":
         plans = planner.estimates(settings)
         print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
-    elif given["plan"] or given["device"] or given["json"]:
-        plan = planner.estimate(settings, given["device"])
-        lines = [plan.line(), plan.table(), *plan.method.arithmetic]
-        print(json.dumps(plan.as_dict()) if given["json"] else "\n".join(lines))
+    elif given["plan"] or given["device"] or given["json"] or cards > 1:
+        ways = (False, True) if cards > 1 else (True,)
+        plans = [planner.estimate(settings, given["device"], cards=cards, sharded=way) for way in ways]
+        told = [plan.as_dict() for plan in plans]
+        lines = ["\n".join([plan.line(), plan.table(), *plan.method.arithmetic]) for plan in plans]
+        print(json.dumps(told if cards > 1 else told[0]) if given["json"] else "\n\n".join(lines))
     elif given["probe"]:
         from .trials.probe import probe
 
@@ -74,6 +77,17 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def _cards_of(text: str, machine, device: str) -> int:
+    """Read how many cards are to be planned for."""
+    cards = int(text) if text.isdecimal() and len(text) < 6 else 0
+    why = "" if cards else "must be a whole number from 1 to 99999"
+    if cards > 1 and (machine.device != "cuda" or device == "all"):
+        why = "needs one kind of GPU to plan for: name it, as in --device H100"
+    if why:
+        raise UserError(f"--cards is {text!r}, which {why}.")
+    return cards
+
+
 def _run_parser() -> _Parser:
     also = "; ".join(f"{name} {usage} ({what})" for name, (usage, what, _) in COMMANDS.items())
     about, after = __doc__.split("\n")[0], f"With finished runs: {also}. Before one: pairs FILE ({PAIRS})."
@@ -83,12 +97,14 @@ def _run_parser() -> _Parser:
     for flag, words in {
         "--plan": "only say whether it will fit and how long it will take",
         "--probe": "only recommend or_weight and learning_rate, after a few short runs",
-        "--json": "the plan as one JSON object (of all cards: a list of them)",
+        "--json": "the plan as one JSON object (of all cards, or several: a list of them)",
         "--fail-within-noise": "end with status 3 where held-out accuracy has not risen beyond its noise",
     }.items():
         parser.add_argument(flag, action="store_true", help=words)
     cards = "plan for a named card (T4, A40, …), cpu-<GiB> or apple-<GiB>, or all cards"
     parser.add_argument("--device", default="", help=cards)
+    many = "plan for so many of that card, with DDP and with FSDP2"
+    parser.add_argument("--cards", default="1", metavar="N", help=many)
     file = "take settings from a run's settings.json, or an ORPO file of TRL or axolotl; flags beside it win"
     parser.add_argument("--settings", default="", metavar="FILE", help=file)
     return parser

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from . import __version__, drive, kinds, marker, model
 from . import folder as folders
@@ -151,14 +151,8 @@ class Run(Staged):
         for note in prepare_tokenizer(self.tokenizer):
             self.show(note[0].upper() + note[1:] + ".")
         self.encoder = encoder_of(self.tokenizer, s, clock=self.record["clock"])
-        if not all(gather_object([(self.folder / "settings.json").is_file()])):  # the first process wrote it
-            here = f"{self.folder} is not on every machine the folder that the first process writes"
-            raise UserError(f"{here}: give an output_dir that all of them see.")
-        try:
-            vars(self).update(by_first(self._read_pairs, several=self.stop.several and not self.finished))
-        finally:
-            if self.main:
-                marker.remove(self.folder / ".pairs")  # which all have opened, or a kill left behind
+        several = self.stop.several and not self.finished
+        vars(self).update(by_first(self._read_pairs, self.folder / ".pairs", several=several))
         self.show(f"{str(self.report).capitalize()}. {data.about_split(self.train_pairs, self.eval_pairs)}")
         for note in filter(None, [said(self.style), *self.report.notes()]):
             self.show(note)
@@ -190,10 +184,8 @@ class Run(Staged):
         if self._keep_to("dataset", s.dataset, older, self.report.digest) and anew:
             draft.replace(self.folder / "dropped.jsonl")
         if not train:
-            raise UserError(
-                f"No pair of the dataset {s.dataset!r} is left to train on ({self.report}): "
-                f"{self.report.way_out()}see {self.folder / 'dropped.jsonl'}."
-            )
+            why = f"No pair of the dataset {s.dataset!r} is left to train on ({self.report})"
+            raise UserError(f"{why}: {self.report.way_out()}see {self.folder / 'dropped.jsonl'}.")
         self.train_pairs, self.eval_pairs = Subset(pairs, train), Subset(pairs, tested)
         self.texts = rows.at([p.index for p in self.eval_pairs] or [pairs[0].index])
         self.style = words.accuracy(train, tested)
@@ -256,9 +248,8 @@ class Run(Staged):
 
     def _plan(self) -> planner.Plan:
         config, begun = kinds.load_config(self.settings.base_model), bool(checkpoints.complete(self.folder))
-        cards = int(os.environ["WORLD_SIZE"]) if self.sharded else 1
-        lengths = planner.measured_lengths(self.train_pairs)
-        how = dict(dtype=self.dtype, cards=cards, begun=begun)
+        cards, lengths = int(os.environ.get("WORLD_SIZE", 1)), planner.measured_lengths(self.train_pairs)
+        how = dict(dtype=self.dtype, cards=cards, sharded=self.sharded, begun=begun)
         with explain_model(self.settings.base_model):
             plan = planner.make_plan(config, self.settings, self.machine, lengths, **how)
         self.show(f"{plan.line()}.\n{plan.table()}")

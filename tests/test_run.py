@@ -24,6 +24,7 @@ from lazyorpo_lib.results import held_out, reading
 from lazyorpo_lib.run import Run, execute
 from lazyorpo_lib.session import Stop
 from lazyorpo_lib.settings import DEFAULTS, FIELDS, Settings, resolve
+from tests.conftest import files_holding
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference-sample-en.json"
 CONTRACT = {
@@ -252,6 +253,8 @@ def test_trackers_work_through_the_trainers_own_integrations_and_stay_in_the_fol
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob(left))
+    digest = read_json(tmp_path / "data_report.json")["digest"]
+    assert any(tmp_path / tracker in file.parents for file in files_holding(tmp_path, digest))
 
 
 # Stopping and going on.

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from huggingface_hub import get_token
 
 from ..errors import UserError
+from ..folder import read_json
 from ..settings import Settings
 
 
@@ -30,8 +31,9 @@ def check_tracker(tracker: str) -> None:
         )
 
 
-def tracked(settings: Settings) -> dict:
-    """Give what the tracker of `report_to` begins with: project, settings, the run's name and Space.
+def tracked(settings: Settings, folder: Path) -> dict:
+    """Give what the tracker of `report_to` begins with: project, the run's name and Space; the settings, with
+    the name and the digest of the pairs of the run in `folder`.
 
     Raises:
         UserError: no project can be called so; the Space is of another tracker, or there is no token for it.
@@ -51,7 +53,11 @@ def tracked(settings: Settings) -> dict:
         if why:
             raise UserError(f"trackio_space is {s.trackio_space!r}, which {why}, or leave it empty.")
         named["space_id"] = s.trackio_space
-    return dict(project_name=project, config=vars(s), init_kwargs={s.report_to: named})
+    own = {
+        "run": s.tracker_run or folder.name,
+        "data_digest": read_json(folder / "data_report.json").get("digest", ""),
+    }
+    return dict(project_name=project, config=vars(s) | own, init_kwargs={s.report_to: named})
 
 
 def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, folder: Path) -> Accelerator:
@@ -66,7 +72,7 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
             "configs/fsdp2.yaml, which spreads the same over the GPUs."
         )
     check_tracker(tracker := settings.report_to)
-    tracked(settings)  # what is wrong with it is told before anything is loaded
+    tracked(settings, Path(folder))  # what is wrong with it is told before anything is loaded
     AcceleratorState._reset_state(True)
     GradientState._reset_state()  # another library's trainer may have left it waiting for more gradients
     # Rotary tables are the same everywhere, and ranks score unequal numbers of batches for DPO's reference;
@@ -110,23 +116,35 @@ def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
     return True
 
 
-def by_first(make: Callable[[], object], *, several: bool):
-    """Give what the first of several processes makes, to all of them; its UserError too, which all raise."""
-    if not several:
-        return make()
-    first = PartialState().is_main_process
-    # What is made may take longer than a group waits for by itself, and does not belong on a GPU.
-    made, group = [None], torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo")
-    if first:
-        try:
-            made = [make()]
-        except UserError as error:
-            made = [error]
-    torch.distributed.broadcast_object_list(made, group=group)
-    torch.distributed.barrier(group)  # who goes on first may take away what the others are still opening
+def by_first(make: Callable[[], object], shared: Path, *, several: bool):
+    """Give what the first of several processes makes, to all of them; its UserError too, which all raise.
+
+    Args:
+        shared: a file in the run's folder through which they may share it; gone once all have what was made.
+    """
+    if not all(gather_object([(shared.parent / "settings.json").is_file()])):  # the first process wrote it
+        here = f"{shared.parent} is not on every machine the folder that the first process writes"
+        raise UserError(f"{here}: give an output_dir that all of them see.")
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        made = [_tried(make) if first or not several else None]
+        if several:  # what takes longer than a group waits for by itself, and does not belong on a GPU
+            group = torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo")
+            torch.distributed.broadcast_object_list(made, group=group)
+            torch.distributed.barrier(group)  # the file goes when all have opened it
+    finally:
+        if first:
+            shared.unlink(missing_ok=True)  # or what a kill left behind
     if isinstance(made[0], UserError):
         raise made[0]
     return made[0]
+
+
+def _tried(make: Callable[[], object]):
+    try:
+        return make()
+    except UserError as error:
+        return error
 
 
 def over_ranks(accelerator: Accelerator, count: int, how=sum) -> int:

@@ -127,7 +127,7 @@ class OrpoTrainer:
         self.schedule = get_scheduler(s.lr_schedule, self.optimizer, **span)
         self.close()
         self.accelerator.trackers = []  # it would add to those of an earlier call
-        self.accelerator.init_trackers(**tracked(s))
+        self.accelerator.init_trackers(**tracked(s, self.folder))
         if resume_from:
             self.load(Path(resume_from))
 

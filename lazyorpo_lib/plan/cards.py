@@ -1,6 +1,7 @@
 """GPUs by their data sheets, found by the names people write, and the speed a step may count on.
 
-It knows no model and plans nothing. COPY_SHARE and a card's share are stated, and no run has checked them.
+It knows no model and plans nothing. COPY_SHARE, a card's share and the links between cards are stated, and no
+run has checked them.
 """
 
 import functools
@@ -13,6 +14,7 @@ import torch
 from ..errors import UserError
 from ..machine import GIB, Machine, product_rate, quickest
 
+PCIE, NETWORK, A_NODE = 12, 50, 8  # GB/s of a card; of a card to another machine; cards of a machine
 COPY_SHARE = 0.85  # of a card's bandwidth, reached by operations that are no products
 # Of the rate of a product that is timed here; off CUDA it covers all of a step.
 MEASURED_SHARE = {"cuda": 0.9, "mps": 0.65, "cpu": 0.65}
@@ -29,6 +31,7 @@ class Card:
     bandwidth: float
     capability: tuple[int, int]
     share: float = 0.7  # of the TFLOP/s, reached by large products
+    link: float = PCIE  # GB/s sent to the cards beside it; over NVLink where it says so
 
     @property
     def machine(self) -> Machine:
@@ -38,8 +41,8 @@ class Card:
 _SHEETS = (
     Card("T4", 14.7, 65, 8.1, 320, (7, 5), 0.37),  # throttles at 70 W
     Card("P100", 15.9, 18.7, 9.3, 732, (6, 0)),  # no tensor cores
-    Card("V100-16", 15.8, 112, 14, 900, (7, 0)),
-    Card("V100-32", 31.7, 112, 14, 900, (7, 0)),
+    Card("V100-16", 15.8, 112, 14, 900, (7, 0), link=150),
+    Card("V100-32", 31.7, 112, 14, 900, (7, 0), link=150),
     Card("L4", 22.0, 121, 30.3, 300, (8, 9), 0.5),  # throttles at 72 W
     Card("A10", 22.0, 125, 31.2, 600, (8, 6)),
     Card("RTX-3090", 23.7, 71, 35.6, 936, (8, 6)),
@@ -48,15 +51,21 @@ _SHEETS = (
     Card("A40", 44.4, 150, 37.4, 696, (8, 6)),
     Card("L40S", 44.4, 362, 91.6, 864, (8, 9)),
     Card("A6000", 47.5, 155, 38.7, 768, (8, 6)),
-    Card("A100-40", 39.4, 312, 19.5, 1555, (8, 0)),
-    Card("A100-80", 79.1, 312, 19.5, 2039, (8, 0)),
-    Card("H100", 79.1, 989, 67, 3350, (9, 0)),
+    Card("A100-40", 39.4, 312, 19.5, 1555, (8, 0), link=300),
+    Card("A100-80", 79.1, 312, 19.5, 2039, (8, 0), link=300),
+    Card("H100", 79.1, 989, 67, 3350, (9, 0), link=450),
     Card("H100-PCIe", 79.1, 756, 51, 2000, (9, 0)),
-    Card("H100-NVL", 93.1, 835, 60, 3900, (9, 0)),
-    Card("H200", 139.8, 989, 67, 4800, (9, 0)),
-    Card("B200", 178.4, 2250, 75, 8000, (10, 0)),
+    Card("H100-NVL", 93.1, 835, 60, 3900, (9, 0), link=300),
+    Card("H200", 139.8, 989, 67, 4800, (9, 0), link=450),
+    Card("B200", 178.4, 2250, 75, 8000, (10, 0), link=900),
 )
 CARDS = {card.name: card for card in _SHEETS}
+
+
+def link_rate(machine: Machine, cards: int) -> float:
+    """Give the bytes a second that each of several cards sends to the others, by data sheets."""
+    own = getattr(listed(machine.name), "link", PCIE)
+    return 1e9 * (min(own, NETWORK) if cards > A_NODE else own)
 
 
 def _words(name: str) -> tuple[set[str], list[float]]:

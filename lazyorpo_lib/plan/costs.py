@@ -22,7 +22,7 @@ from ..orpo.best import Best
 from ..orpo.body import fused_experts, is_within, sizes_of, text_layers, towers_of
 from ..orpo.data import held_out_of
 from ..settings import Settings
-from .cards import rates
+from .cards import link_rate, rates
 from .lengths import Lengths
 from .profile import Profile
 from .simulation import on_meta, quantised_layers, simulate
@@ -98,13 +98,23 @@ _profiles: dict[tuple, Profile] = {}
 
 
 class Costs:
-    """One method on one device, or on as many `cards` that share weights, gradients and optimizer state."""
+    """One method on one device, or on several `cards`, each of which holds all or, `sharded`, its part of
+    weights, gradients and optimizer state."""
 
     def __init__(
-        self, config, settings: Settings, machine: Machine, lengths: Lengths, dtype, method, cards=1
+        self,
+        config,
+        settings: Settings,
+        machine: Machine,
+        lengths: Lengths,
+        dtype,
+        method,
+        cards=1,
+        sharded=True,
     ):
         self.config, self.settings, self.machine, self.lengths = config, settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
+        self.holders = cards if sharded else 1  # that share one copy
         self.cuda, self.full = machine.device == "cuda", method == "full"
         key = config.to_json_string(), settings.lora_rank, settings.lora_dropout > 0
         if key not in _shapes:
@@ -147,10 +157,10 @@ class Costs:
             rows.append([EncodedPair(i, *pair) for i in range(count)])
         key = self.config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
         adapters = None if self.full else (settings.lora_rank, settings.lora_dropout > 0)
-        key += adapters, settings.nll_over, self.cards > 1
+        key += adapters, settings.nll_over, self.holders > 1
         key += tuple(len(part) for row in rows for part in row[0][1:])
         if key not in _profiles:
-            what = self.held, self.dtype, machine, rows, self.cards > 1
+            what = self.held, self.dtype, machine, rows, self.holders > 1
             _profiles[key] = simulate(self.config, settings, *what)
         return _profiles[key]
 
@@ -169,7 +179,7 @@ class Costs:
 
     def is_hopeless(self) -> bool:
         """Tell whether the weights alone are too much, which needs no simulation."""
-        return self.weights / self.cards > self.limit * GIB
+        return self.weights / self.holders > self.limit * GIB
 
     def optimizer(self, name: str = "") -> tuple[float, float, float]:
         """Count bytes of its state on the device, of state that may leave it, of what an update holds."""
@@ -185,18 +195,18 @@ class Costs:
         lengths = self.lengths
         tokens = min(max(tokens, lengths.longest), self.most)  # a longer pair has a micro-batch of its own
         # Gradients of micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
-        held = not self.full or tokens < self.most or self.cards > 1
-        gradients = 4.0 * self.trained / self.cards
+        held = not self.full or tokens < self.most or self.holders > 1
+        gradients = 4.0 * self.trained / self.holders
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
         if not self.cuda:  # the masks of the rejected answers, which only the CPU's kernel wants
             masks = lengths.rejected * (lengths.prompt + lengths.rejected) / lengths.mean
             peak += tokens * masks * self.dtype.itemsize
         activations, made = peak - head - made, gradients if held else made
-        state, _, passing = (size / self.cards for size in self.optimizer())
+        state, _, passing = (size / self.holders for size in self.optimizer())
         if gradients + passing > activations + head + made:  # the optimizer's own moment, activations gone
             activations, head, made = passing, 0.0, gradients
         parts = {
-            "weights": self.weights / self.cards,
+            "weights": self.weights / self.holders,
             "adapters": 0.0 if self.full else gradients,
             "gradients": made,
             "optimizer": state,
@@ -204,7 +214,7 @@ class Costs:
             "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }
-        if self.cards > 1:
+        if self.holders > 1:
             parts["gathered"] = self._gathered()
         return {name: value / GIB for name, value in parts.items()}
 
@@ -215,6 +225,14 @@ class Costs:
         gathered = size * (ends + 2 * layer)
         # With full tuning their gradients too, until they are summed over the cards, in float32.
         return gathered + (size * (ends + layer) + 4.0 * layer if self.full else 0.0)
+
+    def _sent(self, batches: int) -> float:
+        """Count the bytes that a card sends in a step: what is trained, summed over the cards in float32; of
+        shared weights also each, gathered for forward and backward of every micro-batch."""
+        share, trained = 1 - 1 / self.cards, 4.0 * self.trained
+        if self.holders == 1:
+            return 2 * share * trained  # added up in parts, and the sums handed round
+        return batches * share * (2 * self.dtype.itemsize * self.shape.total + trained)
 
     def peak(self, tokens: int, checkpointed: int) -> float:
         """Give the peak, GiB."""
@@ -250,12 +268,14 @@ class Costs:
             moved = bytes_of.get(self.held, (0.5 + 2 * size) * shape.bulk) * (2 + again)
             launches = 0.0
         computing = self.pairs * pair / self.rate
-        moving = (batches * moved + 28.0 * self.trained / self.cards) / self.bandwidth
+        moving = (batches * moved + 28.0 * self.trained / self.holders) / self.bandwidth
         waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
-        paged = self.optimizer()[1] / self.cards
+        paged = self.optimizer()[1] / self.holders
         over = self.peak(tokens, checkpointed) * GIB + paged - self.memory  # leaves and comes back in a step
         paging = 2 * min(max(over, 0.0), paged) / HOST_LINK
-        step = computing + moving + waiting + paging
+        sent = self._sent(batches)
+        sending = sent / link_rate(self.machine, self.cards)
+        step = max(computing + moving + waiting, sending) + paging
         steps = math.ceil(settings.epochs * lengths.pairs / settings.pairs_per_step)
         steps = max(1, min(steps, settings.max_steps or steps))
         held_out = held_out_of(lengths.pairs * 5 // 4, settings.eval_pairs)
@@ -263,6 +283,7 @@ class Costs:
         looks = steps // best.every if best.every else 0
         asked = (2 + looks / best.stride) * held_out / self.pairs
         evaluation = asked * evaluated / pair * (step - paging)
+        about = f"; meanwhile a card sends {sent / 1e9:.3g} GB in {sending:.3g} s" * (self.cards > 1)
         total, passes = (steps * step + evaluation) / 60, (3 if self.full else 2) + again
         return total, (
             f"{lengths.pairs:,} pairs ({lengths.source}); a pair: {lengths.mean:.0f} tokens, "
@@ -271,7 +292,7 @@ class Costs:
             f"a step: {self.pairs} pairs in {batches} micro-batches, {step:.3g} s (computing {computing:.3g} "
             f"at {self.rate / 1e12:.3g} TFLOP/s, {self.rate_source}; moving bytes {moving:.3g} at "
             f"{self.bandwidth / 1e9:.3g} GB/s; waiting for launches {waiting:.3g}; "
-            f"paging optimizer state {paging:.3g})",
+            f"paging optimizer state {paging:.3g})" + about,
             f"the run: {steps} steps x {step:.3g} s + {2 + looks} evaluations in {evaluation:.3g} s = "
             f"{total:.3g} min, without the answers written for comparison and the checkpoints",
         )

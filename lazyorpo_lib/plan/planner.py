@@ -3,7 +3,7 @@ downloaded.
 
 Every method is planned on the device, with the quickest split of a step that fits, and the strongest that
 fits is chosen. Peaks are checked against real runs on the CPU (tests/benchmarks/planner_check.py). It loads
-no weights and knows neither the links between several GPUs nor the time of writing answers and checkpoints.
+no weights, and does not know the time of writing answers and checkpoints.
 """
 
 from collections.abc import Sequence
@@ -100,6 +100,7 @@ def make_plan(
     *,
     dtype: torch.dtype | None = None,
     cards: int = 1,
+    sharded: bool = True,
     begun: bool = False,
     brief: bool = False,
 ) -> Plan:
@@ -107,7 +108,8 @@ def make_plan(
 
     Args:
         dtype: of the computation; None takes what `pick_precision` gives.
-        cards: how many such devices share the weights, their gradients and the optimizer's state (FSDP).
+        cards: how many such devices share the pairs of a step. sharded: also the weights, their gradients and
+            the optimizer's state (FSDP2); else each has its own (DDP).
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
         brief: plan no method but the one that would be chosen, and those before it that do not fit.
     """
@@ -116,12 +118,13 @@ def make_plan(
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
     given, (settings, _) = settings, settle(settings, pairs=lengths.pairs, positions=positions_of(config))
-    costs, methods = _methods(config, settings, machine, lengths, dtype, cards, begun, brief)
+    many = (cards, sharded and cards > 1)
+    costs, methods = _methods(config, settings, machine, lengths, dtype, many, begun, brief)
     chosen, why = _choose(settings, methods, machine, brief)
     one = costs[chosen]
     known = dict(weights=one.shape.total, method=chosen, pairs=lengths.pairs)
     return Plan(
-        device=machine.name,
+        device=f"{cards} x {machine.name} ({'FSDP2' if sharded else 'DDP'})" if cards > 1 else machine.name,
         memory_gib=one.memory / GIB,
         methods=list(methods.values()),
         chosen=chosen,
@@ -136,9 +139,9 @@ def make_plan(
     )
 
 
-def _methods(config, settings, machine, lengths, dtype, cards, begun, brief) -> tuple[dict, dict]:
+def _methods(config, settings, machine, lengths, dtype, many, begun, brief) -> tuple[dict, dict]:
     """Plan with every method that there is for this model on such a machine: its costs, its best split."""
-    four_bit = (machine.device != "mps" and cards == 1) or settings.method == "qlora"
+    four_bit = (machine.device != "mps" and not many[1]) or settings.method == "qlora"
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
     optimizers = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
@@ -151,7 +154,7 @@ def _methods(config, settings, machine, lengths, dtype, cards, begun, brief) -> 
         names = names[names.index(settings.method) :] if settings.method in names else names
     for method in names:
         for some in optimizers:
-            costs[method] = Costs(config, some, machine, lengths, dtype, method, cards)
+            costs[method] = Costs(config, some, machine, lengths, dtype, method, *many)
             if brief and auto and method != names[-1] and costs[method].is_hopeless():
                 break
             methods[method] = costs[method].best()
@@ -181,11 +184,11 @@ def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
     return plans
 
 
-def estimate(settings: Settings, device: Machine | Card | str = "", *, brief: bool = False) -> Plan:
-    """Plan a run from the model's config.json alone: on a card, or the machine at hand."""
+def estimate(settings: Settings, device: Machine | Card | str = "", **how) -> Plan:
+    """Plan a run from the model's config.json alone: on a card or the machine at hand; `how`: make_plan's."""
     target = (find_card(device) if isinstance(device, str) else device) if device else this_machine()
     config, settings = fitted(settings, getattr(target, "machine", target))
-    return make_plan(config, settings, target, lengths_of(settings), brief=brief)
+    return make_plan(config, settings, target, lengths_of(settings), **how)
 
 
 def estimates(settings: Settings) -> list[Plan]:
@@ -261,7 +264,7 @@ def _changes(costs: Costs, methods: dict[str, MethodPlan]) -> list[str]:
     weaker = METHODS[METHODS.index(costs.method) + 1 :]
     if lighter := next((m for m in weaker if m in methods and methods[m].fits), None):
         found.append(f"method={lighter} would fit ({methods[lighter].peak_gib:.1f} GiB)")
-    saved = (costs.optimizer()[0] - costs.optimizer("adamw_8bit")[0]) / costs.cards / GIB
+    saved = (costs.optimizer()[0] - costs.optimizer("adamw_8bit")[0]) / costs.holders / GIB
     if costs.full and settings.optimizer == "adamw" and least - saved <= costs.limit:
         found.append("optimizer=adamw_8bit would fit")
     enough = [card for card in CARDS.values() if least <= card.memory_gib * (1 - MARGIN)]

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def a_token(monkeypatch):
 
 
 def told(**settings):
-    found = processes.tracked(Settings(**settings))
+    found = processes.tracked(Settings(**settings), Path("runs/one"))
     return found["project_name"], found["init_kwargs"]
 
 
@@ -34,6 +35,16 @@ def test_project_run_and_space_reach_the_tracker_that_has_them(monkeypatch):
     assert told(report_to="trackio", trackio_space="me/board", **MINE) == ("pets", space)
     monkeypatch.setenv("WANDB_PROJECT", "from outside")
     assert told(report_to="wandb")[0] == "from outside" and told(report_to="wandb", **MINE)[0] == "pets"
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio"])
+def test_every_tracker_is_told_the_runs_name_its_seed_and_the_digest_of_its_pairs(tracker, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "data_report.json").write_text('{"digest": "0123abcd"}')
+    told = processes.tracked(Settings(report_to=tracker, seed=7), tmp_path / "one")["config"]
+    assert (told["run"], told["seed"], told["data_digest"]) == ("one", 7, "0123abcd")
+    told = processes.tracked(Settings(report_to=tracker, **MINE), tmp_path)["config"]
+    assert (told["run"], told["data_digest"]) == ("first try", "")
 
 
 WRONG = {
@@ -85,7 +96,9 @@ def test_trackio_is_begun_once_fed_every_step_and_ended(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setattr(processes, "check_tracker", lambda name: None)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
+    (tmp_path / "data_report.json").write_text('{"digest": "0123abcd"}')
     run_with_tracker(tmp_path)
+    assert (fake.config | run.config)["data_digest"] == "0123abcd"
     assert seen[0] == {"project": "pets", "name": "first try"} and seen[-1] == "ended"
     assert sum("train/loss" in row for row in seen[1:-1]) == 2
 

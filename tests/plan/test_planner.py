@@ -21,10 +21,11 @@ from transformers.integrations import moe
 from transformers.models.llama import modeling_llama
 
 from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.demo.model import write_tiny
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast import attention
 from lazyorpo_lib.fast.attention import RowAttention
-from lazyorpo_lib.machine import Machine
+from lazyorpo_lib.machine import GIB, Machine
 from lazyorpo_lib.notebook.panel import Panel
 from lazyorpo_lib.orpo.batching import EncodedPair
 from lazyorpo_lib.plan import cards, costs, simulation
@@ -267,6 +268,83 @@ def test_a_plan_leaves_the_config_as_it_is_and_is_not_simulated_twice(monkeypatc
     again = small(layers=7)
     again.dtype = torch.bfloat16
     assert plan("T4", lengths, again) == first
+
+
+SPLIT = dict(method="full", tokens_per_batch=200, checkpointed_layers=0, eval_pairs=0, epochs=1.0)
+
+
+def on_cards(cards, sharded, pairs_per_step, target="A40", **changes):
+    settings = Settings(**SPLIT | changes, pairs_per_step=pairs_per_step)
+    how = dict(dtype=torch.bfloat16, cards=cards, sharded=sharded)
+    return make_plan(small(), settings, target, LENGTHS, **how).method
+
+
+def seconds(text, method):
+    return float(re.search(text + r" ([\d.e-]+)", " ".join(method.arithmetic))[1])
+
+
+def test_a_card_of_four_under_ddp_holds_what_one_card_holds_for_its_pairs():
+    one, four = on_cards(1, True, 2), on_cards(4, False, 8)
+    assert four.parts == one.parts and "gathered" not in four.parts
+    assert seconds("computing", four) == seconds("computing", one)
+    weights = one.parts["weights"] * GIB / 4  # of 4 bytes
+    assert seconds("a card sends", four) == pytest.approx(2 * 3 / 4 * 4 * weights / 1e9, rel=0.01)
+    assert "sends" not in " ".join(one.arithmetic)
+
+
+def test_a_card_of_four_under_fsdp2_holds_a_quarter_and_sends_what_it_gathers():
+    one, four = on_cards(1, True, 2), on_cards(4, True, 8)
+    for part in ("weights", "optimizer"):
+        assert four.parts[part] == pytest.approx(one.parts[part] / 4)
+    assert four.parts["gathered"] > 0
+    batches = int(re.search(r"in (\d+) micro-batches", four.arithmetic[1])[1])
+    assert batches > 1
+    weights = one.parts["weights"] * GIB / 4
+    sent = batches * 3 / 4 * (2 * 2 + 4) * weights  # gathered twice in 16 bit; gradients summed in 32
+    assert seconds("a card sends", four) == pytest.approx(sent / 1e9, rel=0.01)
+
+
+def test_a_step_takes_no_less_than_its_links_which_are_slower_between_machines():
+    slow, quick = on_cards(4, False, 8, "T4"), on_cards(4, False, 8, "H100")
+    assert seconds("GB in", slow) / seconds("GB in", quick) == pytest.approx(450 / 12, rel=0.01)
+    far = on_cards(16, False, 16, "H100")
+    per_byte = [seconds("GB in", m) / seconds("a card sends", m) for m in (far, quick)]
+    assert per_byte[0] / per_byte[1] == pytest.approx(450 / 50, rel=0.02)
+    step = seconds("micro-batches,", slow)
+    assert step >= seconds("GB in", slow) * 0.99
+
+
+def test_the_command_line_plans_for_several_cards_both_ways(tmp_path, capsys):
+    write_tiny(tmp_path / "base")
+    flags = ["--base-model", str(tmp_path / "base"), "--method", "lora", "--device", "T4", "--cards", "2"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "on this 2 x T4 (DDP)" in said and "on this 2 x T4 (FSDP2)" in said
+    assert said.count("meanwhile a card sends") == 2
+    assert main([*flags, "--json"]) == 0
+    assert [plan["device"] for plan in json.loads(capsys.readouterr().out)] == [
+        "2 x T4 (DDP)",
+        "2 x T4 (FSDP2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "cards, device, said",
+    [
+        ("0", "T4", "whole number from 1"),
+        ("-2", "T4", "whole number from 1"),
+        ("two", "T4", "whole number from 1"),
+        ("2.5", "T4", "whole number from 1"),
+        ("9" * 30, "T4", "whole number from 1"),
+        ("", "T4", "whole number from 1"),
+        ("2", "cpu-16", "name it, as in --device H100"),
+        ("2", "apple-16", "name it, as in --device H100"),
+        ("2", "all", "name it, as in --device H100"),
+    ],
+)
+def test_a_number_of_cards_that_is_none_is_a_sentence(cards, device, said):
+    with pytest.raises(UserError, match=f"--cards is '{re.escape(cards)}', which .*{said}"):
+        main(["--plan", "--device", device, f"--cards={cards}"])
 
 
 def test_settings_given_as_numbers_are_kept():
