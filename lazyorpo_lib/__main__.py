@@ -47,15 +47,8 @@ def train(arguments: list[str]) -> int:
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
     cards = _cards_of(given["cards"], getattr(target, "machine", target), given["device"])
     settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
-    if given["device"] == "all":
-        plans = planner.estimates(settings)
-        print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
-    elif given["plan"] or given["device"] or given["json"] or cards > 1:
-        ways = (False, True) if cards > 1 else (True,)
-        plans = [planner.estimate(settings, given["device"], cards=cards, sharded=way) for way in ways]
-        told = [plan.as_dict() for plan in plans]
-        lines = ["\n".join([plan.line(), plan.table(), *plan.method.arithmetic]) for plan in plans]
-        print(json.dumps(told if cards > 1 else told[0]) if given["json"] else "\n\n".join(lines))
+    if given["plan"] or given["device"] or given["json"] or cards > 1:
+        _tell_plans(settings, given, cards)
     elif given["probe"]:
         from .trials.probe import probe
 
@@ -75,6 +68,20 @@ def train(arguments: list[str]) -> int:
         more = found.get("accuracy_after", 0) > found.get("accuracy_before", 0)
         return 0 if more and found["verdict"].endswith(": more than noise.") else 3
     return 0
+
+
+def _tell_plans(settings, given: dict, cards: int) -> None:
+    from .plan import planner
+
+    if given["device"] == "all":
+        plans = planner.estimates(settings)
+        print(json.dumps([plan.as_dict() for plan in plans]) if given["json"] else planner.cards_table(plans))
+        return
+    ways = (False, True) if cards > 1 else (True,)
+    plans = [planner.estimate(settings, given["device"], cards=cards, sharded=way) for way in ways]
+    told = [plan.as_dict() for plan in plans]
+    lines = ["\n".join([plan.line(), plan.table(), *plan.method.arithmetic]) for plan in plans]
+    print(json.dumps(told if cards > 1 else told[0]) if given["json"] else "\n\n".join(lines))
 
 
 def _cards_of(text: str, machine, device: str) -> int:

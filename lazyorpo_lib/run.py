@@ -268,7 +268,10 @@ class Run(Staged):
             show_progress(self.folder)
             return
         trained = 0 < self.trainer.steps <= self.trainer.step  # by an earlier press
-        found = None if trained else self._clear_up()
+        found = None
+        if not trained:  # what an earlier process left behind the checkpoint goes
+            found = checkpoints.go_on(self.folder, sharded=self.sharded, main=self.main, show=self.show)
+            held_out.forget(self, all_of_it=not found)
         if self.trainer.optimizer and not trained and not found:  # it left nothing to go on from
             self.load_model()
         s, trainer, complete = self.settings, self.trainer, False
@@ -297,12 +300,6 @@ class Run(Staged):
             self.show(f"Kept: {trainer.best.told()['kept']}.")
         rows = folders.read_rows(self.folder / "history.jsonl")
         self.show(f"Reading of the curves: {reading.read_curves(rows, self.plot.results)}.")
-
-    def _clear_up(self) -> Path | None:
-        """The checkpoint to go on from, with what an earlier process left behind it taken away."""
-        found = checkpoints.go_on(self.folder, sharded=self.sharded, main=self.main, show=self.show)
-        held_out.forget(self, all_of_it=not found)
-        return found
 
     def _train(self, found: Path | None) -> None:
         """Take the steps that are left; from the first one, where nothing is found to go on from."""
