@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from huggingface_hub import get_token
 
@@ -122,7 +122,8 @@ def by_first(make: Callable[[], object], shared: Path, *, several: bool):
     Args:
         shared: a file in the run's folder through which they may share it; gone once all have what was made.
     """
-    if not all(gather_object([(shared.parent / "settings.json").is_file()])):  # the first process wrote it
+    PartialState().wait_for_everyone()  # until the first one has written the file that all must see
+    if not all(gather_object([(shared.parent / "settings.json").is_file()])):
         here = f"{shared.parent} is not on every machine the folder that the first process writes"
         raise UserError(f"{here}: give an output_dir that all of them see.")
     first = int(os.environ.get("RANK", 0)) == 0
