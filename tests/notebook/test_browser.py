@@ -4,6 +4,7 @@ again.
 python -m tests.notebook.test_browser docs    takes the README's screenshots of the demo into docs
 """
 
+import csv
 import json
 import os
 import re
@@ -103,6 +104,30 @@ class Notebook:
         self.entry(name).fill(value)
         self.entry(name).press("Tab")
 
+    def upload(self, file: Path) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.cell("panel.show()").get_by_role("button", name="Upload pairs").click()
+        chooser.value.set_files(file)
+        while not self.entry("dataset").input_value().endswith(file.name):
+            self.page.wait_for_timeout(100)
+
+    def tick(self, code: str, *boxes: str) -> str:
+        """Set boxes of a cell's form, run it, and give what it shows."""
+        cells = json.loads((HOME / "notebooks/LazyORPO.ipynb").read_text(encoding="utf-8"))["cells"]
+        [text] = [text for cell in cells if code in (text := "".join(cell["source"]))]
+        for box in boxes:
+            text = text.replace(f"{box} = False", f"{box} = True")
+        self.cell(code).locator(".cm-content").click()
+        self.page.keyboard.press("ControlOrMeta+A")
+        self.page.keyboard.insert_text(text)
+        self.page.keyboard.press("Shift+Enter")
+        for _ in range(20):  # until it has begun, or was over at once
+            self.page.wait_for_timeout(100)
+            if self.running():
+                break
+        self.wait(300)
+        return self.text(code)
+
     def folder(self) -> Path:
         return Path(re.search(r"^Folder: (.+)$", self.text("run = Run("), re.M)[1])
 
@@ -194,6 +219,10 @@ def seen(tmp_path_factory):
             for i in range(40)
         )
     )
+    own = folder / "own.csv"  # as a spreadsheet writes it where a comma is the decimal sign
+    with open(own, "w", newline="") as file:
+        rows = [[f"{HOSTILE} {i}?", f"{HOSTILE} yes", f"no {HOSTILE}"] for i in range(40)]
+        csv.writer(file, delimiter=";").writerows([["Prompt", "Chosen", "Rejected"], *rows])
     with jupyter_lab(folder, LAZYORPO_DATASET=str(pairs)) as notebook:
         seen, page = {"changed": CHANGED | {"base_model": str(other)}, "pictures": []}, notebook.page
         notebook.run_all_to_the_end(600)
@@ -202,6 +231,7 @@ def seen(tmp_path_factory):
         for edits, (name, value) in enumerate(seen["changed"].items()):
             notebook.change(name, value)
             notes.nth(edits).wait_for()
+        notebook.upload(own)
 
         def look():
             if (picture := notebook.picture()) not in [None, *seen["pictures"]]:
@@ -211,6 +241,13 @@ def seen(tmp_path_factory):
         notebook.wait(600, look)
         seen["second"] = json.loads((notebook.folder() / "settings.json").read_text())
         seen["steps"] = json.loads((notebook.folder() / "summary.json").read_text())["steps"]
+        cells = {
+            "ask_both, run": ["ask_now"],
+            "share.lines": ["lines_now", "zip_now"],
+            "share.merge": ["merge_now"],
+        }
+        seen["ticked"] = {code: notebook.tick(code, *boxes) for code, boxes in cells.items()}
+        seen["folder"] = notebook.folder()
         seen["trouble"] = page.locator(TROUBLE).all_inner_texts()
         seen["hostile"] = page.evaluate("window.hostile")
         seen["pair"], seen["answers"] = notebook.text("show.pair(run)"), notebook.text("show.answers(run)")
@@ -223,6 +260,19 @@ def test_what_is_changed_in_the_panel_is_what_the_next_run_trains_with(seen):
         assert (str(now), seen["second"]["sources"][name]) == (str(type(now)(value)), "panel")
         assert seen["first"]["settings"][name] != now and seen["first"]["sources"][name] != "panel"
     assert seen["steps"] == 120 * 8
+
+
+def test_an_uploaded_table_of_another_country_is_what_the_next_run_trains_on(seen):
+    assert seen["second"]["settings"]["dataset"].endswith("own.csv")
+    assert seen["second"]["sources"]["dataset"] == "panel"
+
+
+def test_the_cells_behind_boxes_do_what_they_say(seen):
+    ticked = seen["ticked"]
+    assert all(word in ticked["ask_both, run"] for word in ("Why is it dark at night?", "base", "tuned"))
+    assert "vllm serve" in ticked["share.lines"] and ".zip" in ticked["share.lines"]
+    assert "merged" in ticked["share.merge"] and (seen["folder"] / f"{seen['folder'].name}.zip").is_file()
+    assert (seen["folder"] / "merged" / "model.safetensors").is_file()
 
 
 def test_the_live_picture_moves_while_training_runs(seen):
