@@ -261,8 +261,8 @@ def units_of(recipes: list[str], folds: int) -> dict[str, tuple]:
     lone = "ORPO" in recipes
     units = {"search-ORPO": ()} if lone else {}
     units |= {"search": ()} if two or "SFT" in recipes else {}
-    units |= {f"fold-{k}-base": () for k in range(folds)}
     for k in range(folds):
+        units |= {f"fold-{k}-base": ()}
         units |= {f"fold-{k}-ORPO": ("search-ORPO",)} if lone else {}
         units |= {f"fold-{k}-SFT": ("search",)} if "SFT" in recipes else {}
         units |= {f"fold-{k}-two": ("search",)} if two else {}
@@ -385,7 +385,7 @@ def begin(words: list[str]) -> None:
     left = [name for name in units if not (given.out / f"{name}.json").is_file()]
     learnt = 66 * sum(len(STAGES[name]) ** -0.4 for name in recipes)  # tokens of a pair; shared first stages
     learnt *= given.pairs * given.folds + 3 * given.search_pairs
-    read = given.questions * given.folds * 275 * (1 + len(recipes)) + given.search_questions * 200 * 15
+    read = given.questions * given.folds * 270 * (1 + len(recipes)) + given.search_questions * 200 * 15
     time = lab.told(read, learnt, given.jobs, len(left) / len(units))
     print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)
     lab.carry_out("tests.benchmarks.truthful", words, units, given.out, given.jobs)
