@@ -183,6 +183,14 @@ def about(command: list[str]) -> dict:
     }  # fmt: skip
 
 
+def there(out: Path, names) -> dict[str, dict]:
+    """Give the units that are there; UserError where none is."""
+    found = {name: read_json(out / f"{name}.json") for name in names if (out / f"{name}.json").is_file()}
+    if not found:
+        raise UserError(f"There is no part of the experiment in {out}: leave --so-far out to make some.")
+    return found
+
+
 def keep(file: Path, make) -> dict:
     """Give what a JSON holds; made first where it is not there."""
     if not file.is_file():
@@ -240,6 +248,7 @@ def add_common(parser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--unit", default="", help="make this part alone")
+    parser.add_argument("--so-far", action="store_true", help="put together what is there, train nothing")
 
 
 def run(main, words=None) -> int:

@@ -97,7 +97,7 @@ def bag_of_words(given) -> float:
 
 
 def gather(given, settings, words: list[str]) -> dict:
-    units = [read_json(given.out / f"seed-{seed}.json") for seed in range(1, given.seeds + 1)]
+    units = list(lab.there(given.out, [f"seed-{seed}" for seed in range(1, given.seeds + 1)]).values())
     kept = lab.about(["python", "-m", "tests.benchmarks.nocue", *words]) | {
         "base_model": settings.base_model, "pairs": given.pairs, "held_out": given.held_out,
         "pairs_per_step": settings.pairs_per_step, "or_weight": settings.or_weight,
@@ -170,6 +170,8 @@ def begin(words: list[str]) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     units = {f"seed-{seed}": () for seed in range(1, given.seeds + 1)}
     left = [name for name in units if not (given.out / f"{name}.json").is_file()]
+    if given.so_far:
+        return print(tables(gather(given, settings, words)))
     read, learnt = 50 * (4 * given.held_out + 3 * 9 * SEEN), 50 * 3.5 * given.pairs
     time = lab.told(read, learnt, min(given.jobs, given.seeds), len(left))
     print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)

@@ -63,7 +63,7 @@ def fold_unit(design, k: int, settings, folder: Path) -> dict:
 
 
 def gather(given, settings, words: list[str]) -> dict:
-    units = [read_json(given.out / f"fold-{k}.json") for k in range(given.seeds)]
+    units = list(lab.there(given.out, [f"fold-{k}" for k in range(given.seeds)]).values())
     kept = lab.about(["python", "-m", "tests.benchmarks.own_samples", *words]) | {
         "base_model": settings.base_model, "pairs": given.pairs, "folds": given.folds, "seeds": given.seeds,
         "questions": given.questions, "pairs_per_step": settings.pairs_per_step,
@@ -126,6 +126,8 @@ def begin(words: list[str]) -> None:
         return lab.keep(given.out / f"{given.unit}.json", lambda: fold_unit(design, k, settings, given.out))
     units = {f"fold-{k}": () for k in range(given.seeds)}
     left = [name for name in units if not (given.out / f"{name}.json").is_file()]
+    if given.so_far:
+        return print(tables(gather(given, settings, words)))
     read, learnt = 3 * 200 * given.questions + 70 * given.pairs, 150 * given.pairs
     time = lab.told(read, learnt, min(given.jobs, given.seeds), len(left))
     print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)

@@ -285,11 +285,9 @@ def make(name: str, design: Design, recipes: list[str], settings, out: Path) -> 
 
 def gather(design: Design, recipes: list[str], settings, out: Path, words: list[str]) -> dict:
     """Put what the units found together, in truthful.json."""
-    given, units = design.given, units_of(recipes, design.given.folds)
-    records, found, rates, minutes = {name: {} for name in ["base", *recipes]}, {}, {}, 0.0
-    for name in units:
-        one = read_json(out / f"{name}.json")
-        minutes += one.get("minutes", 0.0)
+    given, units = design.given, lab.there(out, units_of(recipes, design.given.folds))
+    records, found, rates = {name: {} for name in ["base", *recipes]}, {}, {}
+    for name, one in units.items():
         found |= one.get("tried", {})
         rates |= {recipe: rate for recipe, rate in one.get("rates", {}).items() if recipe in recipes}
         for recipe, measures in one.get("records", {}).items():
@@ -301,12 +299,12 @@ def gather(design: Design, recipes: list[str], settings, out: Path, words: list[
     kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *words]) | {
         "base_model": settings.base_model, "folds": given.folds, "pairs": given.pairs,
         "pairs_per_step": settings.pairs_per_step, "questions": given.questions,
-        "or_weight": settings.or_weight, "precision": settings.precision, "process_minutes": minutes,
+        "or_weight": settings.or_weight, "precision": settings.precision,
+        "process_minutes": sum(one["minutes"] for one in units.values()), "parts": sorted(units),
+       
         "search": {"pairs": given.search_pairs, "questions": given.search_questions, "tried": found},
         "rates": rates, "bag_of_words": bag_of_words(design.rows, design.fold), "records": records,
-        "search_base": next(
-            (read_json(out / f"{u}.json")["base"] for u in units if u.startswith("search")), {}
-        ),
+        "search_base": next((one["base"] for one in units.values() if "base" in one), {}),
     }  # fmt: skip
     text = json.dumps(lab.rounded(kept), separators=(",", ":")).replace('"columns"', '\n"columns"')
     write_atomically(out / "truthful.json", f"{text}\n".encode())
@@ -381,6 +379,8 @@ def begin(words: list[str]) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.unit:
         return make(given.unit, design, recipes, settings, given.out)
+    if given.so_far:
+        return print(tables(gather(design, recipes, settings, given.out, words)))
     units = units_of(recipes, given.folds)
     left = [name for name in units if not (given.out / f"{name}.json").is_file()]
     learnt = 66 * sum(len(STAGES[name]) ** -0.4 for name in recipes)  # tokens of a pair; shared first stages
