@@ -185,7 +185,7 @@ def curves(one: dict) -> dict[str, list[list[float]]]:
 def displacement() -> str:
     if not (one := kept("nocue")):
         return absent("nocue")
-    lines = []
+    lines = [f"![The log-probability of chosen answers while SFT, DPO and ORPO train]({PICTURE})", ""]
     for recipe, rows in curves(one).items():
         (_, c0, r0), (step, c1, r1) = rows[0], rows[-1]
         way = "falls" if c1 < c0 else "rises"
@@ -205,8 +205,9 @@ def about_own() -> str:
         "own_samples",
         f"{len(one['tokens'])} of {one['folds']} folds, {pairs:.0f} questions to train on, once, "
         f"{one['questions']} tested in each; rate {one['learning_rate']:g}, λ {one['or_weight']:g}. The "
-        f"chosen answers have {tokens['chosen']:.0f} tokens, the written rejected ones {tokens['written']:.0f}, the "
-        f"model's own {tokens['own samples']:.0f} (cut at {one['answer_tokens']}).",
+        f"chosen answers have {tokens['chosen']:.0f} tokens, the written rejected ones "
+        f"{tokens['written']:.0f}, the model's own {tokens['own samples']:.0f} "
+        f"(cut at {one['answer_tokens']}).",
     )
 
 
@@ -237,9 +238,10 @@ def readme() -> str:
         for name in ("base", "SFT", "SFT then DPO")
     )
     return (
-        f"On TruthfulQA's human-written answers, questions held out, ORPO's accuracy is {base}, above the base "
-        f"model's, {sft}, beside SFT, and {dpo}, beside SFT then DPO; a bag of words that never sees the "
-        f"question ranks {one['bag_of_words']:.0%} of the pairs right. Others find two stages ahead."
+        "**Is it better?** On TruthfulQA's answers, which people wrote, and on questions not trained on, "
+        f"ORPO's accuracy minus the base model's is {base}; minus SFT's {sft}; minus SFT then DPO's {dpo}. "
+        f"A bag of words that never sees the question ranks {one['bag_of_words']:.0%} of the pairs right. "
+        "What others found, and what is not known: [docs/is_it_better.md](docs/is_it_better.md)."
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lazyorpo_lib.errors import UserError
-from tests.benchmarks import lab, nocue, own_samples, truthful
+from tests.benchmarks import lab, nocue, own_samples, page, truthful
 
 TOY = ["--base-model", "tiny-random", "--set", "max_tokens=900", "--set", "max_prompt_tokens=500"]
 ROWS = [
@@ -249,3 +249,43 @@ def test_units_run_in_processes_of_one_thread_and_a_failed_one_is_a_sentence(tmp
     finally:
         os.environ.pop("PYTHONPATH")
         os.environ |= {"PYTHONPATH": before} if before else {}
+
+
+@pytest.mark.parametrize("file", page.PAGES, ids=lambda file: file.name)
+def test_a_page_says_what_the_json_of_the_experiments_says(file):
+    text = file.read_text(encoding="utf-8")
+    assert page.filled(text) == text, "python -m tests.benchmarks.page writes it anew"
+
+
+def test_every_block_stands_on_a_page_and_a_figure_that_is_changed_is_seen(monkeypatch):
+    texts = {file.name: file.read_text(encoding="utf-8") for file in page.PAGES}
+    assert all(sum(f"<!-- {name} -->" in text for text in texts.values()) == 1 for name in page.BLOCKS)
+    for name in ("truthful", "nocue"):
+        if page.kept(name):
+            text = texts["is_it_better.md"]
+            start = text.index(f"<!-- {name} -->")
+            at = next(k for k in range(start + 60, len(text)) if text[k] in "12345678")
+            assert page.filled(text[:at] + "9" + text[at + 1 :]) == text
+
+
+def test_the_jsons_in_docs_are_small_and_hold_no_text_of_the_data():
+    for name in page.MODULES:
+        text = json.dumps(page.kept(name))
+        assert len(text) < 150_000 and "What " not in text and "/root" not in text and "/tmp" not in text
+
+
+def test_a_verdict_goes_by_whether_the_interval_leaves_zero_out():
+    assert page.verdict([1.0, 1.1, 0.9, 1.0]).endswith("beyond the noise")
+    assert page.verdict([1.0, -1.1, 0.9, -1.0]).endswith("within the noise")
+
+
+def test_the_picture_and_the_tables_come_from_the_json_alone(tmp_path, monkeypatch):
+    record = {name: [[k % 2, 0.1 * k, 2.0, -2.0, -2.1] for k in range(8)] for name in ("base", *nocue.RATES)}
+    history = {name: [[0, -2.0, -2.1], [4, -1.0, -2.0]] for name in nocue.RATES}
+    one = {"columns": list(nocue.FIGURES), "records": {"1": record}, "history": {"1": history}}
+    one |= {"bag_of_words": 0.5, "rates": nocue.RATES}
+    page.draw(one, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    monkeypatch.setattr(page, "kept", lambda name: one)
+    assert "falls" not in page.displacement() and "rises from -2.000 to -1.000" in page.displacement()
+    assert "within the noise" in page.said_nocue() and "| ORPO | 8 |" in page.of_nocue()
