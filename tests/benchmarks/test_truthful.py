@@ -206,7 +206,7 @@ def test_the_whole_way_is_told_goes_on_and_gives_its_tables_from_one_file(
     assert truthful.main(words) == 0
     told = capsys.readouterr().out
     assert (
-        told.startswith("8 parts, 0 of them there; the others take about") and "| ORPO minus base |" in told
+        told.startswith("9 parts, 0 of them there; the others take about") and "| ORPO minus base |" in told
     )
     kept = json.loads((out / "truthful.json").read_text())
     assert [len(kept["search"]["tried"][name]) for name in ("SFT", "ORPO", "SFT then ORPO")] == [3, 5, 3]

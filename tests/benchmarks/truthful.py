@@ -185,21 +185,15 @@ class Design:
         return self._pairs(0, len(side) - asked - few, few), side[len(side) - asked :]
 
 
-def stages(recipe: str, model, pairs: list, rates: dict, settings, folder: Path, first=None):
-    """Train a recipe; what comes before its last stage is taken from `first`, a model, where it is given.
-
-    `pairs` are dealt to the stages in equal parts. Gives the model and the rows of the last stage.
-    """
+def stages(recipe: str, model, pairs: list, rates: dict, settings, folder: Path, done: int = 0):
+    """Train a recipe: the stages after the first `done`, each on its equal part of the pairs; the model."""
     names = list(STAGES[recipe])
     part = len(pairs) // len(names)
-    for n, objective in enumerate(names):
-        if n < len(names) - 1 and first is not None:
-            model = first
-            continue
+    for n, objective in list(enumerate(names))[done:]:
         rate = rates[recipe if n == len(names) - 1 else "SFT"]
         own = dataclasses.replace(settings, objective=objective, learning_rate=rate)
-        model, rows = lab.trained(model, pairs[n * part : (n + 1) * part], own, folder)
-    return model, rows
+        model, _ = lab.trained(model, pairs[n * part : (n + 1) * part], own, folder)
+    return model
 
 
 def best_of(tried: list[dict]) -> float:
@@ -209,78 +203,68 @@ def best_of(tried: list[dict]) -> float:
     return min(near, key=lambda one: one["nll"])["rate"]
 
 
-def search_unit(design: Design, recipes: list[str], settings, folder: Path) -> dict:
-    """Try RATES for each recipe, SFT first, and λ for ORPO."""
+def search_unit(design: Design, recipe: str, rates: dict, settings, folder: Path) -> dict:
+    """Try RATES for the last stage of a recipe, and λ for ORPO."""
     texts, asked = design.search()
     base, tokenizer, encoder = lab.base_of(settings)
-    pairs, found, rates, first = lab.encoded(encoder, texts), {}, {}, None
-    for recipe in recipes:
-        two = len(STAGES[recipe]) == 2
-        if two and first is None:
-            half = pairs[: len(pairs) // 2]
-            own = dataclasses.replace(settings, objective="sft", learning_rate=rates["SFT"])
-            first, _ = lab.trained(copy.deepcopy(base), half, own, folder)
-        tries = [(rate, settings.or_weight) for rate in RATES[recipe]]
-        tries += [(RATES[recipe][1], weight) for weight in WEIGHTS] if recipe == "ORPO" else []
-        found[recipe] = []
-        for rate, weight in tries:
-            own = dataclasses.replace(settings, or_weight=weight)
-            start = copy.deepcopy(first if two else base)
-            how = dict(rates={recipe: rate}, settings=own, folder=folder, first=start if two else None)
-            model, _ = stages(recipe, start, pairs, **how)
-            got = measured(model, tokenizer, encoder, asked, 0, 0)["questions"]
-            figures = {name: mean(q[name] for q in got) for name in ("accuracy", "log_odds_ratio", "nll")}
-            found[recipe].append({"rate": rate, "or_weight": weight} | figures)
-        rates[recipe] = best_of([one for one in found[recipe] if one["or_weight"] == settings.or_weight])
-    got = measured(base, tokenizer, encoder, asked, 0, 0)["questions"]
-    figures = {name: mean(q[name] for q in got) for name in ("accuracy", "log_odds_ratio", "nll")}
-    return {"tried": found, "rates": rates, "base": figures}
+    pairs, found, start, two = lab.encoded(encoder, texts), [], base, len(STAGES[recipe]) == 2
+    if two:
+        own = dataclasses.replace(settings, objective="sft", learning_rate=rates["SFT"])
+        start, _ = lab.trained(copy.deepcopy(base), pairs[: len(pairs) // 2], own, folder)
+
+    def figures(model) -> dict:
+        got = measured(model, tokenizer, encoder, asked, 0, 0)["questions"]
+        return {name: mean(q[name] for q in got) for name in ("accuracy", "log_odds_ratio", "nll")}
+
+    tries = [(rate, settings.or_weight) for rate in RATES[recipe]]
+    tries += [(RATES[recipe][1], weight) for weight in WEIGHTS] if recipe == "ORPO" else []
+    for rate, weight in tries:
+        own = dataclasses.replace(settings, or_weight=weight)
+        model = stages(recipe, copy.deepcopy(start), pairs, {recipe: rate}, own, folder, done=int(two))
+        found.append({"rate": rate, "or_weight": weight} | figures(model))
+    best = best_of([one for one in found if one["or_weight"] == settings.or_weight])
+    more = {"base": figures(base)} if recipe == "ORPO" else {}
+    return {"tried": {recipe: found}, "rates": {recipe: best}} | more
 
 
-def fold_unit(design: Design, k: int, recipes: list[str], rates: dict, settings, folder: Path) -> dict:
-    """Train recipes on a fold's pairs, with its own seed, and measure each."""
+def fold_unit(design: Design, k: int, recipe: str, rates: dict, settings, folder: Path) -> dict:
+    """Train a recipe on a fold's pairs, with the fold's own seed, and measure it."""
     settings = dataclasses.replace(settings, seed=1 + k)
-    base, tokenizer, encoder = lab.base_of(settings)
-    pairs, first, out = lab.encoded(encoder, design.train(k)), None, {}
-    for recipe in recipes:
-        model = base
-        if recipe != "base":
-            if len(STAGES[recipe]) == 2 and first is None:
-                half = pairs[: len(pairs) // 2]
-                own = dataclasses.replace(settings, objective="sft", learning_rate=rates["SFT"])
-                first, _ = lab.trained(copy.deepcopy(base), half, own, folder)
-            start = copy.deepcopy(first if len(STAGES[recipe]) == 2 else base)
-            model, _ = stages(recipe, start, pairs, rates, settings, folder, first=start)
-        out[recipe] = measured(model, tokenizer, encoder, design.tested(k), settings.answer_tokens)
-    return {"records": out}
+    model, tokenizer, encoder = lab.base_of(settings)
+    if recipe != "base":
+        pairs = lab.encoded(encoder, design.train(k))
+        model = stages(recipe, model, pairs, rates, settings, folder)
+    return {
+        "records": {recipe: measured(model, tokenizer, encoder, design.tested(k), settings.answer_tokens)}
+    }
 
 
 def units_of(recipes: list[str], folds: int) -> dict[str, tuple]:
-    """Give the units and what each waits for: those that share a first stage are one."""
-    two = [name for name in recipes if len(STAGES[name]) == 2]
-    lone = "ORPO" in recipes
-    units = {"search-ORPO": ()} if lone else {}
-    units |= {"search": ()} if two or "SFT" in recipes else {}
+    """Give the units and what each waits for: its recipe's rate, and SFT's where that comes first."""
+    slug = {name: name.replace(" ", "-") for name in recipes}
+    needs = {name: ["SFT"] * (len(STAGES[name]) == 2 and name != "SFT") for name in recipes}
+    names = list(dict.fromkeys([*sum(needs.values(), []), *recipes]))
+    units = {
+        f"search-{name.replace(' ', '-')}": tuple(f"search-{n}" for n in needs.get(name, ()))
+        for name in names
+    }
     for k in range(folds):
         units |= {f"fold-{k}-base": ()}
-        units |= {f"fold-{k}-ORPO": ("search-ORPO",)} if lone else {}
-        units |= {f"fold-{k}-SFT": ("search",)} if "SFT" in recipes else {}
-        units |= {f"fold-{k}-two": ("search",)} if two else {}
+        units |= {f"fold-{k}-{slug[name]}": (f"search-{slug[name]}",) for name in recipes}
     return units
 
 
-def make(name: str, design: Design, recipes: list[str], settings, out: Path) -> dict:
+def make(name: str, design: Design, settings, out: Path) -> dict:
     """Make a unit."""
-    two = [recipe for recipe in recipes if len(STAGES[recipe]) == 2]
-    if name.startswith("search"):
-        some = ["ORPO"] if name == "search-ORPO" else ["SFT", *two]
-        return lab.keep(out / f"{name}.json", lambda: search_unit(design, some, settings, out))
-    _, k, kind = name.split("-")
-    some = two if kind == "two" else [kind]
-    rates = {}
-    for file in sorted(out.glob("search*.json")):
+    kind, _, rest = name.partition("-")
+    k, _, slug = rest.partition("-") if kind == "fold" else ("0", "", rest)
+    recipe, rates = slug.replace("-", " "), {}
+    for file in sorted(out.glob("search-*.json")):
         rates |= read_json(file)["rates"]
-    return lab.keep(out / f"{name}.json", lambda: fold_unit(design, int(k), some, rates, settings, out))
+    how = dict(rates=rates, settings=settings, folder=out)
+    if kind == "search":
+        return lab.keep(out / f"{name}.json", lambda: search_unit(design, recipe, **how))
+    return lab.keep(out / f"{name}.json", lambda: fold_unit(design, int(k), recipe, **how))
 
 
 def gather(design: Design, recipes: list[str], settings, out: Path, words: list[str]) -> dict:
@@ -378,12 +362,12 @@ def begin(words: list[str]) -> None:
         raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {least}, one a question.")
     given.out.mkdir(parents=True, exist_ok=True)
     if given.unit:
-        return make(given.unit, design, recipes, settings, given.out)
+        return make(given.unit, design, settings, given.out)
     if given.so_far:
         return print(tables(gather(design, recipes, settings, given.out, words)))
     units = units_of(recipes, given.folds)
     left = [name for name in units if not (given.out / f"{name}.json").is_file()]
-    learnt = 66 * sum(len(STAGES[name]) ** -0.4 for name in recipes)  # tokens of a pair; shared first stages
+    learnt = 66 * len(recipes)  # tokens of a pair
     learnt *= given.pairs * given.folds + 3 * given.search_pairs
     read = given.questions * given.folds * 270 * (1 + len(recipes)) + given.search_questions * 200 * 15
     time = lab.told(read, learnt, given.jobs, len(left) / len(units))
