@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -208,11 +208,9 @@ def carry_out(module: str, words: list[str], units: dict[str, tuple], out: Path,
     Args:
         units: {name: names of those that come first}, in an order in which each comes after these.
     """
-    began, jobs_of = time.monotonic(), {}
+    began, waiting, running = time.monotonic(), dict(units), {}
 
     def make(name: str) -> None:
-        for first in units[name]:
-            jobs_of[first].result()
         if (out / f"{name}.json").is_file():
             return
         command = [sys.executable, "-m", module, *words, "--unit", name]
@@ -224,9 +222,16 @@ def carry_out(module: str, words: list[str], units: dict[str, tuple], out: Path,
         show(f"{name} is there, {duration((time.monotonic() - began) / 60)} after the beginning", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        jobs_of |= {name: pool.submit(make, name) for name in units}
-        for job in jobs_of.values():
-            job.result()
+        while waiting or running:
+            blocked = set(waiting) | set(running.values())
+            for name in [name for name, first in waiting.items() if not blocked & set(first)]:
+                running[pool.submit(make, name)] = name
+                del waiting[name]
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[job]
+                if job.exception():
+                    waiting = {}  # what is under way comes to its end
+                    raise job.exception()
 
 
 def told(read: float, learnt: float, jobs: int, left: float = 1.0) -> str:

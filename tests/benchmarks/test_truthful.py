@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -238,17 +237,33 @@ def test_the_other_experiments_go_the_whole_way_too(tmp_path, file, monkeypatch,
     assert own_samples.tables(kept).strip() in capsys.readouterr().out and kept["tokens"][0]["pairs"] >= 2
 
 
-def test_units_run_in_processes_of_one_thread_and_a_failed_one_is_a_sentence(tmp_path):
-    code = "import sys; print('bad luck', file=sys.stderr); sys.exit(2)"
-    (tmp_path / "failing.py").write_text(code)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        with pytest.raises(UserError, match=r"one was not made \(bad luck\): mend that"):
-            lab.carry_out("failing", [], {"one": ()}, tmp_path, 2)
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ |= {"PYTHONPATH": before} if before else {}
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A module `made` that makes a unit, or fails at one that is called so."""
+    code = """
+import sys, pathlib, os
+name = sys.argv[-1]
+if name == "bad":
+    sys.exit("bad luck")
+folder, needs = pathlib.Path(sys.argv[1]), {"b": ["a"], "c": ["a", "b"]}
+assert all((folder / f"{one}.json").is_file() for one in needs.get(name, [])), os.environ["OMP_NUM_THREADS"]
+(folder / f"{name}.json").write_text(os.environ["OMP_NUM_THREADS"])
+"""
+    (tmp_path / "made.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_units_run_in_processes_of_one_thread_each_after_those_that_it_needs(elsewhere):
+    units = {"a": (), "b": ("a",), "c": ("a", "b"), "d": ()}
+    lab.carry_out("made", [str(elsewhere)], units, elsewhere, 2, show=lambda *a, **b: None)
+    assert [(elsewhere / f"{name}.json").read_text() for name in units] == ["1"] * 4
+
+
+def test_a_unit_that_fails_is_a_sentence_and_what_needs_it_is_not_tried(elsewhere):
+    with pytest.raises(UserError, match=r"bad was not made \(bad luck\): mend that"):
+        lab.carry_out("made", [str(elsewhere)], {"bad": (), "a": ("bad",)}, elsewhere, 2)
+    assert not (elsewhere / "a.json").exists()
 
 
 @pytest.mark.parametrize("file", page.PAGES, ids=lambda file: file.name)
