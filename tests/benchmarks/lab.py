@@ -158,13 +158,13 @@ def needed(values: list[float], change: float) -> int:
     return int(np.ceil((2.8 * np.std(values, ddof=1) / change) ** 2))
 
 
-def rounded(value, digits: int = 4):
-    """Round every number of a JSON."""
+def rounded(value, digits: int = 5):
+    """Round every number of a JSON to so many digits that count."""
     if isinstance(value, dict):
         return {name: rounded(one, digits) for name, one in value.items()}
     if isinstance(value, list):
         return [rounded(one, digits) for one in value]
-    return round(value, digits) if isinstance(value, float) and abs(value) > 0.01 else value
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def about(command: list[str]) -> dict:
