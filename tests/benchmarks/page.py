@@ -90,6 +90,10 @@ def said_truthful() -> str:
             lines.append(f"- **{a} minus {b}**, {len(both['accuracy'])} questions: {'; '.join(parts)}.")
     if more := counted(one):
         lines.append(more)
+    if lacking := [name for name, folds in one["records"].items() if not folds]:
+        lines.append(
+            f"- Not measured yet, for want of time: {', '.join(lacking)}. The command goes on there."
+        )
     return "\n".join(lines)
 
 
@@ -231,18 +235,21 @@ def said_own() -> str:
 
 def readme() -> str:
     """Say it in a few lines, for who reads no more."""
-    if not (one := kept("truthful")):
-        return absent("truthful")
-    base, sft, dpo = (
-        verdict(truthful.differences(one, "ORPO", name)["accuracy"])
-        for name in ("base", "SFT", "SFT then DPO")
-    )
-    return (
-        "**Is it better?** On TruthfulQA's answers, which people wrote, and on questions not trained on, "
-        f"ORPO's accuracy minus the base model's is {base}; minus SFT's {sft}; minus SFT then DPO's {dpo}. "
-        f"A bag of words that never sees the question ranks {one['bag_of_words']:.0%} of the pairs right. "
-        "What others found, and what is not known: [docs/is_it_better.md](docs/is_it_better.md)."
-    )
+    one, parts = kept("truthful"), []
+    for name, words in (("base", "the base model's"), ("SFT", "SFT's"), ("SFT then DPO", "SFT then DPO's")):
+        if values := truthful.differences(one, "ORPO", name)["accuracy"] if one else []:
+            parts.append(f"minus {words} is {verdict(values)}")
+    if parts:
+        said = (
+            "On TruthfulQA's answers, which people wrote, and on questions not trained on, ORPO's accuracy "
+        )
+        said += "; ".join(parts) + ". "
+    else:
+        said = "Not proven here on answers that people wrote. "
+    share = f"{one['bag_of_words']:.0%}" if one else ""
+    bag = f"A bag of words that never sees the question ranks {share} of TruthfulQA's pairs right. "
+    where = "What others found since, and what is not known: [docs/is_it_better.md](docs/is_it_better.md)."
+    return f"**Is it better?** {said}{bag if one else ''}{where}"
 
 
 BLOCKS = {

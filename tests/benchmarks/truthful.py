@@ -280,7 +280,7 @@ def gather(design: Design, recipes: list[str], settings, out: Path, words: list[
             records[recipe][name.split("-")[1]] = {
                 "columns": columns, "questions": table, "other_nll": measures["other_nll"],
             }  # fmt: skip
-    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *words]) | {
+    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *[w for w in words if w != "--so-far"]]) | {
         "base_model": settings.base_model, "folds": given.folds, "pairs": given.pairs,
         "pairs_per_step": settings.pairs_per_step, "questions": given.questions,
         "or_weight": settings.or_weight, "precision": settings.precision,
@@ -315,6 +315,8 @@ def tables(kept: dict) -> str:
     """Lay out what truthful.json holds: nothing else is read."""
     lines, differ, names = [], [], list(kept["records"])
     for name, folds in kept["records"].items():
+        if not folds:
+            continue
         done = by_question(kept, name).values()
         cells = [spread([q[f] for q in done]) for f in FIGURES]
         nll = mean(fold["other_nll"] for fold in folds.values())
@@ -322,7 +324,7 @@ def tables(kept: dict) -> str:
     pairs = [(name, "base") for name in names[1:]] + [(name, "SFT") for name in names if name != "SFT"][1:]
     pairs += [("ORPO", "SFT then DPO")]
     for one, other in pairs:
-        if {one, other} <= set(names):
+        if {one, other} <= {name for name in names if kept["records"][name]}:
             changes = [spread(c, "+.3f") for c in differences(kept, one, other).values()]
             differ.append([f"{one} minus {other}", *changes])
     words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
