@@ -175,7 +175,8 @@ def about(command: list[str]) -> dict:
     )  # fmt: skip
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    words = [word for word in command if word != "--so-far"]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     return {
         "commit": done.stdout.strip(), "version": __version__,
         "machine": f"{os.cpu_count()} cores of {(names or [platform.machine()])[0]}, no GPU",

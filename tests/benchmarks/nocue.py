@@ -98,7 +98,7 @@ def bag_of_words(given) -> float:
 
 def gather(given, settings, words: list[str]) -> dict:
     units = list(lab.there(given.out, [f"seed-{seed}" for seed in range(1, given.seeds + 1)]).values())
-    kept = lab.about(["python", "-m", "tests.benchmarks.nocue", *[w for w in words if w != "--so-far"]]) | {
+    kept = lab.about(["python", "-m", "tests.benchmarks.nocue", *words]) | {
         "base_model": settings.base_model, "pairs": given.pairs, "held_out": given.held_out,
         "pairs_per_step": settings.pairs_per_step, "or_weight": settings.or_weight,
         "dpo_beta": settings.dpo_beta, "rates": RATES, "bag_of_words": bag_of_words(given),

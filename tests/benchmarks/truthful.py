@@ -280,7 +280,7 @@ def gather(design: Design, recipes: list[str], settings, out: Path, words: list[
             records[recipe][name.split("-")[1]] = {
                 "columns": columns, "questions": table, "other_nll": measures["other_nll"],
             }  # fmt: skip
-    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *[w for w in words if w != "--so-far"]]) | {
+    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *words]) | {
         "base_model": settings.base_model, "folds": given.folds, "pairs": given.pairs,
         "pairs_per_step": settings.pairs_per_step, "questions": given.questions,
         "or_weight": settings.or_weight, "precision": settings.precision,
@@ -329,7 +329,8 @@ def tables(kept: dict) -> str:
             differ.append([f"{one} minus {other}", *changes])
     words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
     head = ["recipe", "questions", *FIGURES, "nll of other text"]
-    return "\n\n".join([table(head, lines), table(["difference", *FIGURES], differ), words]) + "\n"
+    parts = [table(head, lines), *([table(["difference", *FIGURES], differ)] if differ else []), words]
+    return "\n\n".join(parts) + "\n"
 
 
 def arguments(words=None):
