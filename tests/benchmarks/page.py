@@ -46,7 +46,8 @@ def made(name: str, also: str) -> str:
     if not one:
         return ""
     return (
-        f"{also} Made by `{one['command']}`, put together at commit {one['commit']}, {one['date']}, on {one['machine']}, "
+        f"{also} Made by `{one['command']}`, put together at commit {one['commit']}, {one['date']}, "
+        f"on {one['machine']}, "
         f"torch {one['torch']}, float32, {one['process_minutes']:.0f} minutes of single-thread processes "
         f"beside other work; every figure is in [{name}.json]({name}.json)."
     )
@@ -137,7 +138,8 @@ def auto() -> str:
             said += (
                 f"Of the {len(tries)} ORPO runs of the search the largest log-odds ratio came from rate "
                 f"{best['rate']:g} with λ = {best['or_weight']:g}, the rate chosen by accuracy was "
-                f"{one['rates']['ORPO']:g}. One run each on {one['search']['questions']} questions, without an "
+                f"{one['rates']['ORPO']:g}. One run each on {one['search']['questions']} questions, "
+                f"without an "
                 "interval: a hint, too little to change `auto` by. "
             )
     return said.strip()
@@ -209,7 +211,8 @@ def about_own() -> str:
     return made(
         "own_samples",
         f"{len(one['tokens'])} of {one['folds']} folds, {pairs:.0f} questions to train on, once, "
-        f"{one['questions']} tested in each; rate {one['learning_rate']:g}, not searched, λ {one['or_weight']:g}. The "
+        f"{one['questions']} tested in each; rate {one['learning_rate']:g}, not searched, λ "
+        f"{one['or_weight']:g}. The "
         f"chosen answers have {tokens['chosen']:.0f} tokens, the written rejected ones "
         f"{tokens['written']:.0f}, the model's own {tokens['own samples']:.0f} "
         f"(cut at {one['answer_tokens']}).",
