@@ -1,17 +1,17 @@
-"""truthful.py: published definitions on cases worked by hand, and the whole way on a toy file."""
+"""The experiments: published definitions on cases worked by hand, and the whole way on toy files."""
 
 import json
 import math
-import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.settings import resolve
-from tests.benchmarks import truthful
+from tests.benchmarks import lab, nocue, own_samples, page, truthful
 
+TOY = ["--base-model", "tiny-random", "--set", "max_tokens=900", "--set", "max_prompt_tokens=500"]
 ROWS = [
     {
         "question": f"What colour is thing {k}?", "best_answer": f"It is blue {k}",
@@ -62,80 +62,245 @@ def test_a_file_that_is_none_or_lacks_a_column_is_one_sentence(tmp_path, file, c
     assert "There is no file" in first and second.startswith("Row 1 of") and "no truthful.json" in third
 
 
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (["--recipes", "ORPO, KTO"], "There is no recipe 'KTO': give some of SFT, SFT then DPO, ORPO"),
+        (["--folds", "13"], "folds is 13, but must lie between 2 and the 12 questions"),
+        (["--pairs", "9", "--folds", "2"], "pairs is 9, but must lie between 8 and 6, one a question"),
+        (["--set", "lora_rank=no"], "lora_rank is 'no', but must be a whole number"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(tmp_path, file, capsys, more, said):
+    assert truthful.main([str(file), "--out", str(tmp_path / "x"), *TOY, *more]) == 2
+    assert capsys.readouterr().err.startswith(said) and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "main,words,said",
+    [
+        (nocue.main, ["--pairs", "6"], "pairs is 6 and held-out 64, but both must lie between 8 and 600"),
+        (nocue.main, ["--seeds", "0"], "seeds is 0, but must be a whole number from 1 on"),
+        (nocue.main, ["--tables"], "There is no nocue.json"),
+        (own_samples.main, ["FILE", "--seeds", "4"], "seeds is 4, but must lie between 1 and the 3 folds"),
+        (own_samples.main, ["FILE", "--pairs", "9"], "pairs is 9, but must lie between 4 and 8"),
+        (own_samples.main, ["gone.jsonl"], "There is no file 'gone.jsonl'"),
+    ],
+)
+def test_the_other_experiments_too_say_it_in_one_sentence(tmp_path, file, capsys, main, words, said):
+    words = [str(file) if word == "FILE" else word for word in words]
+    assert main([*words, "--out", str(tmp_path / "x"), *TOY]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
-def meter(tmp_path_factory):
-    settings = resolve([("test", {"preset": "tiny", "answer_tokens": 4})])[0]
-    model, tokenizer = truthful._base(settings.base_model)
-    return truthful.Meter(model, tokenizer, settings, torch.float32, tmp_path_factory.mktemp("meter"))
+def tools():
+    settings = lab.settings_of(SimpleNamespace(base_model="tiny-random", set=[*TOY[3::2]]))
+    return settings, *lab.base_of(settings)
 
 
-def test_log_probabilities_are_those_of_a_plain_forward(meter):
-    (one,) = meter.figures([("Who?", "It is you", "Nobody")])
-    prompt = [{"role": "user", "content": "Who?"}]
-    pair = truthful.Pair(0, tuple(prompt), "It is you", "Nobody")
-    ((_, encoded),) = meter.encoder.encode([pair])
-    for name in ("chosen", "rejected"):
-        answer = list(getattr(encoded, name))
-        ids = torch.tensor([[*encoded.prompt, *answer]])
-        with torch.no_grad():
-            logps = meter.model(input_ids=ids).logits[0].log_softmax(-1)
-        at = range(len(encoded.prompt) - 1, ids.shape[1] - 1)
-        plain = sum(logps[i, t].item() for i, t in zip(at, answer, strict=True))
-        assert one[f"sum_{name}"] == pytest.approx(plain, rel=1e-4)
+def plain(model, pair, name: str) -> float:
+    """The log-probability of an answer by a forward of its own."""
+    answer = list(getattr(pair, name))
+    ids = torch.tensor([[*pair.prompt, *answer]])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0].log_softmax(-1)
+    at = range(len(pair.prompt) - 1, ids.shape[1] - 1)
+    return sum(logps[i, t].item() for i, t in zip(at, answer, strict=True))
 
 
-def test_a_question_has_its_own_figures_and_its_pairs_are_asked_with_anothers_prompt_too(meter):
-    found = meter.questions(ROWS[:3], 4)
-    assert [one["pairs"] for one in found] == [2, 2, 2] and found[0].keys() >= set(truthful.FIGURES)
-    sums = meter._sums(ROWS[:1])
-    assert len(sums) == 5
-    correct, incorrect = ([sums[0, a] for a in ROWS[0][name]] for name in truthful.LISTS)
-    assert found[0]["mc2"] == pytest.approx(truthful.mc2(correct, incorrect), rel=1e-4)
-    assert found[0]["mc1"] == truthful.mc1(sums[0, ROWS[0]["best_answer"]], incorrect)
-    other = meter.figures([(ROWS[1]["question"], c, r) for c, r in truthful.pairs_of(ROWS[0])])
-    assert found[0]["swapped"] == np.mean([one["accuracy"] for one in other])
-    assert 5 < meter.other_nll(most=4) < 15  # of a random model: the logarithm of its vocabulary
+def test_answers_read_together_have_the_log_probabilities_of_plain_forwards(tools):
+    settings, model, _, encoder = tools
+    texts = ["It is you", "Nobody", "?", "Me"]
+    found = lab.Reader(model, encoder)("Who?", texts)
+    for text, (total, count) in zip(texts, found, strict=True):
+        (pair,) = lab.encoded(encoder, [("Who?", text, "!")])
+        assert total == pytest.approx(plain(model, pair, "chosen"), rel=1e-5) and count == len(pair.chosen)
+
+
+def test_training_is_the_kits_and_folds_its_adapters_in(tools, tmp_path):
+    settings, model, _, encoder = tools
+    pairs = lab.encoded(encoder, [("Who?", "aaaa", "bbbb")] * 16)
+    other = truthful.copy.deepcopy(model)
+    tuned, rows = lab.trained(other, pairs, settings, tmp_path, seen=pairs[:2], every=2)
+    assert [row["step"] for row in rows if "eval_logp_chosen" in row] == [0, 2, 4]
+    before, after = (lab.Reader(m, encoder).pairs([("Who?", "aaaa", "bbbb")])[0] for m in (model, tuned))
+    assert after["log_odds_ratio"] > before["log_odds_ratio"] and after["nll"] < before["nll"]
+    assert not hasattr(tuned, "peft_config") and after["logp_chosen"] == pytest.approx(
+        plain(tuned, pairs[0], "chosen") / len(pairs[0].chosen), rel=1e-4
+    )
+
+
+def test_a_question_has_its_own_figures_and_its_pairs_are_asked_with_anothers_prompt_too(tools):
+    settings, model, tokenizer, encoder = tools
+    rows = [row | {"place": k} for k, row in enumerate(ROWS[:3])]
+    found = truthful.measured(model, tokenizer, encoder, rows, 4, other=2)
+    first, reader = found["questions"][0], lab.Reader(model, encoder)
+    assert [one["pairs"] for one in found["questions"]] == [2, 2, 2] and first.keys() >= {*truthful.FIGURES}
+    sums = [[reader(ROWS[0]["question"], [a])[0][0] for a in ROWS[0][name]] for name in truthful.LISTS]
+    assert first["mc2"] == pytest.approx(truthful.mc2(*sums), rel=1e-4)
+    assert first["mc1"] == truthful.mc1(sums[0][0], sums[1])
+    before = rows[-1]["question"]
+    swapped = reader.pairs([(before, c, r) for c, r in truthful.pairs_of(ROWS[0])])
+    assert first["swapped"] == np.mean([one["accuracy"] for one in swapped])
+    assert 4 < found["other_nll"] < 16  # of a random model: the logarithm of its vocabulary
+
+
+def test_no_question_is_trained_on_and_tested_and_rates_are_chosen_without_the_tested_ones():
+    rows = [row | {"question": f"{row['question']} {n}"} for row in ROWS for n in range(10)]
+    given = SimpleNamespace(folds=3, questions=40, pairs=40, search_pairs=8, search_questions=6)
+    design = truthful.Design(rows, given)
+    for k in range(3):
+        tested, train = ({row["question"] for row in design.tested(k)}, {p for p, *_ in design.train(k)})
+        assert len(tested) == len(train) == 40 and not tested & train
+    pairs, asked = design.search()
+    tried, chosen = {p for p, *_ in pairs}, {row["question"] for row in asked}
+    held = {row["question"] for row in design.tested(0)}
+    assert not chosen & tried and not (chosen | tried) & ({p for p, *_ in design.train(0)} | held)
+
+
+def test_a_rate_is_the_most_accurate_ones_and_of_near_ones_that_with_the_lower_nll():
+    tried = [(0.50, 2.0, 1), (0.58, 2.5, 2), (0.60, 3.0, 3)]
+    tried = [dict(accuracy=a, nll=n, rate=r) for a, n, r in tried]
+    assert truthful.best_of(tried) == 2
+
+
+def test_a_sum_has_no_cue_of_length_or_words_and_its_twin_stays_on_its_side():
+    given = SimpleNamespace(pairs=64, held_out=32, seeds=2)
+    train, tested = nocue.split(given, 1)
+    for side in (train, tested):
+        chosen, rejected = (sorted(pair[k] for pair in side) for k in (1, 2))
+        assert chosen == rejected and all(len(c) == len(r) for _, c, r in side)
+    assert not {frozenset(p[1:]) for p in train} & {frozenset(p[1:]) for p in tested}
+    for question, chosen, rejected in train:
+        first, second = map(int, question.removeprefix("What is ").rstrip("?").split(" + "))
+        assert chosen == f"The answer is {first + second}."
+        assert sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1
+    assert nocue.bag_of_words(given) <= 0.5
+
+
+def test_power_is_the_usual_formula():
+    values = [-1.0, 0.0, 1.0, 0.0]
+    assert lab.needed(values, 0.5) == math.ceil((2.8 * np.std(values, ddof=1) / 0.5) ** 2)
+
+
+def here(module: str, words: list[str], units: dict, out, jobs: int) -> None:
+    """In the place of processes: the units one after the other."""
+    main = {m.__name__: m.main for m in (truthful, nocue, own_samples)}[module]
+    for name, first in units.items():
+        assert all((out / f"{one}.json").is_file() for one in first)
+        assert main([*words, "--unit", name]) == 0
 
 
 def test_the_whole_way_is_told_goes_on_and_gives_its_tables_from_one_file(
     tmp_path, file, monkeypatch, capsys
 ):
-    def carried_out(self, stages, show):
-        """In the place of training: the untrained model."""
-        ran.append([stage.output_dir.split("/")[-1] for stage in stages])
-        model, tokenizer = truthful._base("tiny-random")
-        truthful.Path(stages[-1].output_dir, "model").mkdir(parents=True)
-        model.save_pretrained(truthful.Path(stages[-1].output_dir, "model"))
-        tokenizer.save_pretrained(truthful.Path(stages[-1].output_dir, "model"))
-
-    ran = []
-    monkeypatch.setattr(truthful.Comparison, "carry_out", carried_out)
-    whole = truthful.argparse.Namespace(method=truthful.argparse.Namespace(minutes=6.0))
-    monkeypatch.setattr(truthful.planner, "estimate", lambda settings: whole)
+    monkeypatch.setattr(lab, "carry_out", here)
+    ran, real = [], lab.trained
+    monkeypatch.setattr(lab, "trained", lambda *a, **b: ran.append(a[2].objective) or real(*a, **b))
     out = tmp_path / "out"
-    words = [str(file), "--out", str(out), "--folds", "2", "--recipes", "ORPO, SFT then ORPO"]
-    words += ["--base-model", "tiny-random", "--set", "answer_tokens=4"]
+    words = [str(file), "--out", str(out), "--folds", "2", "--recipes", "ORPO, SFT then ORPO", "--pairs", "4"]
+    words += ["--search-pairs", "4", "--search-questions", "2", "--questions", "3", *TOY]
+    words += ["--set", "answer_tokens=4", "--set", "pairs_per_step=2", "--set", "or_weight=0.5"]
     assert truthful.main(words) == 0
-    assert ran == [
-        ["orpo-1"],
-        ["half-sft-1", "sft-then-orpo-1"],
-        ["orpo-2"],
-        ["half-sft-2", "sft-then-orpo-2"],
-    ]
     told = capsys.readouterr().out
-    assert "2 folds of 2 recipes: about" in told.splitlines()[0] and "| ORPO minus base | +0.000" in told
-    train = [json.loads(line) for line in (out / "fold-0" / "train.jsonl").read_text().splitlines()]
-    tested = {
-        q["question"]
-        for q in json.loads((out / "truthful.json").read_text())["records"]["base"]["0"]["questions"]
-    }
-    assert len(tested) == 6 and not tested & {row["prompt"] for row in train} and len(train) == 12
-    (out / "fold-1" / "orpo.json").unlink()
-    shutil.rmtree(out / "fold-1" / "orpo-2")
-    assert truthful.main(words) == 0 and ran[4:] == [["orpo-2"]]
-    again = capsys.readouterr().out
+    assert (
+        told.startswith("9 parts, 0 of them there; the others take about") and "| ORPO minus base |" in told
+    )
     kept = json.loads((out / "truthful.json").read_text())
-    assert truthful.tables(kept).strip() in again and truthful.main([*words, "--tables"]) == 0
-    assert capsys.readouterr().out.strip() == truthful.tables(kept).strip()
-    assert str(tmp_path) not in (out / "truthful.json").read_text()
-    assert truthful.main([*words[:5], "--recipes", "KTO"]) == 2
+    assert [len(kept["search"]["tried"][name]) for name in ("SFT", "ORPO", "SFT then ORPO")] == [3, 5, 3]
+    assert truthful.tables(kept).strip() in told and kept["commit"] and kept["machine"]
+    assert len(truthful.by_question(kept, "ORPO")) == 6 and "What colour" not in json.dumps(kept)
+    assert str(tmp_path) not in json.dumps(kept)
+    (out / "fold-1-ORPO.json").unlink()
+    assert truthful.main([*words, "--so-far"]) == 0
+    part = json.loads((out / "truthful.json").read_text())
+    assert len(truthful.by_question(part, "ORPO")) == 3 and "fold-1-ORPO" not in part["parts"]
+    done = len(ran)
+    assert truthful.main(words) == 0 and ran[done:] == ["orpo"]
+    assert truthful.main([*words[:3], "--tables"]) == 0
+    again = json.loads((out / "truthful.json").read_text())
+    assert capsys.readouterr().out.strip().endswith(truthful.tables(again).strip())
+
+
+def test_the_other_experiments_go_the_whole_way_too(tmp_path, file, monkeypatch, capsys):
+    monkeypatch.setattr(lab, "carry_out", here)
+    small = [*TOY, "--set", "answer_tokens=4", "--set", "pairs_per_step=2"]
+    words = ["--out", str(tmp_path / "n"), "--seeds", "1", "--pairs", "8", "--held-out", "8", *small]
+    assert nocue.main(words) == 0
+    kept = json.loads((tmp_path / "n" / "nocue.json").read_text())
+    assert nocue.tables(kept).strip() in capsys.readouterr().out
+    assert kept["history"]["1"].keys() == {"SFT", "DPO", "ORPO"} and kept["history"]["1"]["DPO"][0][0] == 0
+    words = [str(file), "--out", str(tmp_path / "o"), "--folds", "2", "--seeds", "1", "--pairs", "4"]
+    assert own_samples.main([*words, "--questions", "3", *small]) == 0
+    kept = json.loads((tmp_path / "o" / "own_samples.json").read_text())
+    assert own_samples.tables(kept).strip() in capsys.readouterr().out and kept["tokens"][0]["pairs"] >= 2
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A module `made` that makes a unit, or fails at one that is called so."""
+    code = """
+import sys, pathlib, os
+name = sys.argv[-1]
+if name == "bad":
+    sys.exit("bad luck")
+folder, needs = pathlib.Path(sys.argv[1]), {"b": ["a"], "c": ["a", "b"]}
+assert all((folder / f"{one}.json").is_file() for one in needs.get(name, [])), os.environ["OMP_NUM_THREADS"]
+(folder / f"{name}.json").write_text(os.environ["OMP_NUM_THREADS"])
+"""
+    (tmp_path / "made.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_units_run_in_processes_of_one_thread_each_after_those_that_it_needs(elsewhere):
+    units = {"a": (), "b": ("a",), "c": ("a", "b"), "d": ()}
+    lab.carry_out("made", [str(elsewhere)], units, elsewhere, 2, show=lambda *a, **b: None)
+    assert [(elsewhere / f"{name}.json").read_text() for name in units] == ["1"] * 4
+
+
+def test_a_unit_that_fails_is_a_sentence_and_what_needs_it_is_not_tried(elsewhere):
+    with pytest.raises(UserError, match=r"bad was not made \(bad luck\): mend that"):
+        lab.carry_out("made", [str(elsewhere)], {"bad": (), "a": ("bad",)}, elsewhere, 2)
+    assert not (elsewhere / "a.json").exists()
+
+
+@pytest.mark.parametrize("file", page.PAGES, ids=lambda file: file.name)
+def test_a_page_says_what_the_json_of_the_experiments_says(file):
+    text = file.read_text(encoding="utf-8")
+    assert page.filled(text) == text, "python -m tests.benchmarks.page writes it anew"
+
+
+def test_every_block_stands_on_a_page_and_a_figure_that_is_changed_is_seen(monkeypatch):
+    texts = {file.name: file.read_text(encoding="utf-8") for file in page.PAGES}
+    assert all(sum(f"<!-- {name} -->" in text for text in texts.values()) == 1 for name in page.BLOCKS)
+    for name in ("truthful", "nocue"):
+        if page.kept(name):
+            text = texts["is_it_better.md"]
+            start = text.index(f"<!-- {name} -->")
+            at = next(k for k in range(start + 60, len(text)) if text[k] in "12345678")
+            assert page.filled(text[:at] + "9" + text[at + 1 :]) == text
+
+
+def test_the_jsons_in_docs_are_small_and_hold_no_text_of_the_data():
+    for name in page.MODULES:
+        text = json.dumps(page.kept(name))
+        assert len(text) < 150_000 and "What " not in text and "/root" not in text and "/tmp" not in text
+
+
+def test_a_verdict_goes_by_whether_the_interval_leaves_zero_out():
+    assert page.verdict([1.0, 1.1, 0.9, 1.0]).endswith("beyond the noise")
+    assert page.verdict([1.0, -1.1, 0.9, -1.0]).endswith("within the noise")
+
+
+def test_the_picture_and_the_tables_come_from_the_json_alone(tmp_path, monkeypatch):
+    record = {name: [[k % 2, 0.1 * k, 2.0, -2.0, -2.1] for k in range(8)] for name in ("base", *nocue.RATES)}
+    history = {name: [[0, -2.0, -2.1], [4, -1.0, -2.0]] for name in nocue.RATES}
+    one = {"columns": list(nocue.FIGURES), "records": {"1": record}, "history": {"1": history}}
+    one |= {"bag_of_words": 0.5, "rates": nocue.RATES}
+    page.draw(one, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    monkeypatch.setattr(page, "kept", lambda name: one)
+    assert "falls" not in page.displacement() and "rises from -2.000 to -1.000" in page.displacement()
+    assert "within the noise" in page.said_nocue() and "| ORPO | 8 |" in page.of_nocue()

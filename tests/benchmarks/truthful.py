@@ -1,55 +1,49 @@
-"""TruthfulQA by question: recipes trained on most questions, measured on the others, fold by fold.
+"""Experiment 1, TruthfulQA by question: recipes trained on most questions, measured on others, fold by fold.
 
     python -m tests.benchmarks.truthful truthfulqa.jsonl --out runs/truthful
     python -m tests.benchmarks.truthful truthfulqa.jsonl --out runs/truthful --tables   # from its JSON alone
 
 FILE has the hub's columns, a JSON object a line: question, best_answer, correct_answers, incorrect_answers.
-What is done is kept, run by run; called again, it goes on. Every question's figures are in truthful.json.
+What is done is kept; called again, it goes on. Every question's figures are in truthful.json, no text.
 
-MC1, MC2 (Lin et al. 2022, arXiv 2109.07958): whether the best answer has a higher log-probability than every
-incorrect one; the share of probability that the correct answers have of that of all. Log-probabilities are
-sums over an answer's tokens and its end, after the chat template. ROUGE-1: whether a greedy answer shares
+Every recipe sees the same pairs once, one a question; SFT then … spends half of them on each stage. First
+three rates are tried for the last stage of each, on a few pairs and other questions of fold 0's training
+side. MC1, MC2 (Lin et al. 2022, arXiv 2109.07958): whether the best answer has a higher log-probability than
+every incorrect one; the share of probability that the correct answers have of that of all. Log-probabilities
+are sums over an answer's tokens and its end, after the chat template. ROUGE-1: whether a greedy answer shares
 more with the nearest correct answer than with the nearest incorrect one. Swapped: accuracy where each pair is
 asked with another question's prompt; what is left is style. Nobody judges.
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
+import random
 import re
-import subprocess
-import sys
-import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lazyorpo_lib import __version__
-from lazyorpo_lib.demo.model import DEMO_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import read_json, read_rows
-from lazyorpo_lib.machine import pick_precision, this_machine
 from lazyorpo_lib.marker import write_atomically
-from lazyorpo_lib.model import load_base, load_finished, load_tokenizer
 from lazyorpo_lib.orpo import loss
-from lazyorpo_lib.orpo.data import Pair
-from lazyorpo_lib.orpo.encoding import prepare_tokenizer
-from lazyorpo_lib.orpo.processes import make_accelerator
-from lazyorpo_lib.orpo.scoring import PlainScorer, score
-from lazyorpo_lib.plan import planner
 from lazyorpo_lib.results.card import table
-from lazyorpo_lib.results.compare import interval
 from lazyorpo_lib.results.evaluate import answers
 from lazyorpo_lib.results.words import BagOfWords
-from lazyorpo_lib.rows.template import encoder_of
-from lazyorpo_lib.session import duration
-from lazyorpo_lib.settings import resolve
-from lazyorpo_lib.trials.recipes import STAGES, Comparison
+from lazyorpo_lib.trials.recipes import STAGES
 
+from . import lab
+from .lab import mean, spread
+
+RATES = {
+    "SFT": (3e-4, 1e-3, 3e-3), "SFT then DPO": (3e-5, 1e-4, 3e-4), "ORPO": (3e-4, 1e-3, 3e-3),
+    "SFT then ORPO": (1e-4, 3e-4, 1e-3),
+}  # fmt: skip
+WEIGHTS = (0.1, 2.0)  # λ, beside the one that is taken
 FIGURES = ("accuracy", "swapped", "log_odds_ratio", "nll", "mc1", "mc2", "rouge")
 LISTS = ("correct_answers", "incorrect_answers")
 OTHER = Path(loss.__file__).parents[1] / "demo" / "pairs.jsonl"  # text of another kind
@@ -105,92 +99,37 @@ def nearer(answer: str, row: dict) -> float:
     return float(right > wrong)
 
 
-class Meter:
-    """Measures one model on questions, and on other text."""
-
-    def __init__(self, model, tokenizer, settings, dtype, folder: Path):
-        prepare_tokenizer(tokenizer)
-        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder_of(tokenizer, settings)
-        device = this_machine().device
-        self.how = dict(
-            scorer=PlainScorer(model), nll_over="answer", tokens_per_batch=2048, note=print,
-            accelerator=make_accelerator(settings, dtype=dtype, device=device, folder=folder),
-        )  # fmt: skip
-
-    def figures(self, triples: list[tuple[str, str, str]]) -> list[dict]:
-        """Give TERMS, and the sums of both sides in nats, of (prompt, chosen, rejected); {} of what is too
-        long."""
-        pairs = [Pair(i, ({"role": "user", "content": p},), c, r) for i, (p, c, r) in enumerate(triples)]
-        encoded = [e for _, e in self.encoder.encode(pairs) if not isinstance(e, str)]
-        found: list[dict] = [{} for _ in triples]
-        for batch, logps in score(self.model, encoded, **self.how):
-            rows = loss.pair_table(logps, batch.segment, batch.lengths).cpu().tolist()
-            for pair, row in zip(batch.pairs, rows, strict=True):
-                one = dict(zip(loss.TERMS, row, strict=True))
-                sides = {
-                    f"sum_{name}": one[f"logp_{name}"] * len(getattr(pair, name))
-                    for name in ("chosen", "rejected")
-                }
-                found[pair.index] = one | sides
-        return found
-
-    def questions(self, rows: list[dict], answer_tokens: int) -> list[dict]:
-        """Give FIGURES of each question, those of its pairs as means; None where it does not fit."""
-        known, texts = self._sums(rows), self._answers(rows, answer_tokens)
-        asked = [(k, c, r) for k, row in enumerate(rows) for c, r in pairs_of(row)]
-        own = self.figures([(rows[k]["question"], c, r) for k, c, r in asked])
-        swapped = self.figures([(rows[(k + 1) % len(rows)]["question"], c, r) for k, c, r in asked])
-        out = []
-        for k, row in enumerate(rows):
-            mine = [i for i, (of, *_) in enumerate(asked) if of == k and own[i] and swapped[i]]
-            terms = [own[i] for i in mine]
-            sums = [[known.get((k, a)) for a in row[name]] for name in LISTS]
-            best = known.get((k, row["best_answer"]))
-            whole = best is not None and None not in sums[0] + sums[1]
-            out.append({
-                "question": row["question"], "answer": texts[k], "pairs": len(mine),
-                "accuracy": _mean([t["accuracy"] for t in terms]),
-                "swapped": _mean([swapped[i]["accuracy"] for i in mine]),
-                "log_odds_ratio": _mean([t["log_odds_chosen"] - t["log_odds_rejected"] for t in terms]),
-                "nll": _mean([t["nll"] / t["nll_tokens"] for t in terms]),
-                "mc1": mc1(best, sums[1]) if whole else None,
-                "mc2": mc2(*sums) if whole else None,
-                "rouge": nearer(texts[k], row),
-            })  # fmt: skip
-        return out
-
-    def _sums(self, rows: list[dict]) -> dict[tuple[int, str], float]:
-        """Give the log-probability of every answer, by question and text; two share a forward."""
-        jobs = []
-        for k, row in enumerate(rows):
-            texts = list(
-                dict.fromkeys([row["best_answer"], *row["correct_answers"], *row["incorrect_answers"]])
-            )
-            jobs += [(k, a, b) for a, b in zip(texts[::2], [*texts[1::2], texts[0]], strict=False)]
-        found = {}
-        for (k, a, b), one in zip(
-            jobs, self.figures([(rows[k]["question"], a, b) for k, a, b in jobs]), strict=True
-        ):
-            if one:
-                found |= {(k, a): one["sum_chosen"], (k, b): one["sum_rejected"]}
-        return found
-
-    def _answers(self, rows: list[dict], tokens: int) -> list[str]:
-        prompts = [self.encoder.prompt_ids([{"role": "user", "content": row["question"]}]) for row in rows]
-        ends = [self.tokenizer.eos_token_id]
-        return answers(self.model, self.tokenizer, prompts, max_tokens=tokens, end_ids=ends)
-
-    def other_nll(self, file: Path = OTHER, most: int = 200) -> float:
-        """Give the nll per token of answers to other prompts, which nothing was trained on."""
-        rows = read_rows(file)[:most]
-        found = [
-            one for one in self.figures([(r["prompt"], r["chosen"], r["rejected"]) for r in rows]) if one
-        ]
-        return sum(one["nll"] for one in found) / sum(one["nll_tokens"] for one in found)
+def measured(model, tokenizer, encoder, rows: list[dict], answer_tokens: int, other: int = 20) -> dict:
+    """Give FIGURES of each question, those of its pairs as means, and the nll per token of other text."""
+    reader, out = lab.Reader(model, encoder), []
+    ids = [encoder.prompt_ids([{"role": "user", "content": row["question"]}]) for row in rows]
+    ends = [tokenizer.eos_token_id]
+    texts = answers(model, tokenizer, ids, max_tokens=answer_tokens, end_ids=ends) if answer_tokens else []
+    swapped: list[list[float]] = [[] for _ in rows]
+    for k, row in enumerate(rows):
+        own = list(dict.fromkeys([row["best_answer"], *row["correct_answers"], *row["incorrect_answers"]]))
+        guest = (k + 1) % len(rows)
+        told = pairs_of(rows[guest])
+        more = [a for a in dict.fromkeys(a for pair in told for a in pair) if a not in own]
+        known = dict(zip([*own, *more], reader(row["question"], [*own, *more]), strict=True))
+        swapped[guest] = [lab.compared(known[c], known[r])["accuracy"] for c, r in told]
+        pairs = [lab.compared(known[c], known[r]) for c, r in pairs_of(row)]
+        sums = [[known[a][0] for a in row[name]] for name in LISTS]
+        figures = {name: mean(p[name] for p in pairs) for name in ("accuracy", "log_odds_ratio", "nll")}
+        out.append({
+            "question": row["place"], "pairs": len(pairs), **figures, "mc2": mc2(*sums),
+            "mc1": mc1(known[row["best_answer"]][0], sums[1]),
+            "rouge": nearer(texts[k].removesuffix("…"), row) if texts else None,
+        })  # fmt: skip
+    for one, right in zip(out, swapped, strict=True):
+        one["swapped"] = mean(right)
+    return {"questions": out, "other_nll": other_nll(reader, other) if other else None}
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def other_nll(reader, most: int, file: Path = OTHER) -> float:
+    """Give the nll per token of answers to other prompts, which nothing was trained on."""
+    found = [reader(row["prompt"], [row["chosen"]])[0] for row in read_rows(file)[:most]]
+    return -sum(total for total, _ in found) / sum(count for _, count in found)
 
 
 def bag_of_words(rows: list[dict], folds: list[int]) -> float:
@@ -210,107 +149,188 @@ def bag_of_words(rows: list[dict], folds: list[int]) -> float:
     return sum(a * n for a, n in right if a is not None) / max(1, sum(n for a, n in right if a is not None))
 
 
-def tables(kept: dict) -> str:
-    """Lay out what truthful.json holds: nothing else is read."""
-    base, lines, differ = kept["records"]["base"], [], []
-    for name, folds in kept["records"].items():
-        done = [q for fold in folds.values() for q in fold["questions"]]
-        cells = [_spread([q[f] for q in done], len(done)) for f in FIGURES]
-        lines.append([name, len(done), *cells, f"{np.mean([f['other_nll'] for f in folds.values()]):.3f}"])
-        before = {q["question"]: q for k in folds for q in base.get(k, {"questions": []})["questions"]}
-        both = [(q, before[q["question"]]) for q in done if name != "base" and q["question"] in before]
-        changes = [[a[f] - b[f] if None not in (a[f], b[f]) else None for a, b in both] for f in FIGURES]
-        differ += [[f"{name} minus base", *(_spread(c, len(both), "+.3f") for c in changes)]] if both else []
-    words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
-    head = ["recipe", "questions", *FIGURES, "nll of other text"]
-    return "\n\n".join([table(head, lines), table(["difference", *FIGURES], differ), words]) + "\n"
+@dataclasses.dataclass
+class Design:
+    """What is trained on and tested, of each fold: questions by their places in the file."""
+
+    rows: list[dict]
+    given: argparse.Namespace
+
+    def __post_init__(self):
+        self.rows = [row | {"place": k} for k, row in enumerate(self.rows)]
+        self.fold = folds_of(self.rows, self.given.folds)
+
+    def _side(self, k: int, tested: bool) -> list[dict]:
+        rows = [row for row, fold in zip(self.rows, self.fold, strict=True) if (fold == k) == tested]
+        return sorted(rows, key=lambda row: hashlib.sha256(f"{k} {row['question']}".encode()).digest())
+
+    def tested(self, k: int) -> list[dict]:
+        return self._side(k, True)[: self.given.questions]
+
+    def train(self, k: int) -> list[tuple[str, str, str]]:
+        """Give a pair of each question to train on, as many as are asked for, drawn by the fold's seed."""
+        return self._pairs(k, 0, self.given.pairs)
+
+    def _pairs(self, k: int, start: int, count: int) -> list[tuple[str, str, str]]:
+        draw = random.Random(1 + k)
+        some = self._side(k, False)[start : start + count]
+        return [(row["question"], *draw.choice(pairs_of(row))) for row in some]
+
+    def search(self) -> tuple[list[tuple[str, str, str]], list[dict]]:
+        """Give the pairs and the questions on which rates are tried: of fold 0's training side, its last."""
+        side = self._side(0, False)
+        few, asked = self.given.search_pairs, self.given.search_questions
+        if len(side) < self.given.pairs + few + asked:
+            asked, few = max(1, len(side) // 4), min(few, max(4, len(side) // 2))
+        return self._pairs(0, len(side) - asked - few, few), side[len(side) - asked :]
 
 
-def _spread(values: list, count: int, form: str = ".3f") -> str:
-    there = np.array([v for v in values if v is not None], dtype=float)
-    if not len(there):
-        return "–"
-    low, high = interval([there], [np.arange(len(there))])
-    return f"{there.mean():{form}} ({low:{form}} to {high:{form}})"
+def stages(recipe: str, model, pairs: list, rates: dict, settings, folder: Path, done: int = 0):
+    """Train a recipe: the stages after the first `done`, each on its equal part of the pairs; the model."""
+    names = list(STAGES[recipe])
+    part = len(pairs) // len(names)
+    for n, objective in list(enumerate(names))[done:]:
+        rate = rates[recipe if n == len(names) - 1 else "SFT"]
+        own = dataclasses.replace(settings, objective=objective, learning_rate=rate)
+        model, _ = lab.trained(model, pairs[n * part : (n + 1) * part], own, folder)
+    return model
 
 
-def measured(file: Path, load, rows, settings, dtype) -> dict:
-    """Give what was measured of a model, from its file if it is there."""
-    if not file.is_file():
-        began = time.monotonic()
-        meter = Meter(*load(), settings, dtype, file.parent)
-        found = {"questions": meter.questions(rows, settings.answer_tokens), "other_nll": meter.other_nll()}
-        found["minutes"] = (time.monotonic() - began) / 60
-        write_atomically(file, json.dumps(found, indent=1).encode())
-    return read_json(file)
+def best_of(tried: list[dict]) -> float:
+    """Choose a rate: the highest accuracy; of those within a twentieth of it, the lowest nll."""
+    top = max(one["accuracy"] for one in tried)
+    near = [one for one in tried if one["accuracy"] >= top - 0.05]
+    return min(near, key=lambda one: one["nll"])["rate"]
 
 
-def carry_out(given, settings, show=print) -> dict:
-    """Train and measure what is not there yet; everything that was found, also in truthful.json."""
-    rows, recipes = read_questions(given.file), [name.strip() for name in given.recipes.split(",")]
-    if unknown := [name for name in recipes if name not in STAGES]:
-        raise UserError(f"There is no recipe {unknown[0]!r}: give some of {', '.join(STAGES)}.")
-    fold, out = folds_of(rows, given.folds), given.out
-    dtype, _ = pick_precision(settings.precision, this_machine())
-    form = str(dtype).removeprefix("torch.")
-    settings = dataclasses.replace(settings, precision=form, eval_pairs=0, answers=0)
-    kept = {
-        "version": __version__, "commit": _commit(), "machine": this_machine().name, "folds": given.folds,
-        "settings": dataclasses.asdict(settings) | {"output_dir": ""},
-        "bag_of_words": bag_of_words(rows, fold),
-        "records": {name: {} for name in ["base", *recipes]},
+def search_unit(design: Design, recipe: str, rates: dict, settings, folder: Path) -> dict:
+    """Try RATES for the last stage of a recipe, and λ for ORPO."""
+    texts, asked = design.search()
+    base, tokenizer, encoder = lab.base_of(settings)
+    pairs, found, start, two = lab.encoded(encoder, texts), [], base, len(STAGES[recipe]) == 2
+    if two:
+        own = dataclasses.replace(settings, objective="sft", learning_rate=rates["SFT"])
+        start, _ = lab.trained(copy.deepcopy(base), pairs[: len(pairs) // 2], own, folder)
+
+    def figures(model) -> dict:
+        got = measured(model, tokenizer, encoder, asked, 0, 0)["questions"]
+        return {name: mean(q[name] for q in got) for name in ("accuracy", "log_odds_ratio", "nll")}
+
+    tries = [(rate, settings.or_weight) for rate in RATES[recipe]]
+    tries += [(RATES[recipe][1], weight) for weight in WEIGHTS] if recipe == "ORPO" else []
+    for rate, weight in tries:
+        own = dataclasses.replace(settings, or_weight=weight)
+        model = stages(recipe, copy.deepcopy(start), pairs, {recipe: rate}, own, folder, done=int(two))
+        found.append({"rate": rate, "or_weight": weight} | figures(model))
+    best = best_of([one for one in found if one["or_weight"] == settings.or_weight])
+    more = {"base": figures(base)} if recipe == "ORPO" else {}
+    return {"tried": {recipe: found}, "rates": {recipe: best}} | more
+
+
+def fold_unit(design: Design, k: int, recipe: str, rates: dict, settings, folder: Path) -> dict:
+    """Train a recipe on a fold's pairs, with the fold's own seed, and measure it."""
+    settings = dataclasses.replace(settings, seed=1 + k)
+    model, tokenizer, encoder = lab.base_of(settings)
+    if recipe != "base":
+        pairs = lab.encoded(encoder, design.train(k))
+        model = stages(recipe, model, pairs, rates, settings, folder)
+    return {
+        "records": {recipe: measured(model, tokenizer, encoder, design.tested(k), settings.answer_tokens)}
+    }
+
+
+def units_of(recipes: list[str], folds: int) -> dict[str, tuple]:
+    """Give the units and what each waits for: its recipe's rate, and SFT's where that comes first."""
+    slug = {name: name.replace(" ", "-") for name in recipes}
+    needs = {name: ["SFT"] * (len(STAGES[name]) == 2 and name != "SFT") for name in recipes}
+    names = list(dict.fromkeys([*sum(needs.values(), []), *recipes]))
+    units = {
+        f"search-{name.replace(' ', '-')}": tuple(f"search-{n}" for n in needs.get(name, ()))
+        for name in names
+    }
+    for k in range(folds):
+        units |= {f"fold-{k}-base": ()}
+        units |= {f"fold-{k}-{slug[name]}": (f"search-{slug[name]}",) for name in recipes}
+    return units
+
+
+def make(name: str, design: Design, settings, out: Path) -> dict:
+    """Make a unit."""
+    kind, _, rest = name.partition("-")
+    k, _, slug = rest.partition("-") if kind == "fold" else ("0", "", rest)
+    recipe, rates = slug.replace("-", " "), {}
+    for file in sorted(out.glob("search-*.json")):
+        rates |= read_json(file)["rates"]
+    how = dict(rates=rates, settings=settings, folder=out)
+    if kind == "search":
+        return lab.keep(out / f"{name}.json", lambda: search_unit(design, recipe, **how))
+    return lab.keep(out / f"{name}.json", lambda: fold_unit(design, int(k), recipe, **how))
+
+
+def gather(design: Design, recipes: list[str], settings, out: Path, words: list[str]) -> dict:
+    """Put what the units found together, in truthful.json."""
+    given, units = design.given, lab.there(out, units_of(recipes, design.given.folds))
+    records, found, rates = {name: {} for name in ["base", *recipes]}, {}, {}
+    for name, one in units.items():
+        found |= one.get("tried", {})
+        rates |= {recipe: rate for recipe, rate in one.get("rates", {}).items() if recipe in recipes}
+        for recipe, measures in one.get("records", {}).items():
+            columns = ["question", "pairs", *FIGURES]
+            table = [[q[c] for c in columns] for q in measures["questions"]]
+            records[recipe][name.split("-")[1]] = {
+                "columns": columns, "questions": table, "other_nll": measures["other_nll"],
+            }  # fmt: skip
+    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *words]) | {
+        "base_model": settings.base_model, "folds": given.folds, "pairs": given.pairs,
+        "pairs_per_step": settings.pairs_per_step, "questions": given.questions,
+        "or_weight": settings.or_weight, "precision": settings.precision,
+        "process_minutes": sum(one["minutes"] for one in units.values()), "parts": sorted(units),
+       
+        "search": {"pairs": given.search_pairs, "questions": given.search_questions, "tried": found},
+        "rates": rates, "bag_of_words": bag_of_words(design.rows, design.fold), "records": records,
+        "search_base": next((one["base"] for one in units.values() if "base" in one), {}),
     }  # fmt: skip
-    for k in range(given.folds):
-        home = out / f"fold-{k}"
-        home.mkdir(parents=True, exist_ok=True)
-        train = home / "train.jsonl"
-        lines = [
-            {"prompt": row["question"], "chosen": c, "rejected": r}
-            for row, f in zip(rows, fold, strict=True)
-            if f != k
-            for c, r in pairs_of(row)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        if not train.is_file() or train.read_bytes() != text:
-            write_atomically(train, text)
-        own = dataclasses.replace(settings, dataset=str(train), output_dir=str(home))
-        rates = {name: own.learning_rate * list(stages.values())[-1] for name, stages in STAGES.items()}
-        plan = Comparison(own, home, given.budget, rates)
-        if k == 0:
-            whole = planner.estimate(own).method.minutes * given.folds * len(recipes)
-            measuring = (
-                0.4 * planner.estimate(dataclasses.replace(own, epochs=1.0, max_steps=0)).method.minutes
-            )
-            measuring *= given.folds * (len(recipes) + 1)
-            show(
-                f"{given.folds} folds of {len(recipes)} recipes: about {duration(whole + measuring)} by plan."
-            )
-        tested = [row for row, f in zip(rows, fold, strict=True) if f == k]
-
-        how = dict(rows=tested, settings=own, dtype=dtype)
-        kept["records"]["base"][k] = measured(home / "base.json", partial(_base, own.base_model), **how)
-        for recipe in recipes:
-            file = home / f"{recipe.lower().replace(' ', '-')}.json"
-            folder = Path(plan.stages(recipe, 1 + k)[-1].output_dir)
-            if not file.is_file():
-                plan.carry_out(plan.stages(recipe, 1 + k), show)
-            load = partial(load_finished, folder / "model", device=this_machine().device)
-            kept["records"][recipe][k] = measured(file, load, **how)
-            show(f"fold {k}: {recipe} is measured")
-    write_atomically(out / "truthful.json", json.dumps(kept, indent=1).encode())
+    text = json.dumps(lab.rounded(kept), separators=(",", ":")).replace('"columns"', '\n"columns"')
+    write_atomically(out / "truthful.json", f"{text}\n".encode())
     return read_json(out / "truthful.json")
 
 
-def _base(name: str):
-    model = load_base(name, dtype=torch.float32, device=this_machine().device)
-    return model.eval(), load_tokenizer(name)
+def by_question(kept: dict, recipe: str) -> dict[int, dict]:
+    """Give the figures of each question, over the folds."""
+    found = {}
+    for fold in kept["records"][recipe].values():
+        rows = [dict(zip(fold["columns"], row, strict=True)) for row in fold["questions"]]
+        found |= {row["question"]: row for row in rows}
+    return found
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip()
+def differences(kept: dict, one: str, other: str) -> dict[str, list]:
+    """Give, of each figure, one recipe minus another question by question."""
+    a, b = by_question(kept, one), by_question(kept, other)
+    both = [(a[q], b[q]) for q in a if q in b]
+    return {f: [x[f] - y[f] if None not in (x[f], y[f]) else None for x, y in both] for f in FIGURES}
+
+
+def tables(kept: dict) -> str:
+    """Lay out what truthful.json holds: nothing else is read."""
+    lines, differ, names = [], [], list(kept["records"])
+    for name, folds in kept["records"].items():
+        if not folds:
+            continue
+        done = by_question(kept, name).values()
+        cells = [spread([q[f] for q in done]) for f in FIGURES]
+        nll = mean(fold["other_nll"] for fold in folds.values())
+        lines.append([name, len(done), *cells, f"{nll:.3f}" if nll else "–"])
+    pairs = [(name, "base") for name in names[1:]] + [(name, "SFT") for name in names if name != "SFT"][1:]
+    pairs += [("ORPO", "SFT then DPO")]
+    for one, other in pairs:
+        if {one, other} <= {name for name in names if kept["records"][name]}:
+            changes = [spread(c, "+.3f") for c in differences(kept, one, other).values()]
+            differ.append([f"{one} minus {other}", *changes])
+    words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
+    head = ["recipe", "questions", *FIGURES, "nll of other text"]
+    parts = [table(head, lines), *([table(["difference", *FIGURES], differ)] if differ else []), words]
+    return "\n\n".join(parts) + "\n"
 
 
 def arguments(words=None):
@@ -318,45 +338,50 @@ def arguments(words=None):
         prog="python -m tests.benchmarks.truthful", description=__doc__.split(":")[0]
     )
     parser.add_argument("file", type=Path, help="TruthfulQA, JSON lines with the hub's columns")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of truthful.json")
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--recipes", default="SFT, SFT then DPO, ORPO, SFT then ORPO", help="with commas")
-    parser.add_argument("--budget", default="steps", choices=("steps", "tokens"))
-    parser.add_argument("--base-model", default=DEMO_MODEL)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of a run"
-    )
+    parser.add_argument("--pairs", type=int, default=256, help="to train on, one of each question")
+    parser.add_argument("--questions", type=int, default=48, help="tested of each fold")
+    parser.add_argument("--search-pairs", type=int, default=64, help="on which rates are tried")
+    parser.add_argument("--search-questions", type=int, default=24, help="by which rates are chosen")
     parser.add_argument("--tables", action="store_true", help="only lay out what truthful.json holds")
+    lab.add_common(parser)
     return parser.parse_args(words)
 
 
-def main(words=None) -> int:
+def begin(words: list[str]) -> None:
     given = arguments(words)
-    own = dict(
-        method="lora",
-        learning_rate=1e-3,
-        or_weight=0.5,
-        epochs=2.0,
-        warmup_steps=5,
-        max_tokens=256,
-        max_prompt_tokens=160,
-        answer_tokens=40,
-    )
-    own |= {"base_model": given.base_model} | dict(pair.partition("=")[::2] for pair in given.set)
-    try:
-        kept = (
-            read_json(given.out / "truthful.json")
-            if given.tables
-            else carry_out(given, resolve([("flag", own)])[0])
-        )
-        if not kept:
+    if given.tables:
+        if not (kept := read_json(given.out / "truthful.json")):
             raise UserError(f"There is no truthful.json in {given.out}: leave --tables out to make it.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(tables(kept))
-    return 0
+        return print(tables(kept))
+    recipes = list(dict.fromkeys(name.strip() for name in given.recipes.split(",")))
+    if unknown := [name for name in recipes if name not in RATES]:
+        raise UserError(f"There is no recipe {unknown[0]!r}: give some of {', '.join(RATES)}.")
+    design, settings = Design(read_questions(given.file), given), lab.settings_of(given)
+    least = min(len(design._side(k, False)) for k in range(given.folds))
+    if not 2 * settings.pairs_per_step <= given.pairs <= least:
+        low = 2 * settings.pairs_per_step
+        raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {least}, one a question.")
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.unit:
+        return make(given.unit, design, settings, given.out)
+    if given.so_far:
+        return print(tables(gather(design, recipes, settings, given.out, words)))
+    units = units_of(recipes, given.folds)
+    left = [name for name in units if not (given.out / f"{name}.json").is_file()]
+    learnt = 66 * len(recipes)  # tokens of a pair
+    learnt *= given.pairs * given.folds + 3 * given.search_pairs
+    read = given.questions * given.folds * 270 * (1 + len(recipes)) + given.search_questions * 200 * 15
+    time = lab.told(read, learnt, given.jobs, len(left) / len(units))
+    print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)
+    lab.carry_out("tests.benchmarks.truthful", words, units, given.out, given.jobs)
+    print(tables(gather(design, recipes, settings, given.out, words)))
+
+
+def main(words=None) -> int:
+    return lab.run(begin, words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
