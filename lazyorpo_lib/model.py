@@ -162,9 +162,7 @@ def add_adapters(model, settings: Settings):
     shape |= dict(exclude_modules=_without_adapter(model) or None, task_type="CAUSAL_LM")
     config = peft.LoraConfig(target_modules="all-linear", **shape)
     try:
-        with warnings.catch_warnings():  # transformers warns peft of a name that peft still asks for
-            warnings.simplefilter("ignore", FutureWarning)
-            model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, config)
     except ValueError as error:
         if "lora_dropout" in str(error):
             raise UserError(
@@ -234,6 +232,8 @@ def import_peft():
             for name, module in list(sys.modules.items()):
                 if name.startswith("peft") and hasattr(module, "is_torchao_available"):
                     module.is_torchao_available = lambda: False
+    # Transformers warns users of a name that peft still asks for.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     return peft
 
 

@@ -114,10 +114,12 @@ class Notebook:
     def tick(self, code: str, *boxes: str) -> str:
         """Set boxes of a cell's form, run it, and give what it shows."""
         cells = json.loads((HOME / "notebooks/LazyORPO.ipynb").read_text(encoding="utf-8"))["cells"]
-        [text] = [text for cell in cells if code in (text := "".join(cell["source"]))]
+        [(place, text)] = [(i, t) for i, c in enumerate(cells) if code in (t := "".join(c["source"]))]
+        cell = self.page.locator(".jp-Notebook .jp-Cell").nth(place)
         for box in boxes:
             text = text.replace(f"{box} = False", f"{box} = True")
-        self.cell(code).locator(".cm-content").click()
+        cell.locator(".jp-Placeholder").click()  # the code is folded
+        cell.locator(".cm-content").click()
         self.page.keyboard.press("ControlOrMeta+A")
         self.page.keyboard.insert_text(text)
         self.page.keyboard.press("Shift+Enter")
@@ -126,7 +128,7 @@ class Notebook:
             if self.running():
                 break
         self.wait(300)
-        return self.text(code)
+        return cell.locator(".jp-OutputArea").inner_text()
 
     def folder(self) -> Path:
         return Path(re.search(r"^Folder: (.+)$", self.text("run = Run("), re.M)[1])
@@ -242,9 +244,9 @@ def seen(tmp_path_factory):
         seen["second"] = json.loads((notebook.folder() / "settings.json").read_text())
         seen["steps"] = json.loads((notebook.folder() / "summary.json").read_text())["steps"]
         cells = {
-            "ask_both, run": ["ask_now"],
-            "share.lines": ["lines_now", "zip_now"],
-            "share.merge": ["merge_now"],
+            "Ask the base and": ["ask_now"],
+            "Lines for vLLM": ["lines_now", "zip_now"],
+            "Merge, GGUF": ["merge_now"],
         }
         seen["ticked"] = {code: notebook.tick(code, *boxes) for code, boxes in cells.items()}
         seen["folder"] = notebook.folder()
@@ -269,9 +271,9 @@ def test_an_uploaded_table_of_another_country_is_what_the_next_run_trains_on(see
 
 def test_the_cells_behind_boxes_do_what_they_say(seen):
     ticked = seen["ticked"]
-    assert all(word in ticked["ask_both, run"] for word in ("Why is it dark at night?", "base", "tuned"))
-    assert "vllm serve" in ticked["share.lines"] and ".zip" in ticked["share.lines"]
-    assert "merged" in ticked["share.merge"] and (seen["folder"] / f"{seen['folder'].name}.zip").is_file()
+    assert all(word in ticked["Ask the base and"] for word in ("Why is it dark at night?", "base", "tuned"))
+    assert "vllm serve" in ticked["Lines for vLLM"] and ".zip" in ticked["Lines for vLLM"]
+    assert "merged" in ticked["Merge, GGUF"] and (seen["folder"] / f"{seen['folder'].name}.zip").is_file()
     assert (seen["folder"] / "merged" / "model.safetensors").is_file()
 
 
