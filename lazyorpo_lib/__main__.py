@@ -246,18 +246,19 @@ def console() -> None:
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdin.reconfigure(errors="replace")
     sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
+    stop = Stop()
     try:
-        with Stop().listening():
+        with stop.listening():
             sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"lazyorpo: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(f"lazyorpo: {stopped or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
-    except Exception:
-        print(without_secrets(traceback.format_exc()), file=sys.stderr)
-        sys.exit(1)
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or stop.asked:  # an import that is broken off raises anything
+            status, said = 130, f"lazyorpo: {stop.reason or str(error) or 'interrupted'}"
+        elif isinstance(error, UserError):
+            status, said = 2, f"lazyorpo: {error}"
+        else:
+            status, said = 1, without_secrets(traceback.format_exc())
+        print(said, file=sys.stderr)
+        sys.exit(status)
     finally:
         sys.stdout.flush()  # not after the end, where nobody could catch it
 

@@ -7,8 +7,6 @@ import contextlib
 import math
 import os
 
-import yaml
-
 from .errors import UserError, expanded
 from .settings import FIELDS, coerce
 
@@ -66,6 +64,8 @@ def settings_of(file: str, flags=()) -> tuple[dict, str]:
 
 
 def _read(file: str):
+    import yaml  # comes with transformers, which may be missing: that is told first
+
     path = expanded(file)
     with contextlib.suppress(ValueError, OSError, RecursionError, yaml.YAMLError, AttributeError):
         if os.path.isfile(path) and os.path.getsize(path) < 2**20:  # no pipe, which might never end
