@@ -185,7 +185,7 @@ def size(*names: str) -> tuple[int, float]:
 # model, run and command line 3,200 lines; all 7,200 lines, 320 KB.
 CEILINGS = {
     ("orpo",): (2044, 100),
-    ("orpo", *GROUND, "model", "run", "__main__"): (4570, 222),
+    ("orpo", *GROUND, "model", "run", "__main__"): (4570, 223),
     (): (12492, 619),
 }
 
