@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -206,3 +207,20 @@ def test_importing_the_package_is_light():
     heavy = "torch", "numpy", "argparse", "difflib"
     code = f"import sys, lazyorpo_lib; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_stop_that_a_library_turns_into_another_error_is_told_as_a_stop(monkeypatch):
+    def broken_off(arguments):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as stopped:  # as transformers does while it imports
+            raise ModuleNotFoundError("Could not import module") from stopped
+
+    monkeypatch.setattr(terminal, "main", broken_off)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as ended:
+        terminal.console()
+    sys.stderr.stream.flush()
+    assert ended.value.code == 130
+    assert sys.stderr.stream.buffer.getvalue() == b"lazyorpo: interrupted (SIGTERM)\n"
