@@ -13,7 +13,7 @@ ROWS = re.findall(
     r"^\| `([\w.]+)` \| (.+) \| (.+) \| .+ \|$", (HOME / "docs/versions.md").read_text(encoding="utf-8"), re.M
 )
 FILES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in HOME.glob("lazyorpo_lib/**/*.py")}
-PUBLIC = {"_replace", "_asdict"}  # of a named tuple
+PUBLIC = {"_replace", "_asdict", "_exit"}  # documented by Python: of a named tuple, and of os
 
 
 def private(name: str) -> bool:

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from huggingface_hub import get_token
 
+from .. import marker
 from ..errors import UserError
 from ..folder import read_json
 from ..settings import Settings
@@ -53,10 +54,8 @@ def tracked(settings: Settings, folder: Path) -> dict:
         if why:
             raise UserError(f"trackio_space is {s.trackio_space!r}, which {why}, or leave it empty.")
         named["space_id"] = s.trackio_space
-    own = {
-        "run": s.tracker_run or folder.name,
-        "data_digest": read_json(folder / "data_report.json").get("digest", ""),
-    }
+    digest = read_json(folder / "data_report.json").get("digest", "")
+    own = dict(run=s.tracker_run or folder.name, data_digest=digest)
     return dict(project_name=project, config=vars(s) | own, init_kwargs={s.report_to: named})
 
 
@@ -135,7 +134,7 @@ def by_first(make: Callable[[], object], shared: Path, *, several: bool):
             torch.distributed.barrier(group)  # the file goes when all have opened it
     finally:
         if first:
-            shared.unlink(missing_ok=True)  # or what a kill left behind
+            marker.remove(shared)  # or what a kill left behind
     if isinstance(made[0], UserError):
         raise made[0]
     return made[0]

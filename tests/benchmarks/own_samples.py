@@ -28,7 +28,7 @@ FIGURES = ("accuracy", "swapped", "log_odds_ratio", "nll", "mc1", "mc2")
 def texts(design, k: int, kind: str, settings, out: Path) -> list[tuple[str, str, str]]:
     """Give the pairs of a fold with rejected of a kind; of questions for which the model gave another text
     than the best answer."""
-    rows = design._side(k, False)[: design.given.pairs]
+    rows = design.side(k, False)[: design.given.pairs]
     asked, file = out / f"asked-{k}.jsonl", out / f"own-{k}.jsonl"
     lines = [{"prompt": row["question"], "chosen": row["best_answer"]} for row in rows]
     if not asked.is_file():
@@ -116,7 +116,7 @@ def begin(words: list[str]) -> None:
     settings = lab.settings_of(given)
     if not 1 <= given.seeds <= given.folds:
         raise UserError(f"seeds is {given.seeds}, but must lie between 1 and the {given.folds} folds.")
-    most = min(len(design._side(k, False)) for k in range(given.folds))
+    most = min(len(design.side(k, False)) for k in range(given.folds))
     if not settings.pairs_per_step <= given.pairs <= most:
         low = settings.pairs_per_step
         raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {most}, one a question.")

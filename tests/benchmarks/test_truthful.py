@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,13 +67,15 @@ def test_a_file_that_is_none_or_lacks_a_column_is_one_sentence(tmp_path, file, c
     "more,said",
     [
         (["--recipes", "ORPO, KTO"], "There is no recipe 'KTO': give some of SFT, SFT then DPO, ORPO"),
-        (["--folds", "13"], "folds is 13, but must lie between 2 and the 12 questions"),
-        (["--pairs", "9", "--folds", "2"], "pairs is 9, but must lie between 8 and 6, one a question"),
+        (["--folds", "13"], "folds is 13, but must lie between 2 and the 10 questions"),
+        (["--pairs", "99", "--folds", "2"], "pairs is 99, but must lie between 8 and 10, all of a fold"),
+        (["--search-pairs", "6"], "search-pairs and search-questions are 7 together, but of the 12"),
         (["--set", "lora_rank=no"], "lora_rank is 'no', but must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path, file, capsys, more, said):
-    assert truthful.main([str(file), "--out", str(tmp_path / "x"), *TOY, *more]) == 2
+    few = ["--search-pairs", "1", "--search-questions", "1"]
+    assert truthful.main([str(file), "--out", str(tmp_path / "x"), *TOY, *few, *more]) == 2
     assert capsys.readouterr().err.startswith(said) and not (tmp_path / "x").exists()
 
 
@@ -148,15 +151,17 @@ def test_a_question_has_its_own_figures_and_its_pairs_are_asked_with_anothers_pr
 
 def test_no_question_is_trained_on_and_tested_and_rates_are_chosen_without_the_tested_ones():
     rows = [row | {"question": f"{row['question']} {n}"} for row in ROWS for n in range(10)]
-    given = SimpleNamespace(folds=3, questions=40, pairs=40, search_pairs=8, search_questions=6)
-    design = truthful.Design(rows, given)
-    for k in range(3):
-        tested, train = ({row["question"] for row in design.tested(k)}, {p for p, *_ in design.train(k)})
-        assert len(tested) == len(train) == 40 and not tested & train
+    given = SimpleNamespace(folds=3, questions=30, pairs=100, search_pairs=8, search_questions=6)
+    design = truthful.Design(rows, given, 14)
     pairs, asked = design.search()
     tried, chosen = {p for p, *_ in pairs}, {row["question"] for row in asked}
-    held = {row["question"] for row in design.tested(0)}
-    assert not chosen & tried and not (chosen | tried) & ({p for p, *_ in design.train(0)} | held)
+    assert (len(tried), len(chosen)) == (8, 6) and not chosen & tried
+    for k in range(3):
+        tested, train = {row["question"] for row in design.tested(k)}, design.train(k)
+        assert len(tested) == 30 and len(set(train)) == 100 and not tested & {p for p, *_ in train}
+        assert not (chosen | tried) & (tested | {p for p, *_ in train})
+        count = Counter(p for p, *_ in train)
+        assert max(count.values()) - min(count.values()) <= 1  # as many of each question as of others
 
 
 def test_a_rate_is_the_most_accurate_ones_and_of_near_ones_that_with_the_lower_nll():

@@ -6,13 +6,13 @@
 FILE has the hub's columns, a JSON object a line: question, best_answer, correct_answers, incorrect_answers.
 What is done is kept; called again, it goes on. Every question's figures are in truthful.json, no text.
 
-Every recipe sees the same pairs once, one a question; SFT then … spends half of them on each stage. First
-three rates are tried for the last stage of each, on a few pairs and other questions of fold 0's training
-side. MC1, MC2 (Lin et al. 2022, arXiv 2109.07958): whether the best answer has a higher log-probability than
-every incorrect one; the share of probability that the correct answers have of that of all. Log-probabilities
-are sums over an answer's tokens and its end, after the chat template. ROUGE-1: whether a greedy answer shares
-more with the nearest correct answer than with the nearest incorrect one. Swapped: accuracy where each pair is
-asked with another question's prompt; what is left is style. Nobody judges.
+Every recipe sees the same pairs once; SFT then … spends half of them on each stage. First three rates are
+tried for the last stage of each, on a few pairs and questions that no fold has. MC1, MC2 (Lin et al. 2022,
+arXiv 2109.07958): whether the best answer has a higher log-probability than every incorrect one; the share of
+probability that the correct answers have of that of all. Log-probabilities are sums over an answer's tokens
+and its end, after the chat template. ROUGE-1: whether a greedy answer shares more with the nearest correct
+answer than with the nearest incorrect one. Swapped: accuracy where each pair is asked with another question's
+prompt; what is left is style. Nobody judges.
 """
 
 import argparse
@@ -149,40 +149,52 @@ def bag_of_words(rows: list[dict], folds: list[int]) -> float:
     return sum(a * n for a, n in right if a is not None) / max(1, sum(n for a, n in right if a is not None))
 
 
-@dataclasses.dataclass
 class Design:
-    """What is trained on and tested, of each fold: questions by their places in the file."""
+    """What is trained on and tested, of each fold: questions by their places in the file.
 
-    rows: list[dict]
-    given: argparse.Namespace
+    Args:
+        aside: questions that no fold has: on them rates are tried.
+    """
 
-    def __post_init__(self):
-        self.rows = [row | {"place": k} for k, row in enumerate(self.rows)]
-        self.fold = folds_of(self.rows, self.given.folds)
+    def __init__(self, rows: list[dict], given: argparse.Namespace, aside: int = 0):
+        if 2 * aside > len(rows):
+            raise UserError(
+                f"search-pairs and search-questions are {aside} together, but of the {len(rows)} questions "
+                "of the file at most half may be set aside."
+            )
+        rows = _shuffled([row | {"place": k} for k, row in enumerate(rows)], "aside")
+        self.aside, rest = rows[:aside], rows[aside:]
+        self.given, self.rows = given, sorted(rest, key=lambda row: row["place"])
+        self.fold = folds_of(self.rows, given.folds)
 
-    def _side(self, k: int, tested: bool) -> list[dict]:
+    def side(self, k: int, tested: bool) -> list[dict]:
         rows = [row for row, fold in zip(self.rows, self.fold, strict=True) if (fold == k) == tested]
-        return sorted(rows, key=lambda row: hashlib.sha256(f"{k} {row['question']}".encode()).digest())
+        return _shuffled(rows, str(k))
 
     def tested(self, k: int) -> list[dict]:
-        return self._side(k, True)[: self.given.questions]
+        return self.side(k, True)[: self.given.questions]
 
     def train(self, k: int) -> list[tuple[str, str, str]]:
-        """Give a pair of each question to train on, as many as are asked for, drawn by the fold's seed."""
-        return self._pairs(k, 0, self.given.pairs)
-
-    def _pairs(self, k: int, start: int, count: int) -> list[tuple[str, str, str]]:
-        draw = random.Random(1 + k)
-        some = self._side(k, False)[start : start + count]
-        return [(row["question"], *draw.choice(pairs_of(row))) for row in some]
+        """Give the pairs to train on, drawn by the fold's seed."""
+        return dealt(self.side(k, False), self.given.pairs, seed=1 + k)
 
     def search(self) -> tuple[list[tuple[str, str, str]], list[dict]]:
-        """Give the pairs and the questions on which rates are tried: of fold 0's training side, its last."""
-        side = self._side(0, False)
-        few, asked = self.given.search_pairs, self.given.search_questions
-        if len(side) < self.given.pairs + few + asked:
-            asked, few = max(1, len(side) // 4), min(few, max(4, len(side) // 2))
-        return self._pairs(0, len(side) - asked - few, few), side[len(side) - asked :]
+        """Give the pairs and the questions on which rates are tried, which no fold has."""
+        few = self.given.search_pairs
+        return dealt(self.aside[:few], few, seed=1), self.aside[few:]
+
+
+def _shuffled(rows: list[dict], salt: str) -> list[dict]:
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{salt} {row['question']}".encode()).digest())
+
+
+def dealt(rows: list[dict], count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Draw `count` pairs: one of each question, then a second one of each that has it, and so on."""
+    draw, rounds = random.Random(seed), []
+    for row in rows:
+        own = pairs_of(row)
+        rounds += [(n, row["question"], *pair) for n, pair in enumerate(draw.sample(own, len(own)))]
+    return [tuple(pair) for _, *pair in sorted(rounds, key=lambda pair: pair[0])][:count]
 
 
 def stages(recipe: str, model, pairs: list, rates: dict, settings, folder: Path, done: int = 0):
@@ -340,7 +352,7 @@ def arguments(words=None):
     parser.add_argument("file", type=Path, help="TruthfulQA, JSON lines with the hub's columns")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--recipes", default="SFT, SFT then DPO, ORPO, SFT then ORPO", help="with commas")
-    parser.add_argument("--pairs", type=int, default=256, help="to train on, one of each question")
+    parser.add_argument("--pairs", type=int, default=256, help="to train on in each fold")
     parser.add_argument("--questions", type=int, default=48, help="tested of each fold")
     parser.add_argument("--search-pairs", type=int, default=64, help="on which rates are tried")
     parser.add_argument("--search-questions", type=int, default=24, help="by which rates are chosen")
@@ -358,11 +370,12 @@ def begin(words: list[str]) -> None:
     recipes = list(dict.fromkeys(name.strip() for name in given.recipes.split(",")))
     if unknown := [name for name in recipes if name not in RATES]:
         raise UserError(f"There is no recipe {unknown[0]!r}: give some of {', '.join(RATES)}.")
-    design, settings = Design(read_questions(given.file), given), lab.settings_of(given)
-    least = min(len(design._side(k, False)) for k in range(given.folds))
+    aside = given.search_pairs + given.search_questions
+    design, settings = Design(read_questions(given.file), given, aside), lab.settings_of(given)
+    least = min(sum(len(pairs_of(row)) for row in design.side(k, False)) for k in range(given.folds))
     if not 2 * settings.pairs_per_step <= given.pairs <= least:
         low = 2 * settings.pairs_per_step
-        raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {least}, one a question.")
+        raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {least}, all of a fold.")
     given.out.mkdir(parents=True, exist_ok=True)
     if given.unit:
         return make(given.unit, design, settings, given.out)
