@@ -27,7 +27,7 @@ from ..model import load_base, load_tokenizer, without_bars
 from ..orpo.body import sizes_of
 from ..orpo.data import Message, Pair
 from ..orpo.encoding import Encoder, prepare_tokenizer, tried
-from ..results.evaluate import answers
+from ..results.evaluate import answers, end_ids
 from ..rows.columns import parse_columns
 from ..rows.dataset import open_rows
 from ..rows.template import Template
@@ -203,8 +203,7 @@ def _loaded(settings: Settings, clock: float) -> tuple:
     room = max(1, most - settings.answer_tokens)
     encoder = Encoder(Template(tokenizer, clock), max_prompt_tokens=room, max_tokens=most)
     short = Pair(0, (Message(role="user", content="a"),), "b", "c")
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    ends |= {pair.chosen[-1] for _, pair in encoder.encode([short]) if not isinstance(pair, str)}
-    options = dict(max_tokens=settings.answer_tokens, end_ids=sorted(ends), note=lambda why: None)
+    ends = [pair.chosen[-1] for _, pair in encoder.encode([short]) if not isinstance(pair, str)]
+    ends = end_ids(model, tokenizer, *ends)
+    options = dict(max_tokens=settings.answer_tokens, end_ids=ends, note=lambda why: None)
     return model, encoder, options

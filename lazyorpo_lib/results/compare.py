@@ -1,6 +1,5 @@
 """Runs side by side: the settings that differ, the results, the curves. It reads folders and runs nothing."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from ..errors import UserError, expanded, explain_disk
 from ..folder import read_json, read_rows
 from . import card, live
+from .evaluate import interval
 from .share import explain_run, folder_of_run
 
 WHERE = ("output_dir", "resume", "hub_repo", "preset")  # settings that say nothing of how two runs differ
@@ -52,32 +52,6 @@ def _compared(runs: dict[str, Path], picture) -> dict:
     ])  # fmt: skip
     png = live.draw_runs({name: read_rows(f / "history.jsonl") for name, f in runs.items()}, picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
-
-
-def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
-    """Sum over the pairs of each prompt: (…, pairs) to (…, prompts)."""
-    _, group = np.unique(np.array(prompts), return_inverse=True)
-    sums = np.zeros((group.max() + 1, *values.shape[:-1]))
-    np.add.at(sums, group, np.moveaxis(values, -1, 0))
-    return np.moveaxis(sums, 0, -1)
-
-
-def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 2000) -> tuple[float, float]:
-    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds: seeds and prompts are
-    drawn with replacement, a prompt with its pairs in all seeds (Owen 2007, the pigeonhole bootstrap).
-
-    Args:
-        values, prompts: of each seed, (pairs,), NaN is passed over, and a name for the prompt of each.
-    """
-    seeds, names = len(values), np.concatenate([np.array(some) for some in prompts])
-    ends, laid = np.cumsum([0, *map(len, values)]), np.zeros((2, seeds, len(names)))
-    for s, some in enumerate(values):
-        laid[:, s, ends[s] : ends[s + 1]] = np.nan_to_num(some), np.isfinite(some)
-    table, chance = by_prompt(laid, names), np.random.default_rng(0)
-    often = [chance.multinomial(n, [1 / n] * n, draws).astype(float) for n in (seeds, table.shape[-1])]
-    sums, counts = ((often[0] @ side * often[1]).sum(axis=1) for side in table)
-    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -6,7 +6,7 @@ with the adapter switched off. `kept` is the content of a run's held_out.json.
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def held_out_results(kept: dict, dataset: str) -> dict:
     """
     if not set(WHEN) <= kept.keys():
         return {}
-    figures = changes(*(measures(kept, when) for when in WHEN))
+    figures = changes(*(measures(kept, when) for when in WHEN), kept.get("prompt_ids"))
     results = {f"accuracy_{when}": figures["accuracy"][when] for when in WHEN}
     results |= {"verdict": verdict(figures, kept["after"]), "held_out": figures}
     if dataset == "demo":
@@ -47,11 +47,36 @@ def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
     return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows if None not in row]
 
 
-def interval(values: np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """Give the 95 % bootstrap interval of the mean, over pairs drawn with replacement. `values`: (pairs,)."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
+def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
+    """Sum over the pairs of each prompt: (…, pairs) to (…, prompts)."""
+    _, group = np.unique(np.array(prompts), return_inverse=True)
+    sums = np.zeros((group.max() + 1, *values.shape[:-1]))
+    np.add.at(sums, group, np.moveaxis(values, -1, 0))
+    return np.moveaxis(sums, 0, -1)
+
+
+def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 2000) -> tuple[float, float]:
+    """Give the 95 % bootstrap interval of the mean over the pairs of several seeds: seeds and prompts are
+    drawn with replacement, a prompt with its pairs in all seeds (Owen 2007, the pigeonhole bootstrap).
+
+    Args:
+        values, prompts: of each seed, (pairs,), NaN is passed over, and a name for the prompt of each.
+    """
+    seeds, names = len(values), np.concatenate([np.array(some) for some in prompts])
+    ends, laid = np.cumsum([0, *map(len, values)]), np.zeros((2, seeds, len(names)))
+    for s, some in enumerate(values):
+        laid[:, s, ends[s] : ends[s + 1]] = np.nan_to_num(some), np.isfinite(some)
+    table = by_prompt(laid, names)
+    often = _drawn(seeds, table.shape[-1], draws)
+    sums, counts = ((often[0] @ side * often[1]).sum(axis=1) for side in table)
+    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], (0.025, 0.975))
     return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # the figures of a run are many, of the same pairs
+def _drawn(seeds: int, prompts: int, draws: int) -> list[np.ndarray]:
+    chance = np.random.default_rng(0)
+    return [chance.multinomial(n, [1 / n] * n, draws).astype(np.float32) for n in (seeds, prompts)]
 
 
 def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
@@ -69,21 +94,25 @@ def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
     }
 
 
-def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict]:
+def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray], prompts=None) -> dict[str, dict]:
     """Take the change of each figure pair by pair, so that what pairs have in common cancels.
 
+    Args:
+        prompts: a name for the prompt of each pair; else no two pairs are of the same.
+
     Returns:
-        {figure: {pairs, before, after, change, the interval of each as …_interval, more_than_noise}}.
+        {figure: {pairs, before, after, change, the `interval` of each as …_interval, more_than_noise}}.
     """
     out = {}
     for name in before:
-        spoken = np.isfinite(before[name] + after[name])
-        if not spoken.any():
+        b, a = before[name], after[name]
+        if not (pairs := int(np.isfinite(a - b).sum())):
             continue
-        b, a = before[name][spoken], after[name][spoken]
-        figure = {"pairs": int(spoken.sum())}
+        figure = {"pairs": pairs}
         for when, values in (("before", b), ("after", a), ("change", a - b)):
-            figure |= {when: float(values.mean()), f"{when}_interval": interval(values)}
+            values = np.where(np.isfinite(a - b), values, np.nan)
+            known = interval([values], [range(len(values)) if prompts is None else prompts])
+            figure |= {when: float(np.nanmean(values)), f"{when}_interval": known}
         low, high = figure["change_interval"]
         out[name] = figure | {"more_than_noise": bool(low > 0 or high < 0)}
     return out
@@ -186,6 +215,12 @@ def answers(
     model.train(training)
     clear_device_cache()  # training's rows have no use for pieces of a growing cache
     return list(texts.values())
+
+
+def end_ids(model, tokenizer, *more: int) -> list[int]:
+    """List the tokens that end an answer: the tokenizer's, the model's own, and `more`."""
+    own = causal_lm(model).generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *more} - {None})
 
 
 def cache_bytes(config, itemsize: int) -> int:

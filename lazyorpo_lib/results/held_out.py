@@ -12,7 +12,6 @@ from functools import partial
 from .. import folder as folders
 from .. import marker
 from ..model import adapters_off
-from ..orpo.body import causal_lm
 from ..orpo.loss import TERMS
 from ..session import Stopped, progress_bar
 from . import card, evaluate, reading
@@ -99,10 +98,8 @@ def watch(run, step: int) -> None:
 
 
 def end_ids(run) -> list[int]:
-    """List the tokens that end an answer: what ends the pairs', the tokenizer's and the base model's own."""
-    base = causal_lm(run.trainer.model).generation_config.eos_token_id
-    own = [run.tokenizer.eos_token_id, *(base if isinstance(base, list) else [base])]
-    return sorted({run.train_pairs[0].chosen[-1], *own} - {None})
+    """List the tokens that end an answer, with the one that ends the pairs'."""
+    return evaluate.end_ids(run.trainer.model, run.tokenizer, run.train_pairs[0].chosen[-1])
 
 
 def _answer(run, prompts, on_batch=lambda done: None) -> list[str | None]:

@@ -21,6 +21,7 @@ from ..folder import read_json
 from ..kinds import is_quantised, load_config, locate
 from ..machine import free_bytes
 from ..model import import_peft, load_finished, reading_finished, save_model
+from .evaluate import end_ids
 from .ollama import modelfile
 
 # What the config of a plain adapter may say otherwise than peft's default.
@@ -35,7 +36,7 @@ def write_merged(folder: Path, out: Path, dtype: torch.dtype) -> None:
         model = _in_shards(folder, out, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = model or load_finished(folder, dtype=dtype, merge=True)[0]
-    ends = model.generation_config.eos_token_id
+    ends = end_ids(model, tokenizer)
     save_model(model, tokenizer, out, base_model="", modelfile=modelfile(tokenizer, ends))
 
 

@@ -26,11 +26,11 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!r} is no name of a model in Ollama: give one of {allowed}.")
 
 
-def modelfile(tokenizer, ends) -> str:
+def modelfile(tokenizer, ends: list[int]) -> str:
     """Write the Modelfile for a folder of safetensors; "" where the chat template cannot be translated.
 
     Args:
-        ends: token, or tokens, that end an answer; None: the tokenizer's own.
+        ends: the tokens that end an answer.
     """
     try:
         with limits.seconds(10), limits.memory():
@@ -40,7 +40,6 @@ def modelfile(tokenizer, ends) -> str:
         return ""
     template = _go(**texts)
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
     stops = tokenizer.convert_ids_to_tokens(ends)
     stops += [token for token in special if texts["next_user"].lstrip().startswith(token)]
     said = "".join(texts[name] for name in texts if name != "at_last")

@@ -31,7 +31,7 @@ from ..orpo.body import causal_lm
 from ..orpo.encoding import Encoder, Unusable
 from ..rows.template import Template
 from . import card
-from .evaluate import answers
+from .evaluate import answers, end_ids
 from .merging import check_room, write_merged
 from .ollama import check_name
 
@@ -215,7 +215,7 @@ def reply(
         max_tokens: longest answer, tokens.
         sampling: what generate() takes, as do_sample, temperature, top_p.
     """
-    config, ends = causal_lm(model).config.get_text_config(), model.generation_config.eos_token_id
+    config = causal_lm(model).config.get_text_config()
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
     max_tokens = min(max_tokens, limit // 2)
     encoder = Encoder(Template(tokenizer), max_prompt_tokens=limit - max_tokens, max_tokens=limit)
@@ -226,8 +226,7 @@ def reply(
         raise UserError(said) from None
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    options = dict(max_tokens=max_tokens, end_ids=ends, streamer=streamer)
+    options = dict(max_tokens=max_tokens, end_ids=end_ids(model, tokenizer), streamer=streamer)
     (text,) = answers(model, tokenizer, [prompt], **options, **sampling)
     return text.removesuffix("…")
 

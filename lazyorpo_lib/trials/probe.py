@@ -9,8 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..folder import read_json
 from ..plan.planner import settled
-from ..results.compare import by_prompt
-from ..results.evaluate import WHEN, measures
+from ..results.evaluate import WHEN, by_prompt, measures
 from ..settings import Settings
 from .runs import prepare_home, run_apart, write_up
 

@@ -13,8 +13,7 @@ from ..errors import UserError
 from ..folder import read_json
 from ..plan import planner
 from ..results import card
-from ..results.compare import interval
-from ..results.evaluate import broken, changes, measures
+from ..results.evaluate import broken, changes, interval, measures
 from ..session import duration
 from ..settings import Settings
 from .runs import is_finished, prepare_home, run_apart, write_up

@@ -4,6 +4,7 @@ A unit is a part of an experiment with a JSON file of its own, made in a process
 two of them keep two cores busy. What is there is not made again, so a command that was broken off goes on.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from lazyorpo_lib import __version__
+from lazyorpo_lib.demo.model import DEMO_MODEL
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.fast.layouts import PairScorer
 from lazyorpo_lib.folder import read_json
@@ -30,7 +32,7 @@ from lazyorpo_lib.orpo.data import Pair
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer
-from lazyorpo_lib.results.compare import interval
+from lazyorpo_lib.results.evaluate import interval
 from lazyorpo_lib.rows.template import encoder_of
 from lazyorpo_lib.session import duration
 from lazyorpo_lib.settings import Settings, resolve
@@ -246,15 +248,58 @@ def told(read: float, learnt: float, jobs: int, left: float = 1.0) -> str:
     return f"about {duration(work / (0.7 * rate * jobs) / 60)} on {jobs} cores as quick as this one now"
 
 
-def add_common(parser) -> None:
-    from lazyorpo_lib.demo.model import DEMO_MODEL
-
+def parser_of(name: str, text: str) -> argparse.ArgumentParser:
+    """Give a parser of what every experiment takes; `text`: its module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.benchmarks.{name}", description=text.split(":")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the units and of the JSON")
     parser.add_argument("--base-model", default=DEMO_MODEL)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--unit", default="", help="make this part alone")
     parser.add_argument("--so-far", action="store_true", help="put together what is there, train nothing")
+    parser.add_argument("--tables", action="store_true", help=f"only lay out what {name}.json holds")
+    return parser
+
+
+def kept(out: Path, name: str) -> dict:
+    """Read the JSON of an experiment; UserError where there is none."""
+    if not (found := read_json(out / f"{name}.json")):
+        raise UserError(f"There is no {name}.json in {out}: leave --tables out to make it.")
+    return found
+
+
+def put(out: Path, name: str, words: list[str], settings: Settings, units: dict, found: dict) -> dict:
+    """Write the JSON of an experiment: what made it, and what was found."""
+    taken = ("base_model", "pairs_per_step", "or_weight", "precision")
+    whole = about(["python", "-m", f"tests.benchmarks.{name}", *words])
+    whole |= {field: getattr(settings, field) for field in taken}
+    whole |= {"process_minutes": sum(unit["minutes"] for unit in units.values()), "parts": sorted(units)}
+    text = json.dumps(rounded(whole | found), separators=(",", ":")).replace('"columns"', '\n"columns"')
+    write_atomically(out / f"{name}.json", f"{text}\n".encode())
+    return kept(out, name)
+
+
+def work(name: str, words: list[str], given, units: dict[str, tuple], make, gather, *, read, learnt) -> None:
+    """Do what the command line asks: make the one unit, or all that are not there and put them together.
+
+    Args:
+        make: makes a unit by its name. gather: gives the tables of what is there.
+        read, learnt: tokens that all units read, and learn from.
+    """
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.unit:
+        keep(given.out / f"{given.unit}.json", lambda: make(given.unit))
+        return
+    left = [unit for unit in units if not (given.out / f"{unit}.json").is_file()]
+    if not given.so_far:
+        time = told(read, learnt, min(given.jobs, len(units)), len(left) / len(units))
+        print(
+            f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True
+        )
+        carry_out(f"tests.benchmarks.{name}", words, units, given.out, given.jobs)
+    print(gather())
 
 
 def run(main, words=None) -> int:

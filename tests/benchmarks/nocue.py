@@ -10,16 +10,12 @@ either trained on or held out. SFT, DPO and ORPO all start from the base model a
 they train, the log-probability of some held-out answers is kept: likelihood displacement, or not.
 """
 
-import argparse
 import copy
 import dataclasses
-import json
 import random
 from pathlib import Path
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import read_json
-from lazyorpo_lib.marker import write_atomically
 from lazyorpo_lib.results.card import table
 from lazyorpo_lib.results.words import BagOfWords
 
@@ -97,18 +93,16 @@ def bag_of_words(given) -> float:
 
 
 def gather(given, settings, words: list[str]) -> dict:
-    units = list(lab.there(given.out, [f"seed-{seed}" for seed in range(1, given.seeds + 1)]).values())
-    kept = lab.about(["python", "-m", "tests.benchmarks.nocue", *words]) | {
-        "base_model": settings.base_model, "pairs": given.pairs, "held_out": given.held_out,
-        "pairs_per_step": settings.pairs_per_step, "or_weight": settings.or_weight,
-        "dpo_beta": settings.dpo_beta, "rates": RATES, "bag_of_words": bag_of_words(given),
-        "process_minutes": sum(unit["minutes"] for unit in units), "columns": FIGURES,
-        "records": {str(k): unit["records"] for k, unit in enumerate(units, 1)},
-        "history": {str(k): unit["history"] for k, unit in enumerate(units, 1)},
-    }  # fmt: skip
-    text = json.dumps(lab.rounded(kept), separators=(",", ":"))
-    write_atomically(given.out / "nocue.json", f"{text}\n".encode())
-    return read_json(given.out / "nocue.json")
+    units = lab.there(given.out, units_of(given))
+    found = {"pairs": given.pairs, "held_out": given.held_out, "dpo_beta": settings.dpo_beta, "rates": RATES}
+    found |= {"bag_of_words": bag_of_words(given), "columns": FIGURES}
+    for part in ("records", "history"):
+        found[part] = {name.removeprefix("seed-"): unit[part] for name, unit in units.items()}
+    return lab.put(given.out, "nocue", words, settings, units, found)
+
+
+def units_of(given) -> dict[str, tuple]:
+    return {f"seed-{seed}": () for seed in range(1, given.seeds + 1)}
 
 
 def by_twin(kept: dict, recipe: str, figure: str) -> list[float]:
@@ -141,42 +135,25 @@ def tables(kept: dict) -> str:
     return "\n\n".join([table(["recipe", "pairs", *FIGURES], lines), table(head, differ), words]) + "\n"
 
 
-def arguments(words=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.nocue", description=__doc__.split(":")[0]
-    )
+def begin(words: list[str]) -> None:
+    parser = lab.parser_of("nocue", __doc__)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=96, help="to train on")
     parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--tables", action="store_true", help="only lay out what nocue.json holds")
-    lab.add_common(parser)
-    return parser.parse_args(words)
-
-
-def begin(words: list[str]) -> None:
-    given = arguments(words)
+    given = parser.parse_args(words)
     if given.tables:
-        if not (kept := read_json(given.out / "nocue.json")):
-            raise UserError(f"There is no nocue.json in {given.out}: leave --tables out to make it.")
-        return print(tables(kept))
+        return print(tables(lab.kept(given.out, "nocue")))
     settings = lab.settings_of(given)
     if given.seeds < 1:
         raise UserError(f"seeds is {given.seeds}, but must be a whole number from 1 on.")
     split(given, 1)
-    if given.unit:
-        seed = int(given.unit.rpartition("-")[2])
-        file = given.out / f"{given.unit}.json"
-        return lab.keep(file, lambda: seed_unit(given, seed, settings, given.out))
-    given.out.mkdir(parents=True, exist_ok=True)
-    units = {f"seed-{seed}": () for seed in range(1, given.seeds + 1)}
-    left = [name for name in units if not (given.out / f"{name}.json").is_file()]
-    if given.so_far:
-        return print(tables(gather(given, settings, words)))
     read, learnt = 50 * (4 * given.held_out + 3 * 9 * SEEN), 50 * 3.5 * given.pairs
-    time = lab.told(read, learnt, min(given.jobs, given.seeds), len(left))
-    print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)
-    lab.carry_out("tests.benchmarks.nocue", words, units, given.out, given.jobs)
-    print(tables(gather(given, settings, words)))
+    return lab.work(
+        "nocue", words, given, units_of(given),
+        lambda unit: seed_unit(given, int(unit.removeprefix("seed-")), settings, given.out),
+        lambda: tables(gather(given, settings, words)),
+        read=read * given.seeds, learnt=learnt * given.seeds,
+    )  # fmt: skip
 
 
 def main(words=None) -> int:

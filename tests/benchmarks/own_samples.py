@@ -7,13 +7,12 @@ The same questions and chosen answers, the same steps; rejected is what a person
 base model itself answers (`lazyorpo pairs`). Both are tested on the written pairs of other questions.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
 from lazyorpo_lib.errors import UserError
-from lazyorpo_lib.folder import read_json, read_rows
+from lazyorpo_lib.folder import read_rows
 from lazyorpo_lib.marker import write_atomically
 from lazyorpo_lib.pairs.make import make_pairs
 from lazyorpo_lib.results.card import table
@@ -63,18 +62,16 @@ def fold_unit(design, k: int, settings, folder: Path) -> dict:
 
 
 def gather(given, settings, words: list[str]) -> dict:
-    units = list(lab.there(given.out, [f"fold-{k}" for k in range(given.seeds)]).values())
-    kept = lab.about(["python", "-m", "tests.benchmarks.own_samples", *words]) | {
-        "base_model": settings.base_model, "pairs": given.pairs, "folds": given.folds, "seeds": given.seeds,
-        "questions": given.questions, "pairs_per_step": settings.pairs_per_step,
-        "answer_tokens": settings.answer_tokens, "learning_rate": settings.learning_rate,
-        "or_weight": settings.or_weight, "process_minutes": sum(unit["minutes"] for unit in units),
-        "columns": ["question", *FIGURES], "tokens": [unit["tokens"] for unit in units],
-        "records": {name: [row for unit in units for row in unit["records"][name]] for name in KINDS},
-    }  # fmt: skip
-    text = json.dumps(lab.rounded(kept), separators=(",", ":"))
-    write_atomically(given.out / "own_samples.json", f"{text}\n".encode())
-    return read_json(given.out / "own_samples.json")
+    units = lab.there(given.out, units_of(given))
+    found = {name: getattr(given, name) for name in ("pairs", "folds", "seeds", "questions")}
+    found |= {name: getattr(settings, name) for name in ("answer_tokens", "learning_rate")}
+    found |= {"columns": ["question", *FIGURES], "tokens": [unit["tokens"] for unit in units.values()]}
+    found["records"] = {name: [row for u in units.values() for row in u["records"][name]] for name in KINDS}
+    return lab.put(given.out, "own_samples", words, settings, units, found)
+
+
+def units_of(given) -> dict[str, tuple]:
+    return {f"fold-{k}": () for k in range(given.seeds)}
 
 
 def tables(kept: dict) -> str:
@@ -92,26 +89,16 @@ def tables(kept: dict) -> str:
     return "\n\n".join([table(head, lines), table(["difference", *FIGURES], differ)]) + "\n"
 
 
-def arguments(words=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.own_samples", description=__doc__.split(":")[0]
-    )
+def begin(words: list[str]) -> None:
+    parser = lab.parser_of("own_samples", __doc__)
     parser.add_argument("file", type=Path, help="TruthfulQA, JSON lines with the hub's columns")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2, help="of the folds so many are gone through")
     parser.add_argument("--pairs", type=int, default=96, help="questions to train on")
     parser.add_argument("--questions", type=int, default=40, help="tested of each fold")
-    parser.add_argument("--tables", action="store_true", help="only lay out what own_samples.json holds")
-    lab.add_common(parser)
-    return parser.parse_args(words)
-
-
-def begin(words: list[str]) -> None:
-    given = arguments(words)
+    given = parser.parse_args(words)
     if given.tables:
-        if not (kept := read_json(given.out / "own_samples.json")):
-            raise UserError(f"There is no own_samples.json in {given.out}: leave --tables out to make it.")
-        return print(tables(kept))
+        return print(tables(lab.kept(given.out, "own_samples")))
     design = truthful.Design(truthful.read_questions(given.file), given)
     settings = lab.settings_of(given)
     if not 1 <= given.seeds <= given.folds:
@@ -120,19 +107,13 @@ def begin(words: list[str]) -> None:
     if not settings.pairs_per_step <= given.pairs <= most:
         low = settings.pairs_per_step
         raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {most}, one a question.")
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.unit:
-        k = int(given.unit.rpartition("-")[2])
-        return lab.keep(given.out / f"{given.unit}.json", lambda: fold_unit(design, k, settings, given.out))
-    units = {f"fold-{k}": () for k in range(given.seeds)}
-    left = [name for name in units if not (given.out / f"{name}.json").is_file()]
-    if given.so_far:
-        return print(tables(gather(given, settings, words)))
     read, learnt = 3 * 200 * given.questions + 70 * given.pairs, 150 * given.pairs
-    time = lab.told(read, learnt, min(given.jobs, given.seeds), len(left))
-    print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)
-    lab.carry_out("tests.benchmarks.own_samples", words, units, given.out, given.jobs)
-    print(tables(gather(given, settings, words)))
+    return lab.work(
+        "own_samples", words, given, units_of(given),
+        lambda unit: fold_unit(design, int(unit.removeprefix("fold-")), settings, given.out),
+        lambda: tables(gather(given, settings, words)),
+        read=read * given.seeds, learnt=learnt * given.seeds,
+    )  # fmt: skip
 
 
 def main(words=None) -> int:

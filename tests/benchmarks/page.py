@@ -67,8 +67,8 @@ def about_truthful() -> str:
     search = one["search"]
     return made(
         "truthful",
-        f"{whole_folds(one)}, each its own seed; {one['pairs']} questions with one pair each to train on, "
-        f"once, {one['pairs_per_step']} a step; {one['questions']} other questions tested in each fold, all "
+        f"{whole_folds(one)}, each its own seed; {one['pairs']} pairs to train on, once, "
+        f"{one['pairs_per_step']} a step; {one['questions']} other questions tested in each fold, all "
         f"their answers. λ {one['or_weight']:g}. Rates, each the best of three tried on "
         f"{search['pairs']} pairs and {search['questions']} further questions: {rates}.",
     )

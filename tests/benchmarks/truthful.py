@@ -19,7 +19,6 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import json
 import random
 import re
 from collections import Counter
@@ -29,7 +28,6 @@ import numpy as np
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import read_json, read_rows
-from lazyorpo_lib.marker import write_atomically
 from lazyorpo_lib.orpo import loss
 from lazyorpo_lib.results.card import table
 from lazyorpo_lib.results.evaluate import answers
@@ -274,14 +272,15 @@ def make(name: str, design: Design, settings, out: Path) -> dict:
     for file in sorted(out.glob("search-*.json")):
         rates |= read_json(file)["rates"]
     how = dict(rates=rates, settings=settings, folder=out)
-    if kind == "search":
-        return lab.keep(out / f"{name}.json", lambda: search_unit(design, recipe, **how))
-    return lab.keep(out / f"{name}.json", lambda: fold_unit(design, int(k), recipe, **how))
+    return (
+        search_unit(design, recipe, **how) if kind == "search" else fold_unit(design, int(k), recipe, **how)
+    )
 
 
-def gather(design: Design, recipes: list[str], settings, out: Path, words: list[str]) -> dict:
+def gather(design: Design, recipes: list[str], settings, words: list[str]) -> dict:
     """Put what the units found together, in truthful.json."""
-    given, units = design.given, lab.there(out, units_of(recipes, design.given.folds))
+    given = design.given
+    units = lab.there(given.out, units_of(recipes, given.folds))
     records, found, rates = {name: {} for name in ["base", *recipes]}, {}, {}
     for name, one in units.items():
         found |= one.get("tried", {})
@@ -292,19 +291,13 @@ def gather(design: Design, recipes: list[str], settings, out: Path, words: list[
             records[recipe][name.split("-")[1]] = {
                 "columns": columns, "questions": table, "other_nll": measures["other_nll"],
             }  # fmt: skip
-    kept = lab.about(["python", "-m", "tests.benchmarks.truthful", *words]) | {
-        "base_model": settings.base_model, "folds": given.folds, "pairs": given.pairs,
-        "pairs_per_step": settings.pairs_per_step, "questions": given.questions,
-        "or_weight": settings.or_weight, "precision": settings.precision,
-        "process_minutes": sum(one["minutes"] for one in units.values()), "parts": sorted(units),
-       
+    kept = {
+        "folds": given.folds, "pairs": given.pairs, "questions": given.questions,
         "search": {"pairs": given.search_pairs, "questions": given.search_questions, "tried": found},
-        "rates": rates, "bag_of_words": bag_of_words(design.rows, design.fold), "records": records,
         "search_base": next((one["base"] for one in units.values() if "base" in one), {}),
+        "rates": rates, "bag_of_words": bag_of_words(design.rows, design.fold), "records": records,
     }  # fmt: skip
-    text = json.dumps(lab.rounded(kept), separators=(",", ":")).replace('"columns"', '\n"columns"')
-    write_atomically(out / "truthful.json", f"{text}\n".encode())
-    return read_json(out / "truthful.json")
+    return lab.put(given.out, "truthful", words, settings, units, kept)
 
 
 def by_question(kept: dict, recipe: str) -> dict[int, dict]:
@@ -345,10 +338,8 @@ def tables(kept: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def arguments(words=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.truthful", description=__doc__.split(":")[0]
-    )
+def begin(words: list[str]) -> None:
+    parser = lab.parser_of("truthful", __doc__)
     parser.add_argument("file", type=Path, help="TruthfulQA, JSON lines with the hub's columns")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--recipes", default="SFT, SFT then DPO, ORPO, SFT then ORPO", help="with commas")
@@ -356,17 +347,9 @@ def arguments(words=None):
     parser.add_argument("--questions", type=int, default=48, help="tested of each fold")
     parser.add_argument("--search-pairs", type=int, default=64, help="on which rates are tried")
     parser.add_argument("--search-questions", type=int, default=24, help="by which rates are chosen")
-    parser.add_argument("--tables", action="store_true", help="only lay out what truthful.json holds")
-    lab.add_common(parser)
-    return parser.parse_args(words)
-
-
-def begin(words: list[str]) -> None:
-    given = arguments(words)
+    given = parser.parse_args(words)
     if given.tables:
-        if not (kept := read_json(given.out / "truthful.json")):
-            raise UserError(f"There is no truthful.json in {given.out}: leave --tables out to make it.")
-        return print(tables(kept))
+        return print(tables(lab.kept(given.out, "truthful")))
     recipes = list(dict.fromkeys(name.strip() for name in given.recipes.split(",")))
     if unknown := [name for name in recipes if name not in RATES]:
         raise UserError(f"There is no recipe {unknown[0]!r}: give some of {', '.join(RATES)}.")
@@ -376,20 +359,13 @@ def begin(words: list[str]) -> None:
     if not 2 * settings.pairs_per_step <= given.pairs <= least:
         low = 2 * settings.pairs_per_step
         raise UserError(f"pairs is {given.pairs}, but must lie between {low} and {least}, all of a fold.")
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.unit:
-        return make(given.unit, design, settings, given.out)
-    if given.so_far:
-        return print(tables(gather(design, recipes, settings, given.out, words)))
-    units = units_of(recipes, given.folds)
-    left = [name for name in units if not (given.out / f"{name}.json").is_file()]
-    learnt = 66 * len(recipes)  # tokens of a pair
-    learnt *= given.pairs * given.folds + 3 * given.search_pairs
+    learnt = 66 * len(recipes) * (given.pairs * given.folds + 3 * given.search_pairs)  # tokens of a pair
     read = given.questions * given.folds * 270 * (1 + len(recipes)) + given.search_questions * 200 * 15
-    time = lab.told(read, learnt, given.jobs, len(left) / len(units))
-    print(f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True)
-    lab.carry_out("tests.benchmarks.truthful", words, units, given.out, given.jobs)
-    print(tables(gather(design, recipes, settings, given.out, words)))
+    return lab.work(
+        "truthful", words, given, units_of(recipes, given.folds),
+        lambda unit: make(unit, design, settings, given.out),
+        lambda: tables(gather(design, recipes, settings, words)), read=read, learnt=learnt,
+    )  # fmt: skip
 
 
 def main(words=None) -> int:

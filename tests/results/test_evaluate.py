@@ -29,7 +29,9 @@ def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = [
         low <= 0.6 <= high
-        for low, high in (evaluate.interval((rng.random(60) < 0.6) * 1.0, draws=500) for _ in range(300))
+        for low, high in (
+            evaluate.interval([(rng.random(60) < 0.6) * 1.0], [range(60)], draws=500) for _ in range(300)
+        )
     ]
     assert 0.90 <= np.mean(hits) <= 0.99
 

@@ -12,8 +12,7 @@ import torch
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.orpo.loss import TERMS
-from lazyorpo_lib.results.compare import interval
-from lazyorpo_lib.results.evaluate import WHEN, changes, measures
+from lazyorpo_lib.results.evaluate import WHEN, changes, interval, measures
 from lazyorpo_lib.session import Stopped
 from lazyorpo_lib.settings import resolve
 from lazyorpo_lib.trials import recipes, runs
