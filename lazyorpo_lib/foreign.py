@@ -101,10 +101,8 @@ def _joined(found: dict, lost: list[str]) -> list[tuple]:
                                 "split": get("dataset_train_split")}]  # fmt: skip
     one = sets[0] if isinstance(sets, list) and len(sets) == 1 and isinstance(sets[0], dict) else {}
     if one.get("path") or "datasets" in found:
-        place, name = (
-            str(_plain(one.get("data_files") or one.get("path", ["several", "sets"]))),
-            one.get("name"),
-        )
+        name, place = one.get("name"), one.get("data_files") or one.get("path", ["several", "sets"])
+        place = str(_plain(place))
         split = one.get("split") or ("train" if name else None)
         parts = [place] if os.path.exists(place) else [place, name, split]
         rows.append(("dataset", "datasets", ":".join(str(_plain(part)) for part in parts if part)))

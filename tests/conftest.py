@@ -1,5 +1,6 @@
 """What the tests share: no hub, no trackers, quiet tokenizers, random pairs."""
 
+import gc
 import os
 import pickle
 import random
@@ -28,6 +29,12 @@ def pytest_xdist_make_scheduler(config, log):
             return found[0] if (found := SHARED.match(nodeid)) else nodeid
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish(session):
+    """Freeze what the imports made: a run looks for garbage a few times, 0.4 s each if it looks there too."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

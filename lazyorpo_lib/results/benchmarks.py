@@ -57,10 +57,8 @@ def _harness(wanted: list[str]) -> tuple:
 
 def check(settings) -> None:
     """Load the tasks that the settings ask for; UserError of what cannot be had here."""
-    wanted, otherwise = (
-        _tasks(settings),
-        "leave evaluate empty, and run lm_eval on the merged model afterwards",
-    )
+    wanted = _tasks(settings)
+    otherwise = "leave evaluate empty, and run lm_eval on the merged model afterwards"
     if wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"evaluate is {settings.evaluate!r}, but several processes train: {otherwise}.")
     manager = wanted and _harness(wanted)[-1]

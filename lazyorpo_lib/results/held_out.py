@@ -53,7 +53,6 @@ def measure(run, when: str) -> None:
             when: {"pairs": finite(table.tolist()), "answers": texts},
         }
         marker.write_atomically(path, json.dumps(kept, indent=1).encode())
-
         write_outputs(run)
 
 
