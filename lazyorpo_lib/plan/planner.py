@@ -155,7 +155,8 @@ def _methods(config, settings, machine, lengths, dtype, many, begun, brief) -> t
     for method in names:
         for some in optimizers:
             costs[method] = Costs(config, some, machine, lengths, dtype, method, *many)
-            if brief and auto and method != names[-1] and costs[method].is_hopeless():
+            skipped = auto or method != settings.method
+            if brief and skipped and method != names[-1] and costs[method].is_hopeless():
                 break
             methods[method] = costs[method].best()
             if methods[method].fits:

@@ -33,6 +33,7 @@ from lazyorpo_lib.orpo.encoding import prepare_tokenizer
 from lazyorpo_lib.orpo.processes import make_accelerator
 from lazyorpo_lib.orpo.trainer import OrpoTrainer
 from lazyorpo_lib.results.evaluate import interval
+from lazyorpo_lib.results.words import BagOfWords
 from lazyorpo_lib.rows.template import encoder_of
 from lazyorpo_lib.session import duration
 from lazyorpo_lib.settings import Settings, resolve
@@ -138,6 +139,21 @@ def compared(chosen: tuple[float, int], rejected: tuple[float, int]) -> dict:
         "accuracy": float(c > r), "log_odds_ratio": ratio.item(), "nll": -c, "logp_chosen": c,
         "logp_rejected": r,
     }  # fmt: skip
+
+
+def bag_of_words(sides) -> float | None:
+    """Give the share of tested pairs that words of the answers alone rank right: the bar for an accuracy.
+
+    Args:
+        sides: (pairs to learn from, pairs tested) of each fold or seed, (chosen, rejected) each.
+    """
+    right = []
+    for train, tested in sides:
+        bag = BagOfWords()
+        for chosen, rejected in [*train, *tested]:
+            bag.add(chosen, rejected)
+        right += [bag.accuracy(range(len(train)), range(len(train), len(train) + len(tested)))] * len(tested)
+    return mean(right)
 
 
 def mean(values) -> float | None:

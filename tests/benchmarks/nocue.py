@@ -17,10 +17,9 @@ from pathlib import Path
 
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.results.card import table
-from lazyorpo_lib.results.words import BagOfWords
 
 from . import lab
-from .lab import mean, spread
+from .lab import spread
 
 RATES = {"SFT": 1e-3, "DPO": 3e-4, "ORPO": 1e-3}
 FIGURES = ("accuracy", "log_odds_ratio", "nll", "logp_chosen", "logp_rejected")
@@ -81,21 +80,11 @@ def seed_unit(given, seed: int, settings, folder: Path) -> dict:
     }
 
 
-def bag_of_words(given) -> float:
-    """Give what words of the answers alone rank right: half, by construction."""
-    found = []
-    for seed in range(1, given.seeds + 1):
-        bag, (train, tested) = BagOfWords(), split(given, seed)
-        for _, chosen, rejected in train + tested:
-            bag.add(chosen, rejected)
-        found.append(bag.accuracy(range(len(train)), range(len(train), len(train) + len(tested))))
-    return mean(found) or 0.5
-
-
 def gather(given, settings, words: list[str]) -> dict:
     units = lab.there(given.out, units_of(given))
     found = {"pairs": given.pairs, "held_out": given.held_out, "dpo_beta": settings.dpo_beta, "rates": RATES}
-    found |= {"bag_of_words": bag_of_words(given), "columns": FIGURES}
+    sides = [[[pair[1:] for pair in side] for side in split(given, 1 + k)] for k in range(given.seeds)]
+    found |= {"bag_of_words": lab.bag_of_words(sides), "columns": FIGURES}
     for part in ("records", "history"):
         found[part] = {name.removeprefix("seed-"): unit[part] for name, unit in units.items()}
     return lab.put(given.out, "nocue", words, settings, units, found)

@@ -250,7 +250,7 @@ def readme() -> str:
         said += "; ".join(parts) + ". "
     else:
         said = "Not proven here on answers that people wrote. "
-    share = f"{one['bag_of_words']:.0%}" if one else ""
+    share = f"{one['bag_of_words']['same']:.0%}" if one else ""
     bag = f"A bag of words that never sees the question ranks {share} of TruthfulQA's pairs right. "
     where = "What others found since, and what is not known: [docs/is_it_better.md](docs/is_it_better.md)."
     return f"**Is it better?** {said}{bag if one else ''}{where}"

@@ -181,7 +181,7 @@ def test_a_sum_has_no_cue_of_length_or_words_and_its_twin_stays_on_its_side():
         first, second = map(int, question.removeprefix("What is ").rstrip("?").split(" + "))
         assert chosen == f"The answer is {first + second}."
         assert sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1
-    assert nocue.bag_of_words(given) <= 0.5
+    assert lab.bag_of_words([[[pair[1:] for pair in side] for side in (train, tested)]]) <= 0.5
 
 
 def test_power_is_the_usual_formula():

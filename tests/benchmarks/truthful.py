@@ -31,7 +31,6 @@ from lazyorpo_lib.folder import read_json, read_rows
 from lazyorpo_lib.orpo import loss
 from lazyorpo_lib.results.card import table
 from lazyorpo_lib.results.evaluate import answers
-from lazyorpo_lib.results.words import BagOfWords
 from lazyorpo_lib.trials.recipes import STAGES
 
 from . import lab
@@ -130,23 +129,6 @@ def other_nll(reader, most: int, file: Path = OTHER) -> float:
     return -sum(total for total, _ in found) / sum(count for _, count in found)
 
 
-def bag_of_words(rows: list[dict], folds: list[int]) -> float:
-    """Give what words of the answers alone rank right, held out by question: the bar for accuracy."""
-    bag, of = BagOfWords(), []
-    for row, fold in zip(rows, folds, strict=True):
-        for chosen, rejected in pairs_of(row):
-            bag.add(chosen, rejected)
-            of.append(fold)
-    right = [
-        (
-            bag.accuracy([i for i, f in enumerate(of) if f != k], [i for i, f in enumerate(of) if f == k]),
-            of.count(k),
-        )
-        for k in sorted(set(of))
-    ]
-    return sum(a * n for a, n in right if a is not None) / max(1, sum(n for a, n in right if a is not None))
-
-
 class Design:
     """What is trained on and tested, of each fold: questions by their places in the file.
 
@@ -180,6 +162,19 @@ class Design:
         """Give the pairs and the questions on which rates are tried, which no fold has."""
         few = self.given.search_pairs
         return dealt(self.aside[:few], few, seed=1), self.aside[few:]
+
+    def bag_of_words(self) -> dict[str, float]:
+        """Give what words of the answers alone rank right, taught by the pairs that the recipes see, and by
+        every pair of the other folds."""
+        found = {}
+        for name in ("same", "all"):
+            sides = []
+            for k in range(self.given.folds):
+                tested = [pair for row in self.tested(k) for pair in pairs_of(row)]
+                every = [pair for row in self.side(k, False) for pair in pairs_of(row)]
+                sides.append(([pair[1:] for pair in self.train(k)] if name == "same" else every, tested))
+            found[name] = lab.bag_of_words(sides)
+        return found
 
 
 def _shuffled(rows: list[dict], salt: str) -> list[dict]:
@@ -295,7 +290,7 @@ def gather(design: Design, recipes: list[str], settings, words: list[str]) -> di
         "folds": given.folds, "pairs": given.pairs, "questions": given.questions,
         "search": {"pairs": given.search_pairs, "questions": given.search_questions, "tried": found},
         "search_base": next((one["base"] for one in units.values() if "base" in one), {}),
-        "rates": rates, "bag_of_words": bag_of_words(design.rows, design.fold), "records": records,
+        "rates": rates, "bag_of_words": design.bag_of_words(), "records": records,
     }  # fmt: skip
     return lab.put(given.out, "truthful", words, settings, units, kept)
 
@@ -332,7 +327,11 @@ def tables(kept: dict) -> str:
         if {one, other} <= {name for name in names if kept["records"][name]}:
             changes = [spread(c, "+.3f") for c in differences(kept, one, other).values()]
             differ.append([f"{one} minus {other}", *changes])
-    words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
+    same, every = (kept["bag_of_words"][name] for name in ("same", "all"))
+    words = (
+        f"A bag of words that never saw the question ranks {same:.0%} of the pairs right, taught by the same "
+    )
+    words += f"pairs as the recipes, and {every:.0%}, taught by all of the other folds'."
     head = ["recipe", "questions", *FIGURES, "nll of other text"]
     parts = [table(head, lines), *([table(["difference", *FIGURES], differ)] if differ else []), words]
     return "\n\n".join(parts) + "\n"

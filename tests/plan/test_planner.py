@@ -247,6 +247,7 @@ BRIEF = [  # settings, the card, and what is planned for a panel
     ({}, Machine("cuda", "T4", 0.05, (7, 5)), ["lora", "qlora"]),  # nothing fits
     ({}, Machine("cuda", "T4", 0.001, (7, 5)), ["qlora"]),  # nor do the weights alone
     ({"method": "lora"}, Machine("cuda", "T4", 0.05, (7, 5)), ["lora", "qlora"]),
+    ({"method": "full"}, Machine("cuda", "T4", 0.001, (7, 5)), ["full", "qlora"]),  # lora cannot
 ]
 
 
