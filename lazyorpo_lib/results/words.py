@@ -40,7 +40,7 @@ class BagOfWords:
             margins = np.bincount(owners, weights=values * ahead[ids], minlength=len(train))
             pull = 1 / (1 + np.exp(np.clip(margins, -30, 30)))
             slope = np.bincount(ids, weights=values * pull[owners], minlength=FEATURES) / len(train)
-            speed = 0.9 * speed + 10.0 * (slope - 1e-4 * ahead)
+            speed = 0.9 * speed + 4.0 * (slope - 1e-4 * ahead)
             weights = weights + speed
         margins = [float(weights[self.rows[i][0]] @ self.rows[i][1]) for i in held_out]
         return float(np.mean([(margin > 0) + 0.5 * (margin == 0) for margin in margins]))

@@ -60,9 +60,13 @@ def base_of(settings: Settings):
     return model.eval(), tokenizer, encoder_of(tokenizer, settings, clock=0.0)
 
 
-def encoded(encoder, triples: list[tuple[str, str, str]]) -> list:
-    """Encode (prompt, chosen, rejected); UserError where one does not fit."""
-    pairs = [Pair(i, ({"role": "user", "content": p},), c, r) for i, (p, c, r) in enumerate(triples)]
+def encoded(encoder, triples: list[tuple[str, str, str]], start: int = 0) -> list:
+    """Encode (prompt, chosen, rejected); UserError where one does not fit.
+
+    Args:
+        start: the first one's number. DPO's reference knows pairs by theirs: those of a run all differ.
+    """
+    pairs = [Pair(i, ({"role": "user", "content": p},), c, r) for i, (p, c, r) in enumerate(triples, start)]
     found = [one for _, one in encoder.encode(pairs)]
     if bad := [one for one in found if isinstance(one, str)]:
         raise UserError(f"{len(bad)} of {len(found)} pairs cannot be used ({bad[0]}): raise max_tokens.")
@@ -170,10 +174,11 @@ def spread(values: list, form: str = ".3f") -> str:
     return f"{there.mean():{form}} ({low:{form}} to {high:{form}})"
 
 
-def needed(values: list[float], change: float) -> int:
+def needed(values: list[float], change: float, step: float = 1.0) -> int:
     """Count the pairs with which a change would be seen in four of five trials, at 95 %: from the variance of
-    the differences pair by pair."""
-    return int(np.ceil((2.8 * np.std(values, ddof=1) / change) ** 2))
+    the differences pair by pair, or the least that such a change in steps of `step` has."""
+    variance = max(np.var(values, ddof=1) if len(values) > 1 else 0.0, change * (step - change))
+    return int(np.ceil(2.8**2 * variance / change**2))
 
 
 def rounded(value, digits: int = 5):

@@ -66,7 +66,7 @@ def seed_unit(given, seed: int, settings, folder: Path) -> dict:
     settings = dataclasses.replace(settings, seed=seed)
     base, _, encoder = lab.base_of(settings)
     texts, tested = split(given, seed)
-    pairs, seen = lab.encoded(encoder, texts), lab.encoded(encoder, tested[:SEEN])
+    pairs, seen = lab.encoded(encoder, texts), lab.encoded(encoder, tested[:SEEN], start=len(texts))
     out, history = {"base": lab.Reader(base, encoder).pairs(tested)}, {}
     for recipe, rate in RATES.items():
         own = dataclasses.replace(settings, objective=recipe.lower(), learning_rate=rate)
@@ -117,7 +117,7 @@ def tables(kept: dict) -> str:
             f: [a - b for a, b in zip(by_twin(kept, one, f), by_twin(kept, other, f), strict=True)]
             for f in FIGURES
         }
-        need = 2 * lab.needed(change["accuracy"], 0.05)
+        need = 2 * lab.needed(change["accuracy"], 0.05, 0.5)
         differ.append([f"{one} minus {other}", *(spread(c, "+.3f") for c in change.values()), f"{need:,}"])
     words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
     head = ["difference", *FIGURES, "pairs needed for 5 points"]

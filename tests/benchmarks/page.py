@@ -173,7 +173,7 @@ def said_nocue() -> str:
         ]
         told = verdict(values)
         if "within" in told:
-            told += f"; a gain of 5 points would need about {2 * needed(values, 0.05):,} held-out pairs"
+            told += f"; a gain of 5 points would need about {2 * needed(values, 0.05, 0.5):,} held-out pairs"
         lines.append(f"- **{a} minus {b}**, accuracy: {told}.")
     return "\n".join(lines)
 
