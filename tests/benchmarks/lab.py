@@ -46,9 +46,9 @@ OWN = dict(
 WEIGHTS = 135e6  # of the model that everything here is about, for the estimate
 
 
-def settings_of(given) -> Settings:
-    """Give the settings of an experiment: OWN, the base model, and what `--set` changes."""
-    own = OWN | {"base_model": given.base_model} | dict(pair.partition("=")[::2] for pair in given.set)
+def settings_of(given, **own) -> Settings:
+    """Give the settings of an experiment: OWN, its own, the base model, and what `--set` changes."""
+    own = OWN | own | {"base_model": given.base_model} | dict(pair.partition("=")[::2] for pair in given.set)
     return resolve([("flag", own)])[0]
 
 
@@ -160,6 +160,10 @@ def bag_of_words(sides) -> float | None:
     return mean(right)
 
 
+def said_of_words(accuracy: float | None) -> str:
+    return "too few pairs to tell" if accuracy is None else f"{accuracy:.0%} of the pairs"
+
+
 def mean(values) -> float | None:
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None
@@ -167,11 +171,16 @@ def mean(values) -> float | None:
 
 def spread(values: list, form: str = ".3f") -> str:
     """Write the mean over questions and its 95 % interval, questions drawn with replacement."""
-    there = np.array([value for value in values if value is not None], dtype=float)
-    if not len(there):
+    if (middle := mean(values)) is None:
         return "–"
-    low, high = interval([there], [np.arange(len(there))])
-    return f"{there.mean():{form}} ({low:{form}} to {high:{form}})"
+    low, high = bounds(values)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def bounds(values: list) -> tuple[float, float]:
+    """Give the 95 % interval of the mean over questions."""
+    there = np.array([value for value in values if value is not None], dtype=float)
+    return interval([there], [np.arange(len(there))])
 
 
 def needed(values: list[float], change: float, step: float = 1.0) -> int:
@@ -190,18 +199,19 @@ def rounded(value, digits: int = 5):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+
 def about(command: list[str]) -> dict:
     """Say by what, on what and when an experiment was made."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     words = [word for word in command if word != "--so-far"]
     words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     return {
-        "commit": done.stdout.strip(), "version": __version__,
+        "version": __version__,
         "machine": f"{os.cpu_count()} cores of {(names or [platform.machine()])[0]}, no GPU",
         "torch": torch.__version__, "date": datetime.date.today().isoformat(), "command": " ".join(words),
     }  # fmt: skip
@@ -215,15 +225,10 @@ def there(out: Path, names) -> dict[str, dict]:
     return found
 
 
-def keep(file: Path, make) -> dict:
-    """Give what a JSON holds; made first where it is not there."""
-    if not file.is_file():
-        began = time.monotonic()
-        found = make()
-        found["minutes"] = (time.monotonic() - began) / 60
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(rounded(found), indent=1).encode())
-    return read_json(file)
+def shaping(given) -> dict:
+    """Give the flags that shape what a unit finds."""
+    free = ("out", "jobs", "unit", "so_far", "tables", "recipes", "seeds", "file")
+    return {name: value for name, value in sorted(vars(given).items()) if name not in free}
 
 
 def carry_out(module: str, words: list[str], units: dict[str, tuple], out: Path, jobs: int, show=print):
@@ -297,6 +302,7 @@ def put(out: Path, name: str, words: list[str], settings: Settings, units: dict,
     whole = about(["python", "-m", f"tests.benchmarks.{name}", *words])
     whole |= {field: getattr(settings, field) for field in taken}
     whole |= {"process_minutes": sum(unit["minutes"] for unit in units.values()), "parts": sorted(units)}
+    whole["commits"] = sorted({unit["commit"] for unit in units.values()})
     text = json.dumps(rounded(whole | found), separators=(",", ":")).replace('"columns"', '\n"columns"')
     write_atomically(out / f"{name}.json", f"{text}\n".encode())
     return kept(out, name)
@@ -311,13 +317,22 @@ def work(name: str, words: list[str], given, units: dict[str, tuple], make, gath
     """
     given.out.mkdir(parents=True, exist_ok=True)
     if given.unit:
-        keep(given.out / f"{given.unit}.json", lambda: make(given.unit))
+        file, began = given.out / f"{given.unit}.json", time.monotonic()
+        if file.is_file():
+            return
+        found = make(given.unit)
+        found |= {"minutes": (time.monotonic() - began) / 60, "flags": shaping(given), "commit": commit()}
+        write_atomically(file, json.dumps(rounded(found), indent=1).encode())
         return
+    for file in (given.out / f"{unit}.json" for unit in units):
+        if file.is_file() and read_json(file).get("flags") != json.loads(json.dumps(shaping(given))):
+            raise UserError(f"{file} was made with other flags: give these again, or another --out.")
     left = [unit for unit in units if not (given.out / f"{unit}.json").is_file()]
     if not given.so_far:
-        time = told(read, learnt, min(given.jobs, len(units)), len(left) / len(units))
+        takes = told(read, learnt, min(given.jobs, len(units)), len(left) / len(units))
         print(
-            f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {time}.", flush=True
+            f"{len(units)} parts, {len(units) - len(left)} of them there; the others take {takes}.",
+            flush=True,
         )
         carry_out(f"tests.benchmarks.{name}", words, units, given.out, given.jobs)
     print(gather())

@@ -119,7 +119,7 @@ def tables(kept: dict) -> str:
         }
         need = 2 * lab.needed(change["accuracy"], 0.05, 0.5)
         differ.append([f"{one} minus {other}", *(spread(c, "+.3f") for c in change.values()), f"{need:,}"])
-    words = f"A bag of words that never saw the question ranks {kept['bag_of_words']:.0%} of the pairs right."
+    words = f"Words of the answers alone rank right: {lab.said_of_words(kept['bag_of_words'])}."
     head = ["difference", *FIGURES, "pairs needed for 5 points"]
     return "\n\n".join([table(["recipe", "pairs", *FIGURES], lines), table(head, differ), words]) + "\n"
 

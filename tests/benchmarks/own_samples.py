@@ -25,8 +25,8 @@ FIGURES = ("accuracy", "swapped", "log_odds_ratio", "nll", "mc1", "mc2")
 
 
 def texts(design, k: int, kind: str, settings, out: Path) -> list[tuple[str, str, str]]:
-    """Give the pairs of a fold with rejected of a kind; of questions for which the model gave another text
-    than the best answer."""
+    """Give the pairs of a fold with rejected of a kind; of questions for which the model came to an end, and
+    gave another text than the best answer."""
     rows = design.side(k, False)[: design.given.pairs]
     asked, file = out / f"asked-{k}.jsonl", out / f"own-{k}.jsonl"
     lines = [{"prompt": row["question"], "chosen": row["best_answer"]} for row in rows]
@@ -34,8 +34,10 @@ def texts(design, k: int, kind: str, settings, out: Path) -> list[tuple[str, str
         write_atomically(asked, "".join(json.dumps(line) + "\n" for line in lines).encode())
     if not file.is_file():
         make_pairs(dataclasses.replace(settings, dataset=str(asked), seed=1 + k), file)
-    own = {row["prompt"]: row["rejected"] for row in read_rows(file)}
+    own = {row["prompt"]: row["rejected"] for row in read_rows(file) if not row["from"]["cut"]}
     rows = [row for row in rows if row["question"] in own]
+    if len(rows) < settings.pairs_per_step:
+        raise UserError(f"Of {len(lines)} answers {len(rows)} came to an end: raise answer_tokens or pairs.")
     return [
         (
             row["question"], row["best_answer"],
@@ -100,7 +102,7 @@ def begin(words: list[str]) -> None:
     if given.tables:
         return print(tables(lab.kept(given.out, "own_samples")))
     design = truthful.Design(truthful.read_questions(given.file), given)
-    settings = lab.settings_of(given)
+    settings = lab.settings_of(given, answer_tokens=96)
     if not 1 <= given.seeds <= given.folds:
         raise UserError(f"seeds is {given.seeds}, but must lie between 1 and the {given.folds} folds.")
     most = min(len(design.side(k, False)) for k in range(given.folds))

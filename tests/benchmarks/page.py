@@ -16,7 +16,7 @@ from lazyorpo_lib.folder import read_json
 from lazyorpo_lib.results.card import table
 from lazyorpo_lib.settings import Settings, settle
 
-from . import nocue, own_samples, truthful
+from . import lab, nocue, own_samples, truthful
 from .lab import mean, needed, spread
 
 HOME = Path(__file__).parents[2]
@@ -36,9 +36,8 @@ def absent(name: str) -> str:
 
 def verdict(values: list, form: str = "+.3f") -> str:
     """Write a difference with its interval, and whether that leaves zero out."""
-    text = spread(values, form)
-    low, high = (float(part) for part in re.search(r"\((\S+) to (\S+)\)", text).groups())
-    return f"{text}, {'beyond' if low > 0 or high < 0 else 'within'} the noise"
+    low, high = lab.bounds(values)
+    return f"{spread(values, form)}, {'beyond' if low > 0 or high < 0 else 'within'} the noise"
 
 
 def made(name: str, also: str) -> str:
@@ -46,7 +45,7 @@ def made(name: str, also: str) -> str:
     if not one:
         return ""
     return (
-        f"{also} Made by `{one['command']}`, put together at commit {one['commit']}, {one['date']}, "
+        f"{also} Made by `{one['command']}`, at commit {', '.join(one['commits'])}, {one['date']}, "
         f"on {one['machine']}, "
         f"torch {one['torch']}, float32, {one['process_minutes']:.0f} minutes of single-thread processes "
         f"beside other work; every figure is in [{name}.json]({name}.json)."
@@ -250,8 +249,8 @@ def readme() -> str:
         said += "; ".join(parts) + ". "
     else:
         said = "Not proven here on answers that people wrote. "
-    share = f"{one['bag_of_words']['same']:.0%}" if one else ""
-    bag = f"A bag of words that never sees the question ranks {share} of TruthfulQA's pairs right. "
+    share = lab.said_of_words(one["bag_of_words"]["same"]) if one else ""
+    bag = f"A bag of words that never sees the question ranks {share} right. "
     where = "What others found since, and what is not known: [docs/is_it_better.md](docs/is_it_better.md)."
     return f"**Is it better?** {said}{bag if one else ''}{where}"
 

@@ -69,12 +69,12 @@ def test_a_file_that_is_none_or_lacks_a_column_is_one_sentence(tmp_path, file, c
         (["--recipes", "ORPO, KTO"], "There is no recipe 'KTO': give some of SFT, SFT then DPO, ORPO"),
         (["--folds", "13"], "folds is 13, but must lie between 2 and the 10 questions"),
         (["--pairs", "99", "--folds", "2"], "pairs is 99, but must lie between 8 and 10, all of a fold"),
-        (["--search-pairs", "6"], "search-pairs and search-questions are 7 together, but of the 12"),
+        (["--search-pairs", "12"], "search-pairs and search-questions take 7 questions, but of the 12"),
         (["--set", "lora_rank=no"], "lora_rank is 'no', but must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path, file, capsys, more, said):
-    few = ["--search-pairs", "1", "--search-questions", "1"]
+    few = ["--search-pairs", "2", "--search-questions", "1"]
     assert truthful.main([str(file), "--out", str(tmp_path / "x"), *TOY, *few, *more]) == 2
     assert capsys.readouterr().err.startswith(said) and not (tmp_path / "x").exists()
 
@@ -151,11 +151,11 @@ def test_a_question_has_its_own_figures_and_its_pairs_are_asked_with_anothers_pr
 
 def test_no_question_is_trained_on_and_tested_and_rates_are_chosen_without_the_tested_ones():
     rows = [row | {"question": f"{row['question']} {n}"} for row in ROWS for n in range(10)]
-    given = SimpleNamespace(folds=3, questions=30, pairs=100, search_pairs=8, search_questions=6)
+    given = SimpleNamespace(folds=3, questions=30, pairs=100, search_pairs=16, search_questions=6)
     design = truthful.Design(rows, given, 14)
     pairs, asked = design.search()
     tried, chosen = {p for p, *_ in pairs}, {row["question"] for row in asked}
-    assert (len(tried), len(chosen)) == (8, 6) and not chosen & tried
+    assert (len(pairs), len(tried), len(chosen)) == (16, 8, 6) and not chosen & tried
     for k in range(3):
         tested, train = {row["question"] for row in design.tested(k)}, design.train(k)
         assert len(tested) == 30 and len(set(train)) == 100 and not tested & {p for p, *_ in train}
@@ -164,10 +164,25 @@ def test_no_question_is_trained_on_and_tested_and_rates_are_chosen_without_the_t
         assert max(count.values()) - min(count.values()) <= 1  # as many of each question as of others
 
 
-def test_a_rate_is_the_most_accurate_ones_and_of_near_ones_that_with_the_lower_nll():
-    tried = [(0.50, 2.0, 1), (0.58, 2.5, 2), (0.60, 3.0, 3)]
-    tried = [dict(accuracy=a, nll=n, rate=r) for a, n, r in tried]
-    assert truthful.best_of(tried) == 2
+def test_a_rate_is_the_most_accurate_ones_and_of_equal_ones_that_with_the_larger_ratio():
+    tried = [(0.60, 0.1, 1), (0.60, 0.2, 2), (0.58, 0.9, 3)]
+    assert truthful.best_of([dict(accuracy=a, log_odds_ratio=x, rate=r) for a, x, r in tried]) == 2
+
+
+def test_parts_that_other_flags_made_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab, "carry_out", here)
+    words = ["--out", str(tmp_path / "n"), "--seeds", "1", "--held-out", "8", *TOY]
+    assert nocue.main([*words, "--pairs", "8"]) == 0
+    assert nocue.main([*words, "--pairs", "10"]) == 2
+    said = "seed-1.json was made with other flags: give these again, or another --out"
+    assert said in capsys.readouterr().err
+
+
+def test_held_out_pairs_have_numbers_of_their_own(tools):
+    _, _, _, encoder = tools
+    some = [("Who?", "Me", "You")] * 3
+    pairs, seen = lab.encoded(encoder, some), lab.encoded(encoder, some, start=3)
+    assert [pair.index for pair in pairs + seen] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_sum_has_no_cue_of_length_or_words_and_its_twin_stays_on_its_side():
@@ -187,6 +202,7 @@ def test_a_sum_has_no_cue_of_length_or_words_and_its_twin_stays_on_its_side():
 def test_power_is_the_usual_formula():
     values = [-1.0, 0.0, 1.0, 0.0]
     assert lab.needed(values, 0.5) == math.ceil((2.8 * np.std(values, ddof=1) / 0.5) ** 2)
+    assert lab.needed([0.0] * 9, 0.05, 0.5) == lab.needed([0.0], 0.05, 0.5) == 71  # what does not vary yet
 
 
 def here(module: str, words: list[str], units: dict, out, jobs: int) -> None:
@@ -214,7 +230,7 @@ def test_the_whole_way_is_told_goes_on_and_gives_its_tables_from_one_file(
     )
     kept = json.loads((out / "truthful.json").read_text())
     assert [len(kept["search"]["tried"][name]) for name in ("SFT", "ORPO", "SFT then ORPO")] == [3, 5, 3]
-    assert truthful.tables(kept).strip() in told and kept["commit"] and kept["machine"]
+    assert truthful.tables(kept).strip() in told and kept["commits"] and kept["machine"]
     assert len(truthful.by_question(kept, "ORPO")) == 6 and "What colour" not in json.dumps(kept)
     assert str(tmp_path) not in json.dumps(kept)
     (out / "fold-1-ORPO.json").unlink()
@@ -237,6 +253,11 @@ def test_the_other_experiments_go_the_whole_way_too(tmp_path, file, monkeypatch,
     assert nocue.tables(kept).strip() in capsys.readouterr().out
     assert kept["history"]["1"].keys() == {"SFT", "DPO", "ORPO"} and kept["history"]["1"]["DPO"][0][0] == 0
     words = [str(file), "--out", str(tmp_path / "o"), "--folds", "2", "--seeds", "1", "--pairs", "4"]
+    assert own_samples.main([*words, "--questions", "3", *small, "--unit", "fold-0"]) == 2
+    assert "Of 4 answers 0 came to an end: raise answer_tokens" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "o" / "own-0.jsonl").read_text().splitlines()]
+    whole = [row | {"from": row["from"] | {"cut": False}} for row in rows]
+    (tmp_path / "o" / "own-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
     assert own_samples.main([*words, "--questions", "3", *small]) == 0
     kept = json.loads((tmp_path / "o" / "own_samples.json").read_text())
     assert own_samples.tables(kept).strip() in capsys.readouterr().out and kept["tokens"][0]["pairs"] >= 2

@@ -139,8 +139,8 @@ class Design:
     def __init__(self, rows: list[dict], given: argparse.Namespace, aside: int = 0):
         if 2 * aside > len(rows):
             raise UserError(
-                f"search-pairs and search-questions are {aside} together, but of the {len(rows)} questions "
-                "of the file at most half may be set aside."
+                f"search-pairs and search-questions take {aside} questions, but of the {len(rows)} of the "
+                "file at most half may be set aside."
             )
         rows = _shuffled([row | {"place": k} for k, row in enumerate(rows)], "aside")
         self.aside, rest = rows[:aside], rows[aside:]
@@ -160,8 +160,8 @@ class Design:
 
     def search(self) -> tuple[list[tuple[str, str, str]], list[dict]]:
         """Give the pairs and the questions on which rates are tried, which no fold has."""
-        few = self.given.search_pairs
-        return dealt(self.aside[:few], few, seed=1), self.aside[few:]
+        few = self.given.search_questions
+        return dealt(self.aside[few:], self.given.search_pairs, seed=1), self.aside[:few]
 
     def bag_of_words(self) -> dict[str, float]:
         """Give what words of the answers alone rank right, taught by the pairs that the recipes see, and by
@@ -202,10 +202,8 @@ def stages(recipe: str, model, pairs: list, rates: dict, settings, folder: Path,
 
 
 def best_of(tried: list[dict]) -> float:
-    """Choose a rate: the highest accuracy; of those within a twentieth of it, the lowest nll."""
-    top = max(one["accuracy"] for one in tried)
-    near = [one for one in tried if one["accuracy"] >= top - 0.05]
-    return min(near, key=lambda one: one["nll"])["rate"]
+    """Choose a rate: the highest accuracy, and of equal ones the largest log-odds ratio."""
+    return max(tried, key=lambda one: (one["accuracy"], one["log_odds_ratio"]))["rate"]
 
 
 def search_unit(design: Design, recipe: str, rates: dict, settings, folder: Path) -> dict:
@@ -305,8 +303,8 @@ def by_question(kept: dict, recipe: str) -> dict[int, dict]:
 
 
 def differences(kept: dict, one: str, other: str) -> dict[str, list]:
-    """Give, of each figure, one recipe minus another question by question."""
-    a, b = by_question(kept, one), by_question(kept, other)
+    """Give, of each figure, one recipe minus another question by question; nothing of what is not there."""
+    a, b = (by_question(kept, name) if name in kept["records"] else {} for name in (one, other))
     both = [(a[q], b[q]) for q in a if q in b]
     return {f: [x[f] - y[f] if None not in (x[f], y[f]) else None for x, y in both] for f in FIGURES}
 
@@ -327,11 +325,9 @@ def tables(kept: dict) -> str:
         if {one, other} <= {name for name in names if kept["records"][name]}:
             changes = [spread(c, "+.3f") for c in differences(kept, one, other).values()]
             differ.append([f"{one} minus {other}", *changes])
-    same, every = (kept["bag_of_words"][name] for name in ("same", "all"))
-    words = (
-        f"A bag of words that never saw the question ranks {same:.0%} of the pairs right, taught by the same "
-    )
-    words += f"pairs as the recipes, and {every:.0%}, taught by all of the other folds'."
+    same, every = (lab.said_of_words(kept["bag_of_words"][name]) for name in ("same", "all"))
+    words = "Words of the answers alone, no question seen, rank right: taught by the pairs that the recipes "
+    words += f"see, {same}; by all pairs of the other folds, {every}."
     head = ["recipe", "questions", *FIGURES, "nll of other text"]
     parts = [table(head, lines), *([table(["difference", *FIGURES], differ)] if differ else []), words]
     return "\n\n".join(parts) + "\n"
@@ -352,7 +348,7 @@ def begin(words: list[str]) -> None:
     recipes = list(dict.fromkeys(name.strip() for name in given.recipes.split(",")))
     if unknown := [name for name in recipes if name not in RATES]:
         raise UserError(f"There is no recipe {unknown[0]!r}: give some of {', '.join(RATES)}.")
-    aside = given.search_pairs + given.search_questions
+    aside = given.search_questions + -(-given.search_pairs // 2)
     design, settings = Design(read_questions(given.file), given, aside), lab.settings_of(given)
     least = min(sum(len(pairs_of(row)) for row in design.side(k, False)) for k in range(given.folds))
     if not 2 * settings.pairs_per_step <= given.pairs <= least:
