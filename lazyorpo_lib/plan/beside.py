@@ -59,7 +59,7 @@ class Beside:
             )  # fmt: skip
         with contextlib.suppress(OSError):
             print(asked, file=self.process.stdin, flush=True)
-            if answer := self.process.stdout.readline():
+            if (answer := self.process.stdout.readline()).endswith("\n"):  # else it ended in the middle
                 return answer
         self.process.kill()
         self.process.wait()

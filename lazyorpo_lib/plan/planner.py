@@ -93,17 +93,10 @@ def cards_table(plans: Sequence[Plan]) -> str:
 
 
 def make_plan(
-    config,
-    settings: Settings,
-    target: Machine | Card | str,
-    lengths: Lengths,
-    *,
-    dtype: torch.dtype | None = None,
-    cards: int = 1,
-    sharded: bool = True,
-    begun: bool = False,
+    config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *,
+    dtype: torch.dtype | None = None, cards: int = 1, sharded: bool = True, begun: bool = False,
     brief: bool = False,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Plan a run with every method.
 
     Args:

@@ -85,9 +85,12 @@ def _more_accurate(other: Path, than: Path) -> str:
     tested = [read_json(folder / "held_out.json") for folder in (than, other)]
     if not all("after" in kept for kept in tested):
         return "–"
-    a, b = (np.array(kept["after"]["pairs"])[:, kept["columns"].index("accuracy")] for kept in tested)
+    tables = [np.array(kept["after"]["pairs"], dtype=float) for kept in tested]  # NaN: the loss was no number
+    a, b = (some[:, kept["columns"].index("accuracy")] for some, kept in zip(tables, tested, strict=True))
+    if not np.isfinite(b - a).any():
+        return "–"
     known = interval([b - a], [tested[0].get("prompt_ids", range(len(a)))])
-    return card.spread({"change": (b - a).mean(), "change_interval": known}, "change")
+    return card.spread({"change": np.nanmean(b - a), "change_interval": known}, "change")
 
 
 def _held_out_pairs(folder: Path) -> tuple:

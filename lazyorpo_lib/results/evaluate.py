@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..errors import UserError
 from ..machine import attempt, free_bytes, is_out_of_memory
 from ..orpo.body import causal_lm, sizes_of
+from .reading import FEWEST
 
 WHEN = ("before", "after")  # training
 # The demo set's habit: the answer on the first line, then one line of reason.
@@ -101,20 +102,23 @@ def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray], prompts
         prompts: a name for the prompt of each pair; else no two pairs are of the same.
 
     Returns:
-        {figure: {pairs, before, after, change, the `interval` of each as …_interval, more_than_noise}}.
+        {figure: {pairs, prompts, before, after, change, the `interval` of each as …_interval,
+        more_than_noise: of FEWEST prompts at least}}.
     """
     out = {}
     for name in before:
         b, a = before[name], after[name]
         if not (pairs := int(np.isfinite(a - b).sum())):
             continue
-        figure = {"pairs": pairs}
+        names = np.arange(len(b)) if prompts is None else np.array(prompts)
+        figure = {"pairs": pairs, "prompts": len(set(names[np.isfinite(a - b)].tolist()))}
         for when, values in (("before", b), ("after", a), ("change", a - b)):
             values = np.where(np.isfinite(a - b), values, np.nan)
-            known = interval([values], [range(len(values)) if prompts is None else prompts])
+            known = interval([values], [names])
             figure |= {when: float(np.nanmean(values)), f"{when}_interval": known}
         low, high = figure["change_interval"]
-        out[name] = figure | {"more_than_noise": bool(low > 0 or high < 0)}
+        enough = figure["prompts"] >= FEWEST
+        out[name] = figure | {"more_than_noise": bool(enough and (low > 0 or high < 0))}
     return out
 
 

@@ -11,6 +11,7 @@ from statistics import fmean
 
 CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
 ENOUGH_POINTS = 10  # logged steps before `reading` judges
+FEWEST = 6  # prompts that may prove a change: fewer have all one sign by luck in more than one of 20 runs
 # Of a curve, in its unit: smaller changes do not count, however certain; what is larger is not flat.
 SIZES = {name: (0.1, 0.25) for name in CURVES if name.startswith("log_odds")} | {"nll": (0.02, 0.1)}
 
@@ -71,6 +72,8 @@ def _sign(rows: list[dict], train: list[dict], name: str, figures: dict) -> int 
     least, flat = SIZES.get(name, (0.0, 0.0))
     if name in figures:
         low, high = figures[name]["change_interval"]
+        if figures[name].get("prompts", FEWEST) < FEWEST:
+            return None
         return 1 if low > 0 else -1 if high < 0 else 0 if -flat <= low and high <= flat else None
     change, noise = trend(values(train, name))
     first, *_, last = values(rows, f"eval_{name}") * 2 or (0.0, 0.0)  # of one they are the same
@@ -110,9 +113,9 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
         return f"too early to say: {seen} of at least {ENOUGH_POINTS} logged steps"
     chosen, rejected, margin, nll = (_sign(rows, train, name, figures) for name in names)
     what, accuracy = "margin", _sign(rows, train, "accuracy", figures) if "accuracy" in figures else None
-    if accuracy and margin is None:
+    if accuracy and not margin:
         what, margin = "accuracy", accuracy
-    elif accuracy and margin != accuracy:
+    elif accuracy and margin == -accuracy:
         return "held-out accuracy and margin go different ways: look at the pairs before you change anything"
     held_out, kept = "log_odds_ratio" in figures or what == "accuracy", results.get("kept_step", math.inf)
     evaluated = values([row for row in rows if row["step"] <= kept], "eval_nll")

@@ -41,9 +41,8 @@ def probe(settings: Settings, *, steps: int = 20, show: Callable[[str], None] = 
             break
         show(f"{rest['said'][0]} Once more, with twice the steps and pairs: about {2 * took:.0f} min.")
     if not rest["recommended"]:
-        need = (
-            f"a max_minutes of {minutes + 2 * took:.0f} or more lets it go on, with twice the steps and pairs"
-        )
+        need = f"a max_minutes of {minutes + 2 * took:.0f} or more lets it go on, with twice the steps"
+        need = need if k + 1 < ROUNDS else f"{ROUNDS} rounds are the most: give it more pairs"
         rest["said"].append(f"The probe took {minutes:.1f} min; {need}.")
     return write_up(home, "trial", runs, {gain: gain for gain in GAINS.values()}, rest)
 

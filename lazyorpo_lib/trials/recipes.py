@@ -14,6 +14,7 @@ from ..folder import read_json
 from ..plan import planner
 from ..results import card
 from ..results.evaluate import broken, changes, interval, measures
+from ..results.reading import FEWEST
 from ..session import duration
 from ..settings import Settings
 from .runs import is_finished, prepare_home, run_apart, write_up
@@ -32,12 +33,8 @@ RECIPES = ("SFT", "SFT then DPO", "ORPO")
 BUDGETS = ("steps", "tokens")
 QUALITY = {"accuracy": "accuracy", "log_odds_ratio": "log-odds ratio, nats", "nll": "nll, nats per token"}
 HABIT = {"habit_after": "answers with the habit"}  # of the demo
-COST = {
-    "training_minutes": "training minutes",
-    "tokens": "tokens",
-    "forward_passes": "forward passes",
-    "training_peak_gib": "training's peak, GiB",
-}
+COST = {"training_minutes": "training minutes", "tokens": "tokens", "forward_passes": "forward passes"}
+COST |= {"training_peak_gib": "training's peak, GiB"}
 
 
 def compare_recipes(
@@ -57,7 +54,7 @@ def compare_recipes(
         recipes: of STAGES, a list or a text with commas.
         budget: "steps", or "tokens": as many through the model, DPO's reference included, which takes its
             recipe fewer steps.
-        tries: learning rates tried for each last stage, by factors of 3, on a split of its own (seed 0).
+        tries: learning rates tried for each last stage, by factors of 3, on the split of seed 0.
 
     Returns:
         `comparison/` in the run's folder: a folder a run; comparison.json, {"runs": [{"recipe", "seed",
@@ -71,9 +68,10 @@ def compare_recipes(
     plan = Comparison(settings, home, budget, rates)
     wanted = [(recipe, seed, "") for seed in range(1, seeds + 1) for recipe in recipes]
     factors = [3.0 ** (k - tries // 2) for k in range(tries)] if tries > 1 else []
-    show(plan.told(wanted + [(recipe, 0, f"-{factor}") for recipe in recipes for factor in factors]))
-    for recipe in [name for name in STAGES if factors and name in recipes]:  # SFT first: others begin with it
-        rates[recipe] = plan.best_rate(recipe, factors, show)
+    tried = {name: [float(f"{rates[name] * factor:.3g}") for factor in factors] for name in recipes}
+    show(plan.told(wanted + [(name, 0, f"-{rate:g}") for name in recipes for rate in tried[name]]))
+    for recipe in [name for name in STAGES if tried.get(name)]:  # SFT first: others begin with it
+        rates[recipe] = plan.best_rate(recipe, tried[recipe], show)
     for recipe, seed, _ in wanted:
         stages = plan.carry_out(plan.stages(recipe, seed), show)
         folders.setdefault(recipe, []).append(stages[-1])
@@ -154,10 +152,10 @@ class Comparison:
             said += f"; the others take about {took} by plan, answers apart"
         return f"{said}. Interrupted, it goes on where it was."
 
-    def best_rate(self, recipe: str, factors: list[float], show) -> float:
-        """Try rates on a split of its own, and give the one that comes out with the highest accuracy."""
-        found, own = {}, self.rates[recipe]
-        for rate in (float(f"{own * factor:.3g}") for factor in factors):
+    def best_rate(self, recipe: str, tried: list[float], show) -> float:
+        """Try rates on the split of seed 0, and give the one that comes out with the highest accuracy."""
+        found = {}
+        for rate in tried:
             self.rates[recipe] = rate
             folder = self.carry_out(self.stages(recipe, 0, f"-{rate:g}"), show)[-1]
             summary = read_json(folder / "summary.json")
@@ -186,23 +184,24 @@ def _verdict(folders: dict[str, list[Path]], one: str, other: str) -> str:
     """Hold a recipe against another, pair by pair over the held-out pairs of all seeds."""
     kept = [[read_json(folder / "held_out.json") for folder in folders[recipe]] for recipe in (one, other)]
     sides = [[measures(k, "after") for k in side] for side in kept]
-    fallen = (broken(changes(measures(k, "before"), measures(k, "after")), k["after"]) for k in kept[0])
     noise = "more than noise"
-    if why := next(filter(None, fallen), ""):
-        noise = f"no gain all the same, for of {one}'s model {why}"
+    for name, k in [(name, k) for name, side in zip((one, other), kept, strict=True) for k in side]:
+        if why := broken(changes(measures(k, "before"), measures(k, "after")), k["after"]):
+            noise = f"no gain all the same, for of {name}'s model {why}"
     prompts, parts = [k.get("prompt_ids", range(len(k["after"]["pairs"]))) for k in kept[0]], []
     for name in QUALITY:
         values = [a[name] - b[name] for a, b in zip(*sides, strict=True)]
         low, high = interval(values, prompts)
         figure = {"change": np.nanmean(np.concatenate(values)), "change_interval": (low, high)}
-        proven = noise if low > 0 or high < 0 else "within the noise"
+        enough = len({prompt for some in prompts for prompt in some}) >= FEWEST
+        proven = noise if enough and (low > 0 or high < 0) else "within the noise"
         parts.append(f"{name} {card.spread(figure, 'change', '+.3f')}, {proven}")
     pairs = f"{sum(map(len, values))} held-out pairs of {len(values)} seed{'s' * (len(values) > 1)}"
     return f"{one} minus {other}, on {pairs}: {'; '.join(parts)}."
 
 
 def _about(rates: dict[str, float], budget: str, tries: int) -> str:
-    how = f"each the best of {tries} on a split of its own" if tries > 1 else "no rate was searched"
+    how = f"each the best of {tries} on the split of seed 0" if tries > 1 else "no rate was searched"
     taken = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     return f"Learning rates of the last stages: {taken}; {how}. Budget: the same {budget} for all."
 

@@ -18,7 +18,7 @@ import torch
 
 from .. import run
 from ..errors import UserError, explain_disk, without_secrets
-from ..folder import folder_of, read_json
+from ..folder import folder_of, is_begun, read_json
 from ..marker import take, write_atomically
 from ..results import card, live, share
 from ..session import Stopped
@@ -49,9 +49,9 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         merge: folder of a finished run whose merged model is this one's base.
     """
     folder, settings = Path(settings.output_dir), dataclasses.replace(settings, on_finish="nothing")
-    if is_finished(folder):
-        return
     settings = _pinned(settings) if settings.precision == "auto" else settings
+    if is_finished(folder) and is_begun(folder, settings):  # or it was another run, which is a UserError
+        return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     take(folder, "run", "log.txt", "STOP")
     # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand

@@ -39,6 +39,9 @@ def test_runs_on_the_same_held_out_pairs_are_compared_pair_by_pair(copy):
     name = "accuracy minus the first run's"
     assert rows[1][name].startswith("0.500 (0.") and rows[2][name] == "other held-out pairs"
     assert f"| {name} |" in compare([a, b])["markdown"]
+    d = copy("d", held_out=held_out([1.0] * 19 + [None]))  # a pair whose loss was no number
+    e = copy("e", held_out=held_out([None] * 20))
+    assert [row[name][:5] for row in compare([a, d, e])["results"][1:]] == ["0.526", "–"]
 
 
 def test_names_of_runs_and_values_are_plain_text_in_the_tables(copy):

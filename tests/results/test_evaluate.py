@@ -53,6 +53,20 @@ def test_what_pairs_have_in_common_cancels_in_the_change():
     assert low < figure["before"] - 1 and high > figure["before"] + 1
 
 
+def test_changes_of_a_few_prompts_may_have_one_sign_by_luck_and_pairs_of_one_are_not_many():
+    before, after = {"nll": np.full(40, 2.0)}, {"nll": np.full(40, 1.0)}
+    for prompts, proven in ((5, False), (6, True)):
+        figure = evaluate.changes(before, after, np.arange(40) % prompts)["nll"]
+        assert (figure["pairs"], figure["prompts"], figure["more_than_noise"]) == (40, prompts, proven)
+    chance, ids = np.random.default_rng(2).normal(size=10), np.arange(40) % 10
+    alike = {"nll": 2.0 + chance[ids]}  # four pairs of each prompt say the same
+    widths = [
+        np.subtract(*evaluate.changes(before, alike, names)["nll"]["change_interval"][::-1])
+        for names in (ids, None)
+    ]
+    assert 1.6 < widths[0] / widths[1] < 2.4
+
+
 def test_pairs_that_a_figure_does_not_speak_of_are_left_out():
     side = {"a": np.array([1.0, np.nan, 0.0]), "b": np.array([np.nan, np.nan, np.nan])}
     out = evaluate.changes(side, side)

@@ -294,6 +294,12 @@ def test_few_held_out_pairs_prove_nothing_and_an_accuracy_that_is_proven_counts(
     assert said == "on held-out pairs margin not yet out of its noise: hold out more pairs, or train longer"
     said = reading.read_curves(rows, {"held_out": few | {"accuracy": figure(0.2, 0.05)}})
     assert said.startswith("on held-out pairs accuracy rising")
+    flat = few | {"accuracy": figure(0.2, 0.05), "log_odds_ratio": figure(0.0, 0.05)}
+    assert reading.read_curves(rows, {"held_out": flat}).startswith("on held-out pairs accuracy rising")
+    lucky = {
+        name: figure(change, 0) | {"prompts": 3} for name, change in zip(names, (1, -1, 2, -1), strict=True)
+    }
+    assert "margin not yet out of its noise" in reading.read_curves(rows, {"held_out": lucky})
     opposed = few | {"accuracy": figure(0.2, 0.05), "log_odds_ratio": figure(-1, 0.1)}
     assert "different ways" in reading.read_curves(rows, {"held_out": opposed})
     fell = "Held-out accuracy 40% -> 100%: no gain all the same, for its nll went from 2 to 9"

@@ -36,6 +36,14 @@ def test_a_habit_of_style_is_found_and_chance_is_not():
     assert 0.3 < chance.accuracy(range(300), range(300, 400)) < 0.7
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_of_few_words_are_ranked_by_the_side_they_are_mostly_on(seed):
+    rng = random.Random(seed)
+    pairs = [("Yes", "No") if rng.random() < 0.65 else ("No", "Yes") for _ in range(400)]
+    yes = sum(chosen == "Yes" for chosen, _ in pairs[300:]) / 100
+    assert bag(pairs).accuracy(range(300), range(300, 400)) == pytest.approx(yes)
+
+
 def test_word_order_counts_by_pairs_of_words():
     rng = random.Random(1)
     ordered = bag(((talk(rng) + " yes indeed"), (talk(rng) + " indeed yes")) for _ in range(300))

@@ -115,6 +115,18 @@ def test_the_table_has_every_figure_and_dpo_counts_its_reference(compared):
     assert (home / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_finished_run_of_another_budget_is_not_taken_for_this_one(trained, tmp_path, monkeypatch):
+    settings = tiny(tmp_path / "run")
+    recipes.compare_recipes(settings, seeds=1, show=lambda text: None)
+    folder = Path(trained[0].output_dir)
+    record = {"fingerprint": "another", "settings": vars(trained[0]) | {"max_steps": 7}}
+    (folder / "settings.json").write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match="with other settings .max_steps was 7, is 2.: choose another output_dir"
+    ):
+        runs.run_apart(trained[0], lambda text: None)
+
+
 def test_finished_runs_are_not_run_again(compared, monkeypatch):
     settings, home = compared
     monkeypatch.setattr(runs.multiprocessing, "get_context", None)
