@@ -1,8 +1,8 @@
 """A plan made by a process beside the notebook's, which goes on meanwhile.
 
-No thread could: while torch and transformers make a model of shapes, what belongs to the whole process is
-changed (the default dtype, how weights begin), and a model loaded meanwhile would be wrong. The process keeps
-what it has simulated; it ends with the notebook, or after IDLE seconds without a question.
+No thread could: torch and transformers make a model of shapes by changing what belongs to the whole process
+(the default dtype, how weights begin), and a model loaded meanwhile would be wrong. The process keeps what it
+has simulated; it ends with the notebook, or after IDLE seconds without a question.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Beside:
             )  # fmt: skip
         with contextlib.suppress(OSError):
             print(asked, file=self.process.stdin, flush=True)
-            if (answer := self.process.stdout.readline()).endswith("\n"):  # else it ended in the middle
+            if (answer := self.process.stdout.readline()).endswith("\n"):
                 return answer
         self.process.kill()
         self.process.wait()

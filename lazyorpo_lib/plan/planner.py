@@ -148,8 +148,8 @@ def _methods(config, settings, machine, lengths, dtype, many, begun, brief) -> t
     for method in names:
         for some in optimizers:
             costs[method] = Costs(config, some, machine, lengths, dtype, method, *many)
-            skipped = auto or method != settings.method
-            if brief and skipped and method != names[-1] and costs[method].is_hopeless():
+            other = auto or method != settings.method
+            if brief and other and method != names[-1] and costs[method].is_hopeless():
                 break
             methods[method] = costs[method].best()
             if methods[method].fits:

@@ -78,7 +78,7 @@ def check(settings) -> None:
 def measure(run, when: str) -> None:
     """Take the benchmarks "before" or "after" training, unless they are kept already; shown and kept.
 
-    A stop ends it with nothing written, and the next run begins here; UserError of whatever else fails.
+    A stop ends it with nothing written; the next run begins here. UserError of whatever else fails.
     """
     s, model, path, name = run.settings, run.trainer.model, run.folder / "held_out.json", f"benchmarks_{when}"
     kept, of = folders.read_json(path), [s.evaluate, run.record.get("base")]

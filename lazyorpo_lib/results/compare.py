@@ -85,7 +85,7 @@ def _more_accurate(other: Path, than: Path) -> str:
     tested = [read_json(folder / "held_out.json") for folder in (than, other)]
     if not all("after" in kept for kept in tested):
         return "–"
-    tables = [np.array(kept["after"]["pairs"], dtype=float) for kept in tested]  # NaN: the loss was no number
+    tables = [np.array(kept["after"]["pairs"], dtype=float) for kept in tested]
     a, b = (some[:, kept["columns"].index("accuracy")] for some, kept in zip(tables, tested, strict=True))
     if not np.isfinite(b - a).any():
         return "–"

@@ -74,7 +74,7 @@ def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 200
     return float(low), float(high)
 
 
-@lru_cache(maxsize=1)  # the figures of a run are many, of the same pairs
+@lru_cache(maxsize=1)  # a run has many figures of the same pairs
 def _drawn(seeds: int, prompts: int, draws: int) -> list[np.ndarray]:
     chance = np.random.default_rng(0)
     return [chance.multinomial(n, [1 / n] * n, draws).astype(np.float32) for n in (seeds, prompts)]
@@ -99,7 +99,7 @@ def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray], prompts
     """Take the change of each figure pair by pair, so that what pairs have in common cancels.
 
     Args:
-        prompts: a name for the prompt of each pair; else no two pairs are of the same.
+        prompts: a name for the prompt of each pair; else all differ.
 
     Returns:
         {figure: {pairs, prompts, before, after, change, the `interval` of each as …_interval,

@@ -97,7 +97,7 @@ def watch(run, step: int) -> None:
 
 
 def end_ids(run) -> list[int]:
-    """List the tokens that end an answer, with the one that ends the pairs'."""
+    """List the tokens that end an answer."""
     return evaluate.end_ids(run.trainer.model, run.tokenizer, run.train_pairs[0].chosen[-1])
 
 

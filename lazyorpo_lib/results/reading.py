@@ -11,7 +11,7 @@ from statistics import fmean
 
 CURVES = ("loss", "nll", "or_loss", "log_odds_chosen", "log_odds_rejected", "log_odds_ratio", "accuracy")
 ENOUGH_POINTS = 10  # logged steps before `reading` judges
-FEWEST = 6  # prompts that may prove a change: fewer have all one sign by luck in more than one of 20 runs
+FEWEST = 6  # prompts to prove a change by: fewer agree by luck in over one run of 20
 # Of a curve, in its unit: smaller changes do not count, however certain; what is larger is not flat.
 SIZES = {name: (0.1, 0.25) for name in CURVES if name.startswith("log_odds")} | {"nll": (0.02, 0.1)}
 

@@ -153,7 +153,7 @@ class Comparison:
         return f"{said}. Interrupted, it goes on where it was."
 
     def best_rate(self, recipe: str, tried: list[float], show) -> float:
-        """Try rates on the split of seed 0, and give the one that comes out with the highest accuracy."""
+        """Try rates on the split of seed 0, and give the one with the highest accuracy."""
         found = {}
         for rate in tried:
             self.rates[recipe] = rate

@@ -50,12 +50,12 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     """
     folder, settings = Path(settings.output_dir), dataclasses.replace(settings, on_finish="nothing")
     settings = _pinned(settings) if settings.precision == "auto" else settings
-    if is_finished(folder) and is_begun(folder, settings):  # or it was another run, which is a UserError
+    if is_finished(folder) and is_begun(folder, settings):  # UserError: another run
         return
     show(f"{folder.name}: at work; see live.png and log.txt in {folder}")
     take(folder, "run", "log.txt", "STOP")
-    # A fork server imports torch and transformers once for all runs. Windows has none, and with CUDA at hand
-    # these imports initialise it (peft's bitsandbytes asks what the card can), which no fork survives.
+    # A fork server imports torch and transformers once for all runs. Windows has none; no fork survives CUDA,
+    # which peft's bitsandbytes initialises.
     forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload([run.__name__, "peft", "datasets"])
