@@ -37,7 +37,7 @@ from .clicks import standing, verdict
 from .sources import LACKING, read, row_of, told
 
 BY, TEMPERATURE = "lazyorpo pairs", 0.8
-AT_ONCE = 64  # answers that are drawn together, so that each has the same neighbours after a kill
+AT_ONCE = 64  # answers drawn together: each has the same neighbours after a kill
 HOW = ("base_model", "seed", "answer_tokens", "precision")  # an answer is drawn
 
 

@@ -102,8 +102,7 @@ def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray], prompts
         prompts: a name for the prompt of each pair; else all differ.
 
     Returns:
-        {figure: {pairs, prompts, before, after, change, the `interval` of each as …_interval,
-        more_than_noise: of FEWEST prompts at least}}.
+        {figure: {pairs, prompts, before, after, change, each with …_interval, more_than_noise}}.
     """
     out = {}
     for name in before:
