@@ -38,7 +38,7 @@ from .sources import LACKING, read, row_of, told
 
 BY, TEMPERATURE = "lazyorpo pairs", 0.8
 AT_ONCE = 64  # answers drawn together: each has the same neighbours after a kill
-HOW = ("base_model", "seed", "answer_tokens", "precision")  # an answer is drawn
+HOW = ("base_model", "seed", "answer_tokens", "precision")
 
 
 def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, show=say) -> Path:

@@ -31,7 +31,7 @@ def _tasks(settings) -> list[str]:
     return [name for part in settings.evaluate.split(",") if (name := part.strip())]
 
 
-@functools.cache  # it reads thousands of files
+@functools.cache  # for it is slow
 def _manager(kind, defaults: bool):
     return kind(include_defaults=defaults)
 
