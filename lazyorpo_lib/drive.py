@@ -58,5 +58,4 @@ def copy_complete(source: Path, target: Path) -> None:
             shutil.copyfileobj(old, new)
         return
     with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
-        anew = shutil.ignore_patterns(MARKER)
-        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=anew)
+        shutil.copytree(source, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))

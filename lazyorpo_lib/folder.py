@@ -33,7 +33,6 @@ NOT_THE_RESULT = {
 _held: dict[Path, FileLock] = {}  # folders this process is at work in
 
 
-# ---- a run's folder
 def fingerprint(settings: Settings) -> str:
     """Digest, in ten characters, everything in the settings that shapes the result."""
     return hashlib.sha256(json.dumps(_shaping(settings), sort_keys=True).encode()).hexdigest()[:10]
@@ -112,7 +111,6 @@ def is_begun(folder: Path, settings: Settings) -> bool:
     raise UserError(f"{folder} holds a run {why}: choose another output_dir, {way_out}.")
 
 
-# ---- files that a kill leaves whole
 def append_row(path, row: dict) -> None:
     """Add one row as one line in one unbuffered write; what a kill left of one before is cut off."""
     line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"

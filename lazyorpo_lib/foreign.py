@@ -29,14 +29,9 @@ _OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bi
 
 
 def settings_of(file: str, flags=()) -> tuple[dict, str]:
-    """Read {setting: value} from a file, none from no file, and a sentence on what was not taken.
-
-    Args:
-        flags: settings that are given beside it, whose values in a foreign file are not looked at.
-
-    Raises:
-        UserError: it holds no settings, a wrong value, or another method than ORPO.
-    """
+    """Read {setting: value} from a file, none from no file, and a sentence on what was not taken; UserError
+    where it holds no settings, a wrong value, or another method than ORPO. `flags`: settings that are given
+    beside it, whose values in a foreign file are not looked at."""
     found = _read(file) if file else {}
     if file and not (isinstance(found, dict) and found and all(isinstance(name, str) for name in found)):
         form = "give the settings.json of a run, or an ORPO file of TRL or axolotl"

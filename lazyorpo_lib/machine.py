@@ -64,8 +64,7 @@ def _this_gpu(index: int) -> Machine:
         needs = f"torch {torch.__version__} was built for {_dotted(oldest)} and later"
         way_out = "install an older build of torch, or hide this GPU with CUDA_VISIBLE_DEVICES=-1"
         raise UserError(f"{card.name} has compute capability {_dotted(capability)}, and {needs}: {way_out}.")
-    free = (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB
-    if free < 1:
+    if (free := (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB) < 1:
         raise UserError(
             f"Other processes hold all but {free:.1f} of the {total:.1f} GiB of {card.name}: end them "
             "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with "
@@ -88,10 +87,8 @@ def check_apple(settings: Settings, machine: Machine) -> None:
 
 
 def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
-    """Choose the number format of the computation, with one sentence why.
-
-    Never by `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4.
-    """
+    """Choose the number format of the computation, with one sentence why; never by
+    `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4."""
     has_bfloat16 = machine.capability >= (8, 0)
     capability = f"compute capability {_dotted(machine.capability)}"
     if setting != "auto":

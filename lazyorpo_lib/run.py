@@ -128,8 +128,6 @@ class Run(Staged):
     def _read(self, name: str) -> dict:
         return folders.read_json(self.folder / name)
 
-    # Pairs.
-
     @stage
     def load_pairs(self) -> data.Report | None:
         """Read, clean, encode and split the dataset; writes data_report.json and dropped.jsonl."""
@@ -203,8 +201,6 @@ class Run(Staged):
             raise UserError(f"{changed} began: choose another output_dir, or bring the old {what} back.")
         return not self.finished
 
-    # Model.
-
     @stage
     def load_model(self) -> None:
         """Load the base model with what is to be trained, and the trainer around it.
@@ -256,8 +252,6 @@ class Run(Staged):
         if not plan.method.fits:
             self.show("It is tried all the same: when memory runs out, batches shrink.")
         return plan
-
-    # Training.
 
     @stage
     def train(self) -> None:
@@ -334,8 +328,6 @@ class Run(Staged):
     def _mirror(self) -> None:
         if self.drive:  # training stays on the local disk
             drive.mirror(self.folder, self.drive)
-
-    # The end.
 
     @stage
     def finish(self) -> dict:

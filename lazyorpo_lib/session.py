@@ -35,9 +35,7 @@ class Stop:
         several: whether other processes go on with this one, so that none may end alone.
     """
 
-    def __init__(
-        self, file: Path | None = None, max_minutes=0.0, several: bool = False, *, max_cost=0.0, price=0.0
-    ):
+    def __init__(self, file: Path | None = None, max_minutes=0.0, several=False, *, max_cost=0.0, price=0.0):
         self.file, self.several, self.patient = file, several, several
         self.limits = {f"max_minutes={max_minutes:g} are over": max_minutes}
         self.limits[f"max_cost={max_cost:g} is spent"] = 60 * max_cost / (price or 1)
@@ -49,29 +47,22 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self):
-        """Take the signals over, which only a main thread can; what was asked before is forgotten.
-
-        Raises:
-            Stopped: a signal came while nobody was patient.
-        """
+        """Take the signals over, which only a main thread can; what was asked before is forgotten. Raises
+        Stopped where a signal comes while nobody is patient."""
         self._forget()
-        old = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        is_main = threading.current_thread() is threading.main_thread()
+        with contextlib.ExitStack() as stack:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP") if is_main else ():
                 number = getattr(signal, name, None)
                 nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
                 if number and not nohup:
-                    old[number] = signal.signal(number, self._signal)
-        try:
+                    stack.callback(signal.signal, number, signal.signal(number, self._signal))
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def waiting(self):
-        """Have a signal wait for `is_due`, which is asked after every step."""
-        before, self.patient = self.patient, True
+    def waiting(self, patient: bool = True):
+        """Have a signal wait for `is_due`, which is asked after every step; not `patient`: act at once."""
+        before, self.patient = self.patient, patient
         try:
             yield
         finally:
@@ -80,13 +71,8 @@ class Stop:
     def try_to(self, work: Callable[[], object]) -> None:
         """Do something beside the steps that a signal may break off; not at all after one."""
         if self.several or not self.asked:
-            before, self.patient = self.patient, self.several
-            try:
+            with contextlib.suppress(Stopped), self.waiting(self.several):  # training sees it after this step
                 work()
-            except Stopped:  # which training sees after this step
-                pass
-            finally:
-                self.patient = before
 
     def _signal(self, number, frame):
         again, self._signalled = self._signalled and number == signal.SIGINT, True

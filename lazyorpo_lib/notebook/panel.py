@@ -24,25 +24,18 @@ except Exception:  # absent, or broken by a version that does not go with the re
 
 FIRST = ("base_model", "dataset", "epochs", "learning_rate", "preset")
 GROUPS = {
-    "Training": (
-        "method", "or_weight", "or_beta", "nll_over", "objective", "dpo_beta", "lora_rank", "lora_alpha",
-        "lora_dropout", "pairs_per_step", "warmup_steps", "lr_schedule", "optimizer", "weight_decay",
-        "max_grad_norm", "seed",
-    ),
-    "Memory": (
-        "max_tokens", "max_prompt_tokens", "tokens_per_batch", "checkpointed_layers", "precision",
-        "liger_kernel",
-    ),
-    "Data": ("overlong", "columns", "max_pairs", "eval_pairs"),
-}  # fmt: skip
+    "Training": "method or_weight or_beta nll_over objective dpo_beta lora_rank lora_alpha lora_dropout "
+    "pairs_per_step warmup_steps lr_schedule optimizer weight_decay max_grad_norm seed",
+    "Memory": "max_tokens max_prompt_tokens tokens_per_batch checkpointed_layers precision liger_kernel",
+    "Data": "overlong columns max_pairs eval_pairs",
+}
+GROUPS = {title: tuple(names.split()) for title, names in GROUPS.items()}
 GROUPS["Run"] = tuple(name for name in FIELDS if name not in sum(GROUPS.values(), FIRST))
+_MODELS = (PRESETS[name]["base_model"] for name in ("demo", "colab-t4", "phi2-article"))
 SUGGESTIONS = {
-    "base_model": (
-        "auto", *(PRESETS[name]["base_model"] for name in ("demo", "colab-t4", "phi2-article")),
-        "mistralai/Mistral-7B-v0.1",
-    ),
+    "base_model": ("auto", *_MODELS, "mistralai/Mistral-7B-v0.1"),
     "dataset": ("demo", "argilla/dpo-mix-7k", "HuggingFaceH4/ultrafeedback_binarized:train_prefs"),
-}  # fmt: skip
+}
 _MEMORY = "_lazyorpo_panel"  # in the notebook's globals: as old as the kernel, however often the cell is run
 
 
@@ -59,9 +52,7 @@ class Panel:
             thread that nobody waits for, so it must change nothing of the process (plan/beside.py does not).
     """
 
-    def __init__(
-        self, namespace: dict, *, gpu_gib: float = 0.0, estimate: Callable[[Settings], str] | None = None
-    ):
+    def __init__(self, namespace: dict, *, gpu_gib=0.0, estimate: Callable[[Settings], str] | None = None):
         self.namespace, self.gpu_gib, self.estimate = namespace, gpu_gib, estimate
         self.memory = namespace.setdefault(_MEMORY, {"edits": {}, "seen": {}})
         self._estimated: tuple[Settings | None, str] = (None, "")
@@ -100,9 +91,8 @@ class Panel:
     def edit(self, name: str, value) -> None:
         """Take in an edit, as if it were made in the form; a secret in it is not kept with the notebook."""
         self._changed_in_cell()
-        self.memory["edits"][name] = (
-            without_secrets(value) if isinstance(value, str) and not os.path.exists(value) else value
-        )
+        is_text = isinstance(value, str) and not os.path.exists(value)
+        self.memory["edits"][name] = without_secrets(value) if is_text else value
         self._refresh()
 
     def reset(self) -> None:
@@ -164,23 +154,18 @@ class Panel:
             self._wanted = None
             self.status.value = f'<b style="color:#D55E00">{escape(str(why))}</b>'
 
-    # Widgets. Only what ipywidgets 7.7.1 (Colab) and 8 both have.
-
-    def _build(self):
+    def _build(self):  # of what ipywidgets 7.7.1 (Colab) and 8 both have
         w, self._styles = ipywidgets, {}
         wide, plain = w.Layout(width="430px"), w.Layout()
         self.inputs = {name: self._input(name, wide) for name in FIELDS}
         self.notes = {name: self._make(w.HTML, layout=plain) for name in FIELDS}
         self.status = self._make(w.HTML, layout=plain)
         for name, entry in self.inputs.items():
-            entry.observe(
-                lambda change, name=name: self._moving or self.edit(name, change["new"]), names="value"
-            )
+            entry.observe(lambda new, name=name: self._moving or self.edit(name, new["new"]), names="value")
         columns = w.Layout(grid_template_columns="440px minmax(0, 1fr)")
 
         def rows(names):
-            pairs = ((self.inputs[name], self.notes[name]) for name in names)
-            return w.GridBox([widget for pair in pairs for widget in pair], layout=columns)
+            return w.GridBox([of[name] for name in names for of in (self.inputs, self.notes)], layout=columns)
 
         groups = w.Accordion([rows(names) for names in GROUPS.values()], selected_index=None, layout=plain)
         for i, title in enumerate(GROUPS):
@@ -193,11 +178,8 @@ class Panel:
         return w.VBox([rows(FIRST), groups, self.status, upload, button], layout=plain)
 
     def take_upload(self, value) -> None:
-        """Write an uploaded file beside the notebook and make it the dataset.
-
-        Args:
-            value: what FileUpload has: ({"name", "content"}, …) in ipywidgets 8, {name: {"content"}} in 7.
-        """
+        """Write an uploaded file beside the notebook and make it the dataset. `value`: what FileUpload has,
+        ({"name", "content"}, …) in ipywidgets 8, {name: {"content"}} in 7."""
         files = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
         for name, file in files:
             path = Path(Path(name.replace("\\", "/")).name)

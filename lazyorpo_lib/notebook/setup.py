@@ -17,14 +17,10 @@ from ..errors import UserError
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OPTIONAL = {"bitsandbytes", "pyarrow", "ipywidgets", "matplotlib", "nbval", "gguf"}  # a run can do without
-NO_GPU = (
-    "This runtime has no GPU: the demo trains on the CPU in a few minutes. For larger models choose "
-    "Runtime > Change runtime type > T4 GPU, then Run all."
-)
-KAGGLE = (
-    "Kaggle: what you add as Input is in /kaggle/input, read only; runs are kept in /kaggle/working. This "
-    "notebook uses one of its two GPUs. GPU and internet are switched on under Settings."
-)
+NO_GPU = "This runtime has no GPU: the demo trains on the CPU in a few minutes. For larger models choose "
+NO_GPU += "Runtime > Change runtime type > T4 GPU, then Run all."
+KAGGLE = "Kaggle: what you add as Input is in /kaggle/input, read only; runs are kept in /kaggle/working. "
+KAGGLE += "This notebook uses one of its two GPUs. GPU and internet are switched on under Settings."
 
 
 def prepare() -> None:
@@ -55,12 +51,10 @@ def _version(name: str) -> str | None:
 
 def requirements() -> list[tuple[str, str]]:
     """Give the packages of requirements.txt, or those that the kit was installed with, and their floors."""
-    lines = metadata.requires("lazyorpo") if _is_installed() else REQUIREMENTS.read_text("utf-8").splitlines()
+    # Beside an installed package such a file is somebody else's.
+    is_ours = REQUIREMENTS.is_file() and not REQUIREMENTS.parent.name.endswith("-packages")
+    lines = REQUIREMENTS.read_text("utf-8").splitlines() if is_ours else metadata.requires("lazyorpo")
     return [found.groups() for line in lines if (found := re.match(r"([\w.-]+)>=([\d.]+)", line))]
-
-
-def _is_installed() -> bool:  # then such a file beside the package is somebody else's
-    return REQUIREMENTS.parent.name.endswith("-packages") or not REQUIREMENTS.is_file()
 
 
 def missing_requirements() -> list[str]:
@@ -69,22 +63,16 @@ def missing_requirements() -> list[str]:
     def numbers(version):  # 2.11.0+cu128 is as new as 2.11; without packaging, which may be missing too
         return [int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split(".")]
 
-    return [
-        f"{name}>={floor}"
-        for name, floor in requirements()
-        if not (found := _version(name)) or numbers(found) < numbers(floor)
-    ]
+    found = [(name, floor, _version(name)) for name, floor in requirements()]
+    return [f"{name}>={floor}" for name, floor, has in found if not has or numbers(has) < numbers(floor)]
 
 
 def check_requirements() -> None:
     """Raise UserError where something that a run needs is missing or too old; imports none of it."""
-    needed = [wanted.split(">=") for wanted in missing_requirements()]
-    needed = {name: floor for name, floor in needed if name not in OPTIONAL}
-    if needed:
-        said = (
-            f"{n} is {_version(n) or 'not installed'}, but >={floor} is needed" for n, floor in needed.items()
-        )
-        command = " ".join(f"'{name}>={floor}'" for name, floor in needed.items())
+    pairs = (wanted.split(">=") for wanted in missing_requirements())
+    if needed := [(name, floor) for name, floor in pairs if name not in OPTIONAL]:
+        said = (f"{n} is {_version(n) or 'not installed'}, but >={floor} is needed" for n, floor in needed)
+        command = " ".join(f"'{name}>={floor}'" for name, floor in needed)
         raise UserError(f"{'; '.join(said)}: pip install {command}, then start anew.")
 
 

@@ -103,32 +103,26 @@ def loss(run) -> Shown:
 
 def answers(run, most: int = 5) -> Shown:
     """Show held-out prompts with the answers of the base and of the tuned model."""
-    rows = [(row["prompt"], row["base"], row["tuned"]) for row in run.answers()[:most]]
-    if not rows:
+    if not (rows := [(row["prompt"], row["base"], row["tuned"]) for row in run.answers()[:most]]):
         return Shown("No answers were asked for, or the run was stopped before they were given.")
     return table(("prompt", "base", "tuned"), rows)
 
 
 def held_out(run) -> Shown:
     """Show the figures of the held-out pairs before and after, with 95 % intervals over the pairs."""
-    results = run.held_out_results()
-    if not results:
+    if not (results := run.held_out_results()):
         return Shown("No figures: eval_pairs is 0, or the run was stopped before they were taken.")
-
-    rows = [
-        (name.replace("_", " "), f["pairs"], *(spread(f, when) for when in ("before", "after", "change")))
-        for name, f in results.get("held_out", {}).items()
-    ]
+    rows, times = [], ("before", "after", "change")
+    for name, figure in results.get("held_out", {}).items():
+        rows.append((name.replace("_", " "), figure["pairs"], *(spread(figure, time) for time in times)))
     for row in results.get("benchmarks", ()):
-        scores = (benchmarks.spread(row, when) for when in ("before", "after", "change"))
+        scores = (benchmarks.spread(row, time) for time in times)
         rows.append((f"{row['task']} {row['metric']}, ± standard error", row["questions"], *scores))
     if "habit_before" in results:
         habit = (f"{results[f'habit_{when}']:.0%}" for when in ("before", "after"))
         rows.append(("answers with the demo's habit", "", *habit, ""))
     if (bar := read_json(run.folder / "data_report.json").get("bag_of_words")) is not None:
-        rows.append(
-            ("a bag of words, without the prompt: up to here it may be style", "", "", f"{bar:.3f}", "")
-        )
+        rows += [("a bag of words, without the prompt: up to here it may be style", "", "", f"{bar:.3f}", "")]
     shown = table(("figure", "pairs", "before", "after", "change"), rows)
     verdict = results.get("verdict", "Nothing was held out; the benchmarks:")
     return Shown(f"{verdict}\n{shown.text}", f"<p><b>{escape(verdict)}</b></p>{shown.html}")

@@ -128,9 +128,6 @@ def _digest(pair):
     return int.from_bytes(whole), sides[0] < sides[1]
 
 
-# ---- the account of what was read
-
-
 @dataclass
 class Report:
     """What became of the rows: kept + dropped = read at all times."""

@@ -101,8 +101,6 @@ class OrpoTrainer:
 
     steps = property(lambda self: self.best.steps)  # fewer than planned once patience is over
 
-    # The loop.
-
     def prepare(self, resume_from: Path | None = None) -> None:
         """Wrap the model for training, with its optimizer and schedule; load a checkpoint where one is given.
 
@@ -315,8 +313,6 @@ class OrpoTrainer:
         due = time.monotonic() - self._saved_at >= 60 * s.save_every_minutes
         return bool(over_ranks(self.accelerator, int(due and self.accelerator.is_main_process)))
 
-    # Evaluation.
-
     def _score(self, pairs: Sequence[EncodedPair]):
         how = dict(nll_over=self.settings.nll_over, tokens_per_batch=self.tokens_per_batch, note=self._note)
         return score(self.wrapped, pairs, scorer=self.scorer, accelerator=self.accelerator, **how)
@@ -345,8 +341,6 @@ class OrpoTrainer:
             self.log(row)
         return row
 
-    # What is written down.
-
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """Give the figures by name of the column sums of a pair table."""
         return loss.metrics(sums, self.settings.or_weight, self.settings.objective)
@@ -374,8 +368,6 @@ class OrpoTrainer:
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:
             self.on_row({"step": self.step, "epoch": self.epoch} | row)
-
-    # Checkpoints.
 
     def save(self, *, to_go_on: bool = True) -> None:
         """Write a checkpoint of this step, complete or not at all; without the optimizer if not `to_go_on`.

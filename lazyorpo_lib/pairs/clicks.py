@@ -1,7 +1,6 @@
 """Which of two answers is better, by somebody who does not know whose they are; and what the clicks say.
 
-A file of clicks is only added to, a line a click; an undo is a line too. Whose the answers are stands in it,
-and is shown once all is judged.
+A file of clicks is only added to, by an undo too. Whose the answers are is in it, shown once all is judged.
 """
 
 import hashlib
@@ -47,11 +46,8 @@ def standing(rows) -> list[tuple[int, dict]]:
 
 def questions(source: str) -> list[dict]:
     """Give what there is to judge, [{"prompt": messages, "answers": {whose: text}}], where the two differ.
-
-    Args:
-        source: the folder of a run that answered held-out prompts before and after training (base, tuned), or
-            what `dataset` takes, with a prompt and two answers a row.
-    """
+    `source`: the folder of a run that answered held-out prompts before and after training (base, tuned), or
+    what `dataset` takes, with a prompt and two answers a row."""
     if (expanded(source) / "settings.json").is_file():
         folder = folder_of_run(source, "held_out.json")
         with explain_run(folder):
@@ -121,9 +117,8 @@ class Clicks:
         """Keep what was clicked of the question that is next: left, right, tie; undo takes the last back."""
         if choice not in _WORDS:
             raise UserError(f"The click is {choice!r}, but must be one of {', '.join(_WORDS)}.")
-        if found := [*self.judged().values()][-1:] if choice == "undo" else [self.next()]:
-            if found[0]:
-                append_row(self.file, {"by": BY} | found[0] | {"winner": choice})
+        if found := next(reversed(self.judged().values()), None) if choice == "undo" else self.next():
+            append_row(self.file, {"by": BY} | found | {"winner": choice})
 
 
 class ClickPanel:
@@ -161,9 +156,6 @@ class ClickPanel:
             shown.value = _TEXT.format(escape(found[side])) if found else ""
             self.buttons[side].disabled = self.buttons["tie"].disabled = found is None
         self.status.value = escape(f"{len(self.clicks.left())} to go." if found else verdict(rows))
-
-
-# ---- what the clicks say
 
 
 def verdict(rows: list[dict]) -> str:

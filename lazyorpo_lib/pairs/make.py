@@ -42,16 +42,13 @@ HOW = ("base_model", "seed", "answer_tokens", "precision")
 
 
 def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, show=say) -> Path:
-    """Write pairs of the rows of a dataset, or of a file of clicks, and say what was done.
+    """Write pairs of the rows of a dataset, or of a file of clicks, and say what was done; UserError where no
+    pair comes of it, `out` is there of other rows or settings, or another process is at work on it.
 
     Args:
         settings: dataset, columns and max_pairs say which rows; HOW, how the base model answers.
         out: the .jsonl, one pair a line: prompt, chosen, rejected, and where they are from.
         sample: let the base model answer also where a thumb up has no thumb down beside it.
-
-    Raises:
-        UserError: no pair comes of it; `out` is there, of other rows or settings; another process is at work
-            on it; what reading and models raise.
     """
     out = expanded(out)
     if out.suffix != ".jsonl" or not out.parent.is_dir():
@@ -69,8 +66,7 @@ def make_pairs(settings: Settings, out="pairs.jsonl", *, sample: bool = False, s
         with explain_disk(out.parent, "run again: it goes on behind the last answers"):
             texts = iter(_drawn(lacking, settings, made, draft) if lacking else [])
             lines = (_line(pair, made | {"rows": rows}, how, texts, left) for pair, rows in found)
-            lines = [line for line in lines if line]
-            if not lines:
+            if not (lines := [line for line in lines if line]):
                 raise UserError(f"No pair came of it ({told(left)}): choose another base_model or seed.")
             if not _is_there(out, made):
                 marker.write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -95,12 +91,10 @@ def _is_there(out: Path, made: dict) -> bool:
 
 
 def _line(pair: Pair, origin: dict, how: dict, texts, left: Counter) -> dict | None:
-    """Give the line of a pair, with the next of the sampled texts where it lacks an answer; None where that
-    makes no pair."""
+    """Give a pair's line, the next of the sampled texts in it where it lacks one; None if it is no pair."""
     if pair.rejected == LACKING:
-        text = next(texts)
-        cut = (text or "").endswith("…")
-        text = (text or "").removesuffix("…").strip()
+        text = next(texts) or ""
+        cut, text = text.endswith("…"), text.removesuffix("…").strip()
         if text in ("", pair.chosen.strip()):
             left["the model said the same" if text else "the model gave no answer"] += 1
             return None
@@ -130,9 +124,6 @@ def _said(lines: list[dict], kind: str, out: Path, left: Counter) -> str:
     return " ".join([*said, "What counts most is how good the chosen answers are (arXiv 2508.18312)."])
 
 
-# ---- the base model's own answers
-
-
 @around
 def _explain_answers(error: Exception, name: str) -> str:
     """Say what a model raises that cannot write."""
@@ -142,12 +133,8 @@ def _explain_answers(error: Exception, name: str) -> str:
 
 class Drawn(LogitsProcessor):
     """Leaves of each row's scores one token, drawn from the softmax of scores / TEMPERATURE, so that greedy
-    search takes it. Each row has its own numbers: one a token, and the token is where their running sum of
-    probabilities passes it.
-
-    Args:
-        seeds: one a row of the batch, 32 bits each.
-    """
+    search takes it. Each row has its own seed of 32 bits and numbers: one a token, and the token is where the
+    running sum of probabilities passes it."""
 
     def __init__(self, seeds: list[int], device):
         self.drawers = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -205,5 +192,4 @@ def _loaded(settings: Settings, clock: float) -> tuple:
     short = Pair(0, (Message(role="user", content="a"),), "b", "c")
     ends = [pair.chosen[-1] for _, pair in encoder.encode([short]) if not isinstance(pair, str)]
     ends = end_ids(model, tokenizer, *ends)
-    options = dict(max_tokens=settings.answer_tokens, end_ids=ends, note=lambda why: None)
-    return model, encoder, options
+    return model, encoder, dict(max_tokens=settings.answer_tokens, end_ids=ends, note=lambda why: None)

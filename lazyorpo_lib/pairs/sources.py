@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..errors import UserError
 from ..orpo.data import Pair
-from ..rows.candidates import check_mapping, spread
+from ..rows.candidates import Candidates, check_mapping, spread
 from ..rows.columns import RANKS, SCORES, Layout, advise, at, fold
 from ..rows.messages import BadRow, missing
 from ..rows.shapes import is_number, to_pair
@@ -39,7 +39,7 @@ def told(left: Counter) -> str:
 
 
 def read(rows: list, columns: dict[str, str], *, sample: bool = False) -> tuple[str, list, Counter]:
-    """Make pairs of rows.
+    """Make pairs of rows; UserError where none comes of them, or what a column says is not clear.
 
     Args:
         rows: (index, row) tuples of a file.
@@ -50,9 +50,6 @@ def read(rows: list, columns: dict[str, str], *, sample: bool = False) -> tuple[
     Returns:
         what the rows are: pairs, clicks, thumbs, scores, ranks or single; (pair, indexes of its rows) tuples;
         how many rows came to nothing, by why.
-
-    Raises:
-        UserError: no pair comes of them, or what a column says is not clear.
     """
     dicts = [row for _, row in rows if isinstance(row, dict)]
     named, left, found = check_mapping(dicts, columns), Counter(), []
@@ -79,7 +76,7 @@ def _kind(rows: list[dict], columns: dict[str, str]) -> tuple[str, str]:
     if rows and all(map(is_click, rows)):
         return "clicks", ""
     alone, given = "chosen" in columns and "rejected" not in columns, "winner" in columns
-    reasons = set() if alone else {_reason(row, columns) for row in rows[:100]}
+    reasons = set() if alone else {next(Candidates([(0, row)], columns).judged())[-1] for row in rows[:100]}
     if reasons - {"unknown_shape", "malformed"} == {"label_unclear"}:
         raise UserError(f"These rows are no pairs: {advise([(row, 'label_unclear') for row in rows])}.")
     if reasons - {"unknown_shape", "malformed"}:
@@ -99,17 +96,8 @@ def _kind(rows: list[dict], columns: dict[str, str]) -> tuple[str, str]:
     raise UserError(f"What {mark!r} says of an answer ({some}) is not clear: {way}; if nothing, {_NAME}.")
 
 
-def _reason(row: dict, columns: dict[str, str]) -> str:
-    try:
-        to_pair(0, next(spread([(0, row)], columns))[1], columns)
-    except BadRow as bad:
-        return str(bad)
-    return "pair"
-
-
 def _of_answers(rows, columns, kind: str, mark: str, sample: bool, left: Counter) -> list:
-    """Set the best answers to each prompt against the worst; where there is one alone, or sampling is asked
-    for, LACKING against it."""
+    """Set the best answers to each prompt against the worst; a lone one, or if `sample`, against LACKING."""
     groups, found = {}, []
     for index, row in rows:
         try:
@@ -155,8 +143,7 @@ def _alone(index: int, row, columns: dict[str, str]) -> Pair:
 
 
 def row_of(pair: Pair, origin: dict) -> dict:
-    """Give a pair, and where it is from, as a row that `dataset` reads back as it is: as texts where that
-    does it, else as messages."""
+    """Give a pair and its origin as a row that `dataset` reads back so: texts if they do, else messages."""
     plain = {"prompt": pair.prompt[-1]["content"], "chosen": pair.chosen, "rejected": pair.rejected}
     try:
         same = to_pair(pair.index, plain) == pair

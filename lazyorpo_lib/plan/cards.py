@@ -1,7 +1,6 @@
 """GPUs by their data sheets, found by the names people write, and the speed a step may count on.
 
-It knows no model and plans nothing. COPY_SHARE, a card's share and the links between cards are stated, and no
-run has checked them.
+It plans nothing. COPY_SHARE, a card's share and the links between cards are stated; no run has checked them.
 """
 
 import functools
@@ -76,8 +75,7 @@ def _words(name: str) -> tuple[set[str], list[float]]:
 
 
 def listed(name: str, *sizes: float) -> Card | None:
-    """Find the card of CARDS with this name, as people or its driver write it, if its memory is of `sizes`
-    GiB and what the name says."""
+    """Find the card of CARDS that people or its driver call so, its memory of `sizes` and as named."""
     (words, named), found = _words(name), {}
     for card in CARDS.values():
         own = _words(card.name)[0]
@@ -108,8 +106,7 @@ def copy_rate(device: str) -> float:
 def rates(machine: Machine, dtype: torch.dtype) -> tuple[float, float, str]:
     """Give the operations and bytes a second that a step may count on, and where the first comes from."""
     here = torch.cuda.is_available()  # else nothing can be timed, and the name alone must do
-    card = listed(machine.name, *[machine.memory_gib] * here) if machine.device == "cuda" else None
-    if card:
+    if card := listed(machine.name, *[machine.memory_gib] * here) if machine.device == "cuda" else None:
         peak = card.tflops_32 if dtype == torch.float32 else card.tflops_16
         said = f"{card.name}: {peak:g} TFLOP/s x {card.share:g}"
         return peak * 1e12 * card.share, card.bandwidth * 1e9 * COPY_SHARE, said

@@ -2,8 +2,7 @@
 
 Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are
 operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. What is CUDA's
-own is stated, and no run has checked it: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK. It compares no
-methods.
+own is stated, and no run has checked it: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK.
 """
 
 import functools
@@ -23,7 +22,6 @@ from ..orpo.body import fused_experts, is_within, sizes_of, text_layers, towers_
 from ..orpo.data import held_out_of
 from ..settings import Settings
 from .cards import link_rate, rates
-from .lengths import Lengths
 from .profile import Profile
 from .simulation import on_meta, quantised_layers, simulate
 
@@ -101,17 +99,7 @@ class Costs:
     """One method on one device, or on several `cards`, each of which holds all or, `sharded`, its part of
     weights, gradients and optimizer state."""
 
-    def __init__(
-        self,
-        config,
-        settings: Settings,
-        machine: Machine,
-        lengths: Lengths,
-        dtype,
-        method,
-        cards=1,
-        sharded=True,
-    ):
+    def __init__(self, config, settings, machine: Machine, lengths, dtype, method, cards=1, sharded=True):
         self.config, self.settings, self.machine, self.lengths = config, settings, machine, lengths
         self.dtype, self.method, self.cards = dtype, method, cards
         self.holders = cards if sharded else 1  # that share one copy
@@ -214,8 +202,7 @@ class Costs:
             "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }
-        if self.holders > 1:
-            parts["gathered"] = self._gathered()
+        parts |= {"gathered": self._gathered()} if self.holders > 1 else {}
         return {name: value / GIB for name, value in parts.items()}
 
     def _gathered(self) -> float:

@@ -161,8 +161,7 @@ def _fake(model) -> None:
 
 
 class _Kernel(torch.autograd.Function):
-    """What a GPU's attention kernel holds, whichever torch has it: q (n, heads, head_dim), k and v (m, heads
-    or fewer, head_dim)."""
+    """What a GPU's attention kernel holds: q (n, heads, head_dim), k and v (m, heads or fewer, head_dim)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -300,8 +299,7 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
         for real in batches:
             tensors = {name: t for name, t in vars(real).items() if isinstance(t, torch.Tensor)}
             batch = replace(real, **{name: mode.from_tensor(t) for name, t in tensors.items()})
-            names = ("input_ids", "position_ids", "hidden_index", "targets")
-            given = {name: getattr(batch, name) for name in names}
+            given = {n: getattr(batch, n) for n in ("input_ids", "position_ids", "hidden_index", "targets")}
             if dense:
                 given["attention_mask"] = dense_masks(batch, text, lm.dtype)
             ledger.mark("start")

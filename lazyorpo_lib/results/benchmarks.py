@@ -76,10 +76,8 @@ def check(settings) -> None:
 
 
 def measure(run, when: str) -> None:
-    """Take the benchmarks "before" or "after" training, unless they are kept already; shown and kept.
-
-    A stop ends it with nothing written; the next run begins here. UserError of whatever else fails.
-    """
+    """Take the benchmarks "before" or "after" training, unless they are kept already; shown and kept. A stop
+    ends it with nothing written; the next run begins here. UserError of whatever else fails."""
     s, model, path, name = run.settings, run.trainer.model, run.folder / "held_out.json", f"benchmarks_{when}"
     kept, of = folders.read_json(path), [s.evaluate, run.record.get("base")]
     ended = 0 < run.trainer.steps <= run.trainer.step and not run.stop.hurried

@@ -32,11 +32,8 @@ _LICENCE = re.compile(r"---[ \t]*\n(?:(?!---).*\n)*?(license:.*(?:\n(?!---)[ \t-
 
 
 def write_card(folder: Path, repo: str = "") -> str:
-    """Write the text of a run's README.md; a run that was stopped gets a shorter one.
-
-    Args:
-        repo: hub repository that the card is for; empty: the run's `hub_repo`, if it has one.
-    """
+    """Write the text of a run's README.md, a shorter one where it was stopped, for the hub repository `repo`;
+    empty: the run's `hub_repo`, if it has one."""
     folder = Path(folder)
     names = ("settings", "data_report", "summary", "held_out")
     settings, report, summary, held_out = (read_json(folder / f"{name}.json") for name in names)
@@ -44,30 +41,15 @@ def write_card(folder: Path, repo: str = "") -> str:
     rows = read_rows(folder / "history.jsonl")
     train = [row for row in rows if not reading.is_evaluation(row)]
     adapter = summary.get("method", values["method"]) != "full"
-    licences = {
-        kind: _licence(values[name], kind) or settings.get("licences", {}).get(kind, "")
-        for kind, name in (("model", "base_model"), ("dataset", "dataset"))
-    }
-    text = _TEMPLATE.render(
-        front=Markup(_front_matter(values, summary, adapter, licences["model"])),
-        licences=licences,
-        title=_title(values),
-        adapter=adapter,
-        values=values,
-        changed=_changed(values, settings.get("sources", {})),
-        report=report,
-        summary=summary,
-        answers=answers_side_by_side(held_out)[:3],
-        curves={name: seen for name in reading.CURVES if (seen := reading.values(train, name))},
-        reading=reading.read_curves(rows, summary),
-        picture=(folder / "live.png").is_file(),
-        repo=_hub_id(repo or values["hub_repo"]),
-        version=settings.get("version", ""),
-    )
-    return printable(without_secrets(text))
-
-
-# Text that cannot act as anything else.
+    of, told = {"model": values["base_model"], "dataset": values["dataset"]}, settings.get("licences", {})
+    licences = {kind: _licence(name, kind) or told.get(kind, "") for kind, name in of.items()}
+    given = dict(values=values, summary=summary, report=report, adapter=adapter, licences=licences)
+    given |= dict(front=Markup(_front_matter(values, summary, adapter, licences["model"])))
+    given |= dict(title=_title(values), changed=_changed(values, settings.get("sources", {})))
+    given |= dict(answers=answers_side_by_side(held_out)[:3], reading=reading.read_curves(rows, summary))
+    given |= dict(curves={name: seen for name in reading.CURVES if (seen := reading.values(train, name))})
+    given |= dict(picture=(folder / "live.png").is_file(), repo=_hub_id(repo or values["hub_repo"]))
+    return printable(without_secrets(_TEMPLATE.render(given, version=settings.get("version", ""))))
 
 
 def inline(value) -> str:
@@ -125,9 +107,6 @@ def _link(name: str, kind: str = "") -> Markup:
     return Markup(f"{inline(public_name(name))} (not on the hub)")
 
 
-# What the template is given.
-
-
 def _licence(name: str, kind: str) -> str:
     """Give the licence that a card already on this machine states, or nothing: the hub is not asked."""
     if kind == "dataset" and name == "demo":
@@ -179,23 +158,15 @@ def _changed(values: dict, sources: dict) -> list[tuple]:
     def shown(name, value):
         return str(public_name(value) if name in ("base_model", "dataset") else value) or "(empty)"
 
-    return [
-        (name, shown(name, value), shown(name, DEFAULTS.get(name, "")), sources.get(name, ""))
-        for name, value in values.items()
-        if value != DEFAULTS.get(name) and name != "output_dir"
-    ]
+    names = [n for n in values if values[n] != DEFAULTS.get(n) and n != "output_dir"]
+    return [(n, shown(n, values[n]), shown(n, DEFAULTS.get(n, "")), sources.get(n, "")) for n in names]
 
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=_safe,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-_ENVIRONMENT.filters |= {
-    "link": _link,
-    "fenced": fenced,
-    "spread": spread,
-    "score": benchmarks.spread,
-    "where": lambda name: name if _hub_id(name) else f"path/to/{public_name(name)}",
-    "python": lambda text: Markup(json.dumps(text, ensure_ascii=False)),
-}
+_ENVIRONMENT.filters |= {"link": _link, "fenced": fenced, "spread": spread, "score": benchmarks.spread}
+_ENVIRONMENT.filters["where"] = lambda name: name if _hub_id(name) else f"path/to/{public_name(name)}"
+_ENVIRONMENT.filters["python"] = lambda text: Markup(json.dumps(text, ensure_ascii=False))
 _TEMPLATE = _ENVIRONMENT.get_template("card.md")

@@ -62,11 +62,9 @@ PANELS = (
 
 def _points(rows, name):
     """The finite points of a curve, (points, 2): step, value. Beyond `MAX_POINTS` neighbours are averaged."""
-    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    points = np.array(found, dtype=float).reshape(-1, 2)
-    points = points[np.isfinite(points[:, 1])]
-    size = max(1, math.ceil(len(points) / MAX_POINTS))
-    starts = np.arange(0, len(points), size)
+    points = np.array([(row["step"], row.get(name)) for row in rows], dtype=float).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]  # None is a nan by now
+    starts = np.arange(0, len(points), math.ceil(len(points) / MAX_POINTS) or 1)
     ends = np.append(starts[1:], len(points))[: len(starts)]
     means = np.add.reduceat(points[:, 1], starts) / (ends - starts) if len(starts) else []
     return np.column_stack([points[ends - 1, 0], means])
@@ -155,8 +153,7 @@ def _draw_panels(figure, rows):
     panels = [panel for panel in PANELS if panel[0] != "odds_gradient_share" or len(_points(rows, panel[0]))]
     height = (TOP - BOTTOM + GAP) / len(panels)
     for k, (name, heading, note, level, always) in enumerate(panels, 1):
-        place = (0.705, TOP + GAP - k * height, 0.22, height - GAP)
-        axes = _axes(figure, place, heading, 2, note)
+        axes = _axes(figure, (0.705, TOP + GAP - k * height, 0.22, height - GAP), heading, 2, note)
         curves = [_curve(axes, rows, name)]
         if always is SHARE:
             axes.set_yticks([0, 0.5, 1])
@@ -201,11 +198,8 @@ def _png(figure, path=None) -> bytes:
 @rc_context(STYLE)
 def draw(rows: list[dict], path=None, *, title: str = "", status: str = "", results=None) -> bytes:
     """Draw a history, with what the held-out pairs said; returns PNG bytes, also written to a `path`."""
-    return _png(_figure(rows, title, status or f"step {_last_step(rows):,}", results), path)
-
-
-def _last_step(rows) -> int:
-    return max((row["step"] for row in rows), default=0)
+    step = max((row["step"] for row in rows), default=0)
+    return _png(_figure(rows, title, status or f"step {step:,}", results), path)
 
 
 def show_progress(folder) -> None:
@@ -301,7 +295,7 @@ class LivePlot:
         self.drawn += 1
 
     def _status(self, now, final):
-        step = _last_step(self._rows)
+        step = max((row["step"] for row in self._rows), default=0)
         first, since = self._first or (step, now)
         parts = [f"step {step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")]
         if final:
@@ -323,8 +317,7 @@ def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
         axes.set(title=heading, xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
     names = [name.replace("$", r"\$") for name in histories]
-    place = dict(loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
-    figure.legend(lines, names, **place)
+    figure.legend(lines, names, loc="lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.5)
     bottom = 0.16 + 0.05 * math.ceil(len(names) / 4)
     figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=bottom, wspace=0.2)
     return _png(figure, path)
@@ -332,8 +325,7 @@ def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
 
 @rc_context(STYLE)
 def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
-    """Draw {kind: {figure: its value in each run}}, a panel a figure, a dot a run, a bar at their mean; gives
-    PNG bytes as `draw`."""
+    """Draw {kind: {figure: its value in each run}}, a panel a figure, a dot a run, a bar at the mean; PNG."""
     kinds, names = list(trials), list(next(iter(trials.values())))
     columns = min(len(names), 3)
     lines = math.ceil(len(names) / columns)

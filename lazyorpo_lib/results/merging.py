@@ -67,10 +67,9 @@ def _in_shards(folder: Path, out: Path, dtype: torch.dtype):
         return None
     factors = _factors(folder, adapter, files) if adapter and packed == 1 and max(sizes) < room else None
     if factors is None:
-        raise UserError(
-            f"Merging takes {_mib(sum(sizes))} of memory, and {_mib(room)} are free: merge on a machine with "
-            "more, or use model/ over its base model as they are."
-        )
+        wants = f"Merging takes {_mib(sum(sizes))} of memory, and {_mib(room)} are free"
+        way_out = "merge on a machine with more, or use model/ over its base model as they are"
+        raise UserError(f"{wants}: {way_out}.")
     return _Shards(config, GenerationConfig.from_pretrained(folder), files, factors, dtype)
 
 

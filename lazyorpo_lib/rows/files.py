@@ -25,8 +25,7 @@ _CHINESE = re.compile(rb"[\xa1-\xa3\xb0-\xd7][\xa1-\xfe]")  # punctuation and co
 
 def ending(path: Path) -> str:
     """Give the ending that says what a file is: ".csv" of a.csv.gz."""
-    kind = path.suffix.lower()
-    return "".join(path.suffixes[-2:]).lower().removesuffix(kind) if _packed(path) else kind
+    return (Path(path.stem) if _packed(path) else path).suffix.lower()
 
 
 def _packed(path):
@@ -51,8 +50,7 @@ def _open(path):
 
 
 def _member(archive):
-    names = [i.filename for i in archive.infolist() if Path(i.filename).suffix.lower() in READERS]
-    names = [name for name in names if not name.startswith("__MACOSX")]
+    names = [n for n in archive.namelist() if Path(n).suffix.lower() in READERS and n[:8] != "__MACOSX"]
     if len(names) != 1 or Path(names[0]).suffix.lower() in (".zip", ".parquet", ".xlsx"):
         found = ", ".join(map(repr, names[:5])) or "none"
         raise ValueError(f"an archive must hold one .jsonl, .json, .csv or .tsv file, not {found}: unpack it")
@@ -87,9 +85,7 @@ class _Unpacked(io.RawIOBase):
 
 def _lines(readline):
     """Give what `readline(size)` gives, numbered from 1, up to a line that is too long for a row."""
-    for number in itertools.count(1):
-        if not (line := readline(limits.ROW + 1)):
-            return
+    for number, line in enumerate(iter(lambda: readline(limits.ROW + 1) or None, None), 1):
         yield number, line
         if len(line) > limits.ROW:
             raise ValueError(f"line {number} is longer than {MOST}")
@@ -97,7 +93,15 @@ def _lines(readline):
 
 def json_rows(path, say) -> Iterator:
     """Read a JSON list, one JSON value a line, or one object with the rows inside."""
-    return _unwrapped(_json_values(path))
+    values = _json_values(path)
+    for first in itertools.islice(values, 1):
+        try:
+            second = list(itertools.islice(values, 1))
+        except ValueError:
+            yield first
+            raise
+        yield from [first, *second] if second else rows_inside(first)  # a lone object holds the rows
+    yield from values
 
 
 def _json_values(path):
@@ -123,18 +127,6 @@ def _first_value(line, number, file):
         with contextlib.suppress(ValueError):  # one object over many lines, or over one long one
             return _json(line + file.read(limits.WHOLE), number)
         raise error from None
-
-
-def _unwrapped(values):
-    """Give values as they are, but for a lone object that holds the rows."""
-    for first in itertools.islice(values, 1):
-        try:
-            second = list(itertools.islice(values, 1))
-        except ValueError:
-            yield first
-            raise
-        yield from [first, *second] if second else rows_inside(first)
-    yield from values
 
 
 def rows_inside(value) -> Iterator:
@@ -238,16 +230,13 @@ def sheet_rows(path, say) -> Iterator:
     with zipfile.ZipFile(path) as archive:
         size = sum(part.file_size for part in archive.infolist())
     _check_unpacked(size, limits.unpacked(path.stat().st_size))
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    try:
+    with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
         rows = book.worksheets[0].iter_rows(values_only=True)
         names = [str(name) if name is not None else "" for name in next(rows, ())]
         if len(book.sheetnames) > 1:
             say(f"Read the first sheet, {book.sheetnames[0]!r}, of {len(book.sheetnames)}.")
         filled = (row for row in rows if any(cell is not None for cell in row))
         yield from (dict(zip(names, row, strict=False)) for row in filled)
-    finally:
-        book.close()
 
 
 def parquet_rows(path, say) -> Iterator:

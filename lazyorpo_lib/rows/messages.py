@@ -32,8 +32,7 @@ def missing(value) -> bool:
 def read(cell):
     """Give what a text holds that is a list or an object as JSON or as Python writes it; else the cell."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        ways = [json.loads] + [ast.literal_eval] * (len(cell) <= 2**20)  # which takes 100 bytes for one
-        for parse in ways:
+        for parse in [json.loads] + [ast.literal_eval] * (len(cell) <= 2**20):  # takes 100 bytes for one
             try:
                 found = parse(cell.strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -103,18 +102,15 @@ def _message(item, unknown: set) -> Message:
     if message["role"] == "tool":
         known |= {"name", "tool_call_id"}
         message |= {name: item[name] for name in ("name", "tool_call_id") if not missing(item.get(name))}
-    if isinstance(reasoning, str):
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
+    message |= {"reasoning_content": reasoning} if isinstance(reasoning, str) else {}
+    message |= {"tool_calls": calls} if calls else {}
     unknown |= {f"{name} of a message" for name, c in item.items() if name not in known and not missing(c)}
     return message
 
 
 def _calls(cell) -> list:
     """Give tool calls with their arguments as objects, which is how templates want them."""
-    calls = read(cell)
-    if missing(calls):
+    if missing(calls := read(cell)):
         return []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRow("malformed")

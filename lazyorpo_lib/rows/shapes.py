@@ -43,9 +43,6 @@ class _Row:
         return (*names, *sorted(self.unknown))
 
 
-# ---- one row -> one pair
-
-
 def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
     """Turn a row of any shape into a pair; `columns` as from `parse_columns`. Raises BadRow(reason)."""
     if not isinstance(row, dict) or None in row:  # the key None: a CSV line with more cells than columns
@@ -75,9 +72,10 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
         raise BadRow("unknown_shape")
     has_user = "user" in [turn["role"] for turn in head]
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
-    (chosen, chosen_with), (rejected, rejected_with) = _parted(best), _parted(worst)
+    more = ("reasoning_content", "tool_calls")
+    beside = ({name: turn[name] for name in more if name in turn} for turn in (best, worst))
     shape = inside if has_user else "prompt" if "prompt" in row.columns else fold(name)
-    both = chosen, rejected, shape, chosen_with, rejected_with
+    both = best["content"], worst["content"], shape, *beside
     return _checked(Pair(index, prompt, *both, tools, row.used, row.rest()))
 
 
@@ -98,9 +96,7 @@ def _answers(row: _Row) -> list:
         if fold(good) in ("messages", "conversations") and "chosen" not in mapped:
             row.used[good] = "prompt and chosen"
         return found
-    if row.layout.both or {"a", "b"} <= mapped:
-        return _labelled(row)
-    return _ranked(row)
+    return (_labelled if row.layout.both or {"a", "b"} <= mapped else _ranked)(row)
 
 
 def _labelled(row: _Row) -> list:
@@ -239,10 +235,9 @@ def _prompt(row: _Row) -> tuple[str, object]:
     before = set(row.used)
     cell = row.take("prompt")
     name = next((n for n, part in row.used.items() if part == "prompt" and n not in before), "")
-    is_message = isinstance(cell, dict) and {"role", "from"} & cell.keys()
-    inside = ("messages", "prompt", "full_text", "text", "content") if not is_message else ()
-    inner = next((n for n in inside if n in cell), None) if isinstance(cell, dict) else None
-    if inner:
+    is_object = isinstance(cell, dict) and not {"role", "from"} & cell.keys()
+    inside = ("messages", "prompt", "full_text", "text", "content") if is_object else ()
+    if inner := next((n for n in inside if n in cell), None):
         others = [n for n, c in cell.items() if n not in (inner, "tools") and not missing(c)]
         row.unknown |= {f"{name}.{n}" for n in others}
         if not missing(cell.get("tools")):
@@ -268,7 +263,8 @@ def _history(row: _Row, prompt: str) -> list:
     if column == prompt or not is_talk:
         return []
     talk = read(row.take("history")) or []
-    if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in talk):
+    lists = isinstance(talk, list | tuple) and all(isinstance(pair, list | tuple) for pair in talk)
+    if lists and all(len(pair) == 2 for pair in talk):
         said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
         if not all(isinstance(text, str) for _, text in said):
             raise BadRow("malformed")
@@ -300,10 +296,6 @@ def _tools(row: _Row) -> tuple:
         return ()
     row.used[column] = "tools"
     return tuple(tools)
-
-
-def _parted(turn) -> tuple[str, dict]:
-    return turn["content"], {name: turn[name] for name in ("reasoning_content", "tool_calls") if name in turn}
 
 
 def _checked(pair: Pair) -> Pair:

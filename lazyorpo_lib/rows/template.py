@@ -80,8 +80,6 @@ class Template:
         except Exception:
             return ""
 
-    # What comes before an answer, and what ends it.
-
     def _around(self, messages, tools) -> tuple[list[dict], str, str]:
         """Give the form of the messages that the template takes whole, what it writes before the answer to
         them, and what after it."""
@@ -130,8 +128,6 @@ class Template:
                 return [(text, own) for text, own in filled if text]
         raise Unusable("special_token_text")
 
-    # A pair.
-
     def _pair(self, pair):
         sides = [_lone({"role": "assistant", "content": text} | more) for text, more in pair.answers()]
         form, before, after = self._around(pair.prompt, pair.tools)
@@ -164,8 +160,6 @@ class Template:
         if not (left.startswith(before) and right.endswith(after)):
             return text
         return left[len(before) :] + core + right[: len(right) - len(after)]
-
-    # An answer with reasoning or tool calls.
 
     def _is_rich(self, side) -> bool:
         return side.keys() > {"role", "content"} or self._thought(side)[0] is not None

@@ -110,8 +110,7 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
         if widest:
             said += f"; the most is {runs[widest]['trial']}, {_told(by, of, widest)} {unit}"
         return {"recommended": {}, "said": [f"{said}: nothing is recommended."]}
-    key = "log_odds_ratio gain" if set(found) & set(kept) else "nll change"
-    sign = -1 if key == "log_odds_ratio gain" else 1
+    key, sign = ("log_odds_ratio gain", -1) if set(found) & set(kept) else ("nll change", 1)
     best = min(found, key=lambda j: (sign * runs[j][key], runs[j]["learning_rate"]))
     recommended = {name: runs[best][name] for name in ("or_weight", "learning_rate")}
     flags = "--or-weight {or_weight:g} --learning-rate {learning_rate:g}".format(**recommended)

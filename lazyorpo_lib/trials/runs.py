@@ -1,7 +1,6 @@
 """What several runs share: a process and a folder for each, a table and a picture of what they left.
 
-In a process of its own a run has a peak memory of its own. A finished one is not run again. This process only
-waits, reads and draws.
+In a process of its own a run has its own peak of memory. A finished one is not run again. This one waits.
 """
 
 import contextlib
@@ -9,7 +8,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,16 +36,12 @@ def _pinned(settings: Settings) -> Settings:
     own = read_json(folder / "settings.json").get("settings", settings.__dict__)["precision"]
     beside = (read_json(file).get("chosen", {}) for file in sorted(folder.parent.glob("*/settings.json")))
     first = next((chosen["precision"] for chosen in beside if "precision" in chosen), own)
-    begun = (folder / "settings.json").exists()
-    return dataclasses.replace(settings, precision=own if begun else first)
+    return dataclasses.replace(settings, precision=own if (folder / "settings.json").exists() else first)
 
 
 def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:
-    """Carry out a run in a process of its own; what it says goes to log.txt in its folder.
-
-    Args:
-        merge: folder of a finished run whose merged model is this one's base.
-    """
+    """Carry out a run in a process of its own; what it says goes to log.txt in its folder. `merge`: folder of
+    a finished run whose merged model is this one's base."""
     folder, settings = Path(settings.output_dir), dataclasses.replace(settings, on_finish="nothing")
     settings = _pinned(settings) if settings.precision == "auto" else settings
     if is_finished(folder) and is_begun(folder, settings):  # UserError: another run
@@ -61,11 +55,11 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
     context.set_forkserver_preload([run.__name__, "peft", "datasets"])
     process = context.Process(target=_in_process, args=(settings, merge), daemon=True)
     process.start()  # a daemon is asked to end where an interrupt comes in here
-    interrupted = False
+    kind = UserError
     try:
         process.join()
     except KeyboardInterrupt:
-        interrupted = True
+        kind = Stopped
         if os.name == "nt":  # which kills what it is asked to end
             (folder / "STOP").touch()
         else:
@@ -75,7 +69,6 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         log = folder / "log.txt"
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
         told = f"The run in {folder} is not finished ({' '.join(last)})"
-        kind = Stopped if interrupted else UserError
         raise kind(f"{told}: mend that and run this again, it goes on from there.")
 
 
@@ -92,15 +85,10 @@ def _in_process(settings: Settings, merge: str | None) -> None:
                 if merge and not Path(settings.base_model).is_dir():
                     share.merge(merge, settings.base_model)
                 run.execute(settings, dict.fromkeys(dataclasses.asdict(settings), "trial"))
-            except UserError as error:
-                print(error)
-                sys.exit(2)
-            except KeyboardInterrupt as stopped:
-                print(stopped)
-                sys.exit(130)
+            except (UserError, KeyboardInterrupt) as why:
+                print(why)
             except Exception:
                 print(without_secrets(traceback.format_exc()))
-                sys.exit(1)
 
 
 def write_up(home: Path, key: str, runs: list[dict], words: dict[str, str], rest: dict) -> Path:

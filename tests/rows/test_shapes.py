@@ -234,6 +234,13 @@ def test_a_talk_before_the_prompt_is_read():
         )
 
 
+@pytest.mark.parametrize("history", [7, True, 1.5, [["Hi"]], [[1, 2]], {"a": 1}])
+def test_what_is_no_talk_before_a_prompt_drops_the_row(history):
+    row = {"prompt": "Why?", "before": history, "chosen": "Yes", "rejected": "No"}
+    pairs, report, _ = cleaned([row], columns="prompt=prompt,chosen=chosen,rejected=rejected,history=before")
+    assert not pairs and dict(report.dropped) == {"malformed": 1}
+
+
 def test_lists_of_answers_make_pairs_of_which_none_is_lost():
     row = {
         "question": "Why?",
