@@ -69,7 +69,7 @@ def encoded(encoder, triples: list[tuple[str, str, str]], start: int = 0) -> lis
     pairs = [Pair(i, ({"role": "user", "content": p},), c, r) for i, (p, c, r) in enumerate(triples, start)]
     found = [one for _, one in encoder.encode(pairs)]
     if bad := [one for one in found if isinstance(one, str)]:
-        raise UserError(f"{len(bad)} of {len(found)} pairs cannot be used ({bad[0]}): raise max_tokens.")
+        raise UserError(f"{len(bad)} of {len(found)} pairs cannot be used ({bad[0]}): see docs/data.md.")
     return found
 
 

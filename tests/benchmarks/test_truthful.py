@@ -164,6 +164,11 @@ def test_no_question_is_trained_on_and_tested_and_rates_are_chosen_without_the_t
         assert max(count.values()) - min(count.values()) <= 1  # as many of each question as of others
 
 
+def test_a_pair_of_two_equal_answers_is_not_trained_on():
+    row = {"question": "Why?", "correct_answers": ["a ", "b"], "incorrect_answers": ["a", "c"]}
+    assert truthful.dealt([row], 9, seed=1) == [("Why?", "b", "c")]
+
+
 def test_a_rate_is_the_most_accurate_ones_and_of_equal_ones_that_with_the_larger_ratio():
     tried = [(0.60, 0.1, 1), (0.60, 0.2, 2), (0.58, 0.9, 3)]
     assert truthful.best_of([dict(accuracy=a, log_odds_ratio=x, rate=r) for a, x, r in tried]) == 2
