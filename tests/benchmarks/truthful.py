@@ -187,7 +187,7 @@ def dealt(rows: list[dict], count: int, seed: int) -> list[tuple[str, str, str]]
     for row in rows:
         own = pairs_of(row)
         rounds += [(n, row["question"], *pair) for n, pair in enumerate(draw.sample(own, len(own)))]
-    rounds = [pair for pair in rounds if pair[2].strip() != pair[3].strip()]  # the file has one such
+    rounds = [pair for pair in rounds if pair[2].strip() != pair[3].strip()]  # TruthfulQA has two such
     return [tuple(pair) for _, *pair in sorted(rounds, key=lambda pair: pair[0])][:count]
 
 
