@@ -62,8 +62,10 @@ def whole_folds(one: dict) -> str:
 def about_truthful() -> str:
     if not (one := kept("truthful")):
         return absent("truthful")
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in one["rates"].items())
-    search = one["search"]
+    rates, search = ", ".join(f"{name} {rate:g}" for name, rate in one["rates"].items()), one["search"]
+    ends = {name: [try_["rate"] for try_ in tries] for name, tries in search["tried"].items()}
+    edge = [n for n, rate in one["rates"].items() if rate in (min(ends[n]), max(ends[n]))]
+    rates += f"; at an end of what was tried: {', '.join(edge)}" if edge else ""
     return made(
         "truthful",
         f"{whole_folds(one)}, each its own seed; {one['pairs']} pairs to train on, once, "
