@@ -216,7 +216,7 @@ def about_own() -> str:
         f"{one['or_weight']:g}. The "
         f"chosen answers have {tokens['chosen']:.0f} tokens, the written rejected ones "
         f"{tokens['written']:.0f}, the model's own {tokens['own samples']:.0f} "
-        f"(cut at {one['answer_tokens']}).",
+        f"(of at most {one['answer_tokens']}; longer ones are left out).",
     )
 
 
