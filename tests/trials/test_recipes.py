@@ -127,6 +127,24 @@ def test_a_finished_run_of_another_budget_is_not_taken_for_this_one(trained, tmp
         runs.run_apart(trained[0], lambda text: None)
 
 
+@pytest.mark.parametrize("fallen", ["ORPO", "SFT"])
+def test_a_model_that_fell_to_pieces_on_either_side_makes_no_proof(fallen, tmp_path):
+    folders = {}
+    for name in ("ORPO", "SFT"):
+        rows = [dict.fromkeys(TERMS, 1.0) | {"accuracy": float(name == "ORPO")} for _ in range(40)]
+        after = [row | {"nll": 9.0 if name == fallen else 1.0} for row in rows]
+        tables = zip(WHEN, (rows, after), strict=True)
+        kept = {
+            when: {"pairs": [[row[n] for n in TERMS] for row in some], "answers": []} for when, some in tables
+        }
+        (folder := tmp_path / name).mkdir()
+        held_out = {"columns": TERMS, "chosen_shorter": [True] * 40} | kept
+        (folder / "held_out.json").write_text(json.dumps(held_out))
+        folders[name] = [folder]
+    said = recipes._verdict(folders, "ORPO", "SFT")
+    assert f"no gain all the same, for of {fallen}'s model its nll went" in said and "than noise" not in said
+
+
 def test_finished_runs_are_not_run_again(compared, monkeypatch):
     settings, home = compared
     monkeypatch.setattr(runs.multiprocessing, "get_context", None)
