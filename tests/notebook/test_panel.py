@@ -1,13 +1,19 @@
 """The panel: what wins over what, where a value came from, and that it works with and without ipywidgets."""
 
+import io
+import json
+import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
 from lazyorpo_lib.errors import UserError
+from lazyorpo_lib.machine import this_machine
 from lazyorpo_lib.notebook import panel as module
 from lazyorpo_lib.notebook.panel import FIRST, GROUPS, SUGGESTIONS, Panel
 from lazyorpo_lib.plan import beside
@@ -345,6 +351,34 @@ def test_a_planner_beside_that_was_ended_begins_anew(monkeypatch):
 def test_a_planner_beside_that_ends_at_each_question_is_a_sentence(monkeypatch):
     with pytest.raises(UserError, match="the process that plans has ended: use --plan"):
         quick(monkeypatch, "os._exit(1)")(Settings())
+
+
+def test_an_answer_that_a_kill_tore_is_none(monkeypatch):
+    planner = quick(monkeypatch, """answers.write('["7 G')""", "answers.flush()", "os._exit(1)")
+    with pytest.raises(UserError, match="the process that plans has ended: use --plan"):
+        planner(Settings())
+
+
+def test_a_token_that_the_notebook_takes_back_is_gone_beside_it_too(monkeypatch, tmp_path):
+    def asked(**hub):
+        question = dict(settings=asdict(Settings()), machine=asdict(this_machine()), folder=str(tmp_path))
+        return json.dumps(question | {"hub": hub})
+
+    def estimate(settings, machine, brief):
+        return SimpleNamespace(said=lambda: os.environ.get("HF_TOKEN"))
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setenv("HF_TOKEN", "of this test's process")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lazyorpo_lib.plan.planner.estimate", estimate)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([asked(HF_TOKEN="hf_x"), asked()])))
+    answers = io.StringIO()
+    with pytest.raises(SystemExit):
+        beside.serve(answers)
+    assert [json.loads(line) for line in answers.getvalue().splitlines()] == [["hf_x", ""], [None, ""]]
 
 
 def test_what_a_library_prints_is_no_answer_of_the_planner_beside(monkeypatch):

@@ -147,6 +147,14 @@ def test_a_probe_that_cannot_tell_takes_more_steps_and_pairs_as_long_as_there_is
         assert out["recommended"] == {} and "or more lets it go on" in out["said"][1]
 
 
+def test_the_last_round_of_a_probe_promises_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("lazyorpo_lib.trials.probe.ROUNDS", 2)
+    trained(monkeypatch, lambda s: (pairs(1, s.eval_pairs, 0.5), pairs(-1, s.eval_pairs, 0.1)))
+    home = probe(tiny(tmp_path, max_minutes=100, eval_pairs=32), steps=5, show=lambda line: None)
+    said = read(home, "probe.json")["said"][1]
+    assert "2 rounds are the most: give it more pairs" in said and "lets it go on" not in said
+
+
 def test_a_trial_whose_loss_is_no_number_recommends_nothing(tmp_path, monkeypatch):
     trained(monkeypatch, lambda s: (pairs(1), pairs(-1 if s.learning_rate < limit else np.nan)))
     limit = 5e-3
