@@ -34,7 +34,7 @@ def mirror(source: Path, target: Path) -> bool:
         False, with a line that says why, if the disk failed; what had been there is still there.
     """
     try:
-        for name in sorted((marked(source) or {"files": {}})["files"]):
+        for name in sorted(marked(source)["files"]):
             item = source / name
             if not item.exists() or name.startswith(".") or item.suffix == ".tmp":
                 continue
@@ -57,5 +57,5 @@ def copy_complete(source: Path, target: Path) -> None:
         with open(source, "rb") as old, writing(target) as new:
             shutil.copyfileobj(old, new)
         return
-    with replacing(target, (marked(source) or {"what": "copy"})["what"]) as draft:
+    with replacing(target, marked(source)["what"] or "copy") as draft:
         shutil.copytree(source, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))

@@ -26,12 +26,9 @@ def unwritable(folder: Path, error: OSError) -> UserError:
 
 def flush(path: Path) -> None:
     """Have a file, or a folder's names, on the disk itself before anything that comes after."""
-    if not path.is_dir():
-        with open(path, "r+b" if os.name == "nt" else "rb") as file:
-            os.fsync(file.fileno())
-        return
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some volumes flush none
-        handle = os.open(path, os.O_RDONLY)
+    # Windows opens no folder, and some volumes flush none.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -62,21 +59,21 @@ def write_atomically(path, data: bytes) -> None:
         file.write(data)
 
 
-def marked(folder: Path) -> dict | None:
+def marked(folder: Path) -> dict:
     """Read a marker: {"what": kind, "files": {path (a folder's ends in /): bytes or null}}, and of a sealed
-    folder {"digests": {path: text}}; or None."""
+    folder {"digests": {path: text}}; where there is none, what is "" and files is empty."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MARKER).read_bytes())
         if isinstance(found.get("files"), dict) and isinstance(found.get("what"), str):
             return found
-    return None
+    return {"what": "", "files": {}}
 
 
 def check(folder: Path, what: str) -> dict:
     """Give the marker that `folder` has, or would get."""
     found, why, way_out = marked(folder), "", "choose another folder"
     try:
-        other = [] if found or not os.path.lexists(folder) else sorted(os.listdir(folder))
+        other = [] if found["what"] or not os.path.lexists(folder) else sorted(os.listdir(folder))
         other = [name for name in other if name != f"{MARKER}.tmp"]  # of a kill in the very first write
     except OSError as error:
         raise unwritable(folder, error) from None
@@ -87,11 +84,11 @@ def check(folder: Path, what: str) -> dict:
             if {"fingerprint", "sources"} <= json.loads((folder / "settings.json").read_bytes()).keys():
                 why = f"a run of an earlier version, or one that was copied without its hidden file {MARKER}"
                 way_out = "copy the folder whole, or choose another one"
-    elif found and found["what"] != what:
+    elif found["what"] not in ("", what):
         why = f"a {found['what']}, not a {what}"
     if why:
         raise UserError(f"{str(folder)!r} holds {why}: nothing in it was touched; {way_out}.")
-    return found or {"what": what, "files": {}}
+    return found | {"what": what}
 
 
 def _foreign(path: Path, way_out: str) -> UserError:
@@ -110,14 +107,14 @@ def take(folder, what: str, *names: str) -> Path:
     try:
         found = check(folder, what)
         for path in map(folder.joinpath, names):
-            own = path.name + "/" * path.is_dir() in found["files"] or marked(path)
+            own = path.name + "/" * path.is_dir() in found["files"] or marked(path)["what"]
             if path.is_symlink() or path.exists() and not own:
                 raise _foreign(path, "move it away, or choose another folder")
         for place in [p for p in (*reversed(folder.parents), folder) if not p.is_dir()]:
             place.mkdir(exist_ok=True)
             flush(place.parent)
         files = dict.fromkeys(names) | found["files"]
-        if files != found["files"] or not marked(folder):
+        if files != found["files"] or not marked(folder)["what"]:
             _mark(folder, found | {"files": files})
     except OSError as error:
         raise unwritable(folder, error) from None
@@ -132,10 +129,9 @@ def seal(folder: Path, what: str) -> None:
     """Flush a finished folder to the disk; list its files with their sizes and digests, by which a torn or a
     damaged one is known."""
     sizes, digests = {}, {}
-    for item in sorted(folder.rglob("*")):
-        if item.name != MARKER:
-            flush(item)
-        if item.is_file() and item.name != MARKER:
+    for item in sorted(item for item in folder.rglob("*") if item.name != MARKER):
+        flush(item)
+        if item.is_file():
             name = item.relative_to(folder).as_posix()
             sizes[name], digests[name] = item.stat().st_size, _digest(item)
     _mark(folder, {"what": what, "files": sizes, "digests": digests})
@@ -148,7 +144,7 @@ def _digest(file: Path) -> str:
 
 def damaged(folder: Path) -> list[str]:
     """List the files of a sealed folder that are gone, cannot be read, or do not hold what they held."""
-    found, whole = marked(folder) or {"files": {}}, set()
+    found, whole = marked(folder), set()
     for name in found["files"]:
         with contextlib.suppress(OSError):
             if _digest(folder / name) == found.get("digests", {}).get(name):
@@ -160,8 +156,8 @@ def is_whole(folder: Path, what: str) -> bool:
     """Tell whether a folder that was sealed as `what` still has all that it had."""
     found = marked(folder)
     with contextlib.suppress(OSError):
-        if found and found["what"] == what and found["files"]:
-            return all((folder / name).stat().st_size == size for name, size in found["files"].items())
+        sizes = found["files"].items() if found["what"] == what else ()
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes)
     return False
 
 
@@ -180,8 +176,7 @@ def replacing(target: Path, what: str):
     draft = target.with_name(f".{target.name}.partial")
     check(target, what)
     if os.path.lexists(draft):
-        sealed = (marked(draft) or {}).get("what") == what  # and then killed
-        check(draft, what if sealed else DRAFT)
+        check(draft, what if marked(draft)["what"] == what else DRAFT)  # sealed, and then killed
         remove(draft)
     take(draft, DRAFT)
     try:
@@ -202,7 +197,7 @@ def put(draft: Path, target: Path, what: str) -> None:
             raise _foreign(target / name, "move it away first")
     home = marked(target.parent)
     remove(target)
-    if home and home["files"] != marked(target.parent)["files"]:  # it was listed there, and is again
+    if home != marked(target.parent):  # it was listed there, and is again
         _mark(target.parent, home)
     if not target.exists():
         draft.rename(target)
@@ -218,14 +213,14 @@ def put(draft: Path, target: Path, what: str) -> None:
 def remove(path: Path) -> None:
     """Delete a file of the kit's, or what a folder's marker lists; all that others put there stays, and what
     is listed neither in a marker of its own nor in that of the folder around it."""
-    inside, around, name = marked(path), marked(path.parent) or {"what": "", "files": {}}, f"{path.name}/"
+    inside, around, name = marked(path), marked(path.parent), f"{path.name}/"
     if path.is_symlink() or not path.is_dir():
         if {path.name, name} & around["files"].keys() or around["what"] == DRAFT:
             path.unlink(missing_ok=True)
         return
-    if inside and inside["what"] != DRAFT:
+    if inside["what"] not in ("", DRAFT):
         _remove_listed(path, inside)
-    elif inside or name in around["files"]:  # made as a whole by the kit, and torn before it was sealed
+    elif inside["what"] or name in around["files"]:  # made as a whole, and torn before it was sealed
         shutil.rmtree(path, ignore_errors=True)
     if name in around["files"]:  # what appears there next is not the kit's, unless it is taken again
         _mark(path.parent, around | {"files": {k: v for k, v in around["files"].items() if k != name}})
@@ -252,7 +247,7 @@ def _remove_listed(folder: Path, found: dict) -> None:
 
 def settle(folder: Path) -> None:
     """Have all of the kit's own files in a folder on the disk, as far as they are written."""
-    for name in (marked(folder) or {"files": {}})["files"]:
+    for name in marked(folder)["files"]:
         if (folder / name).is_file():
             flush(folder / name)
     flush(folder)

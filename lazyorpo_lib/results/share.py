@@ -94,7 +94,7 @@ def export_gguf(run_folder, kind: str = "q8_0") -> str:
     width = 4 if read_json(merged / "config.json").get("dtype") == "float32" else 2
     weights = sum(file.stat().st_size for file in merged.glob("*.safetensors")) / width
     check_room(out.parent, weights * GGUF_KINDS[kind], "The GGUF file")
-    if marker.marked(out.parent):
+    if marker.marked(out.parent)["what"]:
         marker.take(out.parent, "run", out.name)
     elif os.path.lexists(out):
         raise UserError(f"{out} is there already, and not by this kit: move it away first.")
