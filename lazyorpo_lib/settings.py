@@ -128,15 +128,12 @@ class Settings:
         for name in (f.name for f in dataclasses.fields(self) if f.type is str):
             value = str(getattr(self, name))
             if without_secrets(value) != value and not os.path.exists(value):  # a folder may be called so
-                raise UserError(
-                    f"{name} holds a token, a password or a signed address, and settings are written down: "
-                    "leave it out; the hub's token belongs in HF_TOKEN, and a file is given by its path."
-                )
+                why = "holds a token, a password or a signed address, and settings are written down"
+                way_out = "the hub's token belongs in HF_TOKEN, and a file is given by its path"
+                raise UserError(f"{name} {why}: leave it out; {way_out}.")
         if self.max_cost and not self.price_per_hour:
-            raise UserError(
-                f"max_cost is {self.max_cost:g}, but price_per_hour is not said: set it to what an hour of "
-                "this machine costs, or give max_minutes instead."
-            )
+            way_out = "set it to what an hour of this machine costs, or give max_minutes instead"
+            raise UserError(f"max_cost is {self.max_cost:g}, but price_per_hour is not said: {way_out}.")
         if self.keep == "best" and self.eval_pairs == 0:
             raise UserError("keep is best, and eval_pairs is 0: give some to decide by, or set keep=last.")
         if self.patience and self.keep == "last":
@@ -153,6 +150,10 @@ DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 # Of colab-t4 on a T4, near enough, by the planner's arithmetic; its max_pairs is chosen for it.
 COLAB_MINUTES = 15
 # Sources: the article, as its author describes the run; arXiv 2403.07691 App. C; xfactlab/orpo at 208d2d6.
+_PAPER = dict(
+    dataset="argilla/ultrafeedback-binarized-preferences-cleaned", method="full", pairs_per_step=32,
+    warmup_steps=200, max_tokens=2048, optimizer="paged_adamw_32bit",
+)  # fmt: skip
 PRESETS = {
     "demo": dict(
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct", epochs=1.0, method="lora", learning_rate=2e-3,
@@ -174,16 +175,13 @@ PRESETS = {
         learning_rate=5e-6, or_weight=0.25, warmup_steps=100, max_prompt_tokens=128, max_tokens=2048,
         pairs_per_step=4, optimizer="paged_adamw_32bit",
     ),
-    "llama2": dict(
-        base_model="meta-llama/Llama-2-7b-hf", dataset="argilla/ultrafeedback-binarized-preferences-cleaned",
-        method="full", epochs=10.0, learning_rate=8e-6, or_weight=0.2, warmup_steps=200, pairs_per_step=32,
-        max_prompt_tokens=1024, max_tokens=2048, optimizer="paged_adamw_32bit",
+    "llama2": _PAPER | dict(
+        base_model="meta-llama/Llama-2-7b-hf", epochs=10.0, learning_rate=8e-6, or_weight=0.2,
+        max_prompt_tokens=1024,
     ),
-    "mistral-orpo-beta": dict(
-        base_model="mistralai/Mistral-7B-v0.1", dataset="argilla/ultrafeedback-binarized-preferences-cleaned",
-        method="full", epochs=5.0, learning_rate=5e-6, or_weight=0.1, warmup_steps=200,
-        lr_schedule="inverse_sqrt", pairs_per_step=32, max_prompt_tokens=1792, max_tokens=2048,
-        optimizer="paged_adamw_32bit",
+    "mistral-orpo-beta": _PAPER | dict(
+        base_model="mistralai/Mistral-7B-v0.1", epochs=5.0, learning_rate=5e-6, or_weight=0.1,
+        lr_schedule="inverse_sqrt", max_prompt_tokens=1792,
     ),
 }  # fmt: skip
 
@@ -219,11 +217,9 @@ def _usual(settings: Settings, known: dict) -> dict[str, tuple]:
         size = f"{millions / 1000:.2g} billion" if millions >= 1000 else f"{millions:.3g} million"
         part = 30 if settings.objective == "dpo" else 1  # whose rates are about so much lower
         what = f"{'full tuning of' if full else 'adapters on'} {size} weights"
-        rate = [float(f"{r / part:.2g}") for r in row[1 if full else 2]]
-        found |= {
-            "or_weight": (row[0][0], f"{size} weights", *row[0][1:]),
-            "learning_rate": (rate[0], what, *rate[1:]),
-        }
+        weight, *ends = row[0]
+        rate, *rates = (float(f"{r / part:.2g}") for r in row[1 if full else 2])
+        found |= {"or_weight": (weight, f"{size} weights", *ends), "learning_rate": (rate, what, *rates)}
     if pairs is not None:
         passes = next(passes for limit, passes in _EPOCHS.items() if pairs < limit)
         epochs = passes if settings.epochs == "auto" else settings.epochs
@@ -254,15 +250,10 @@ def settle(settings: Settings, **known) -> tuple[Settings, dict[str, str]]:
 def unusual(settings: Settings, **known) -> list[str]:
     """Say of each value that lies far from what is usual; `known`: weights, method and pairs."""
     said, usual = [], _usual(settings, known)
-    for name in ("learning_rate", "or_weight", "epochs", "warmup_steps"):
+    idle = {"epochs": settings.max_steps, "or_weight": settings.objective != "orpo"}
+    for name in ("learning_rate", "or_weight", "epochs", "warmup_steps") if known["weights"] > _TOY else ():
         value, (_, what, low, high) = getattr(settings, name), usual[name]
-        idle = {"epochs": settings.max_steps, "or_weight": settings.objective != "orpo"}.get(name)
-        if (
-            not idle
-            and known["weights"] > _TOY
-            and value != "auto"
-            and not low / _FAR <= value <= high * _FAR
-        ):
+        if value != "auto" and not idle.get(name) and not low / _FAR <= value <= high * _FAR:
             far = f"is far {'above' if value > high else 'below'} what is usual for"
             said.append(f"{name} {value:g} {far} {what} ({low:g} to {high:g}); it is kept.")
     return said
@@ -304,14 +295,10 @@ def _to_type(kind, value):
         return os.fspath(value).strip()
     if kind is bool:
         return _TRUTH[str(value).strip().lower()]
-    if isinstance(value, bool):
-        raise TypeError
     number = float(value)
-    if not math.isfinite(number) or kind is int and number != int(number):
+    if isinstance(value, bool) or not math.isfinite(number) or number != kind(number):
         raise ValueError
-    if kind is float:
-        return number
-    return int(number) if isinstance(value, float | str) and abs(number) < 2**53 else int(value)
+    return kind(number)
 
 
 def from_environment(environ=os.environ) -> dict:
@@ -321,12 +308,7 @@ def from_environment(environ=os.environ) -> dict:
 
 
 def pick_preset(explicit: dict, gpu_gib: float) -> tuple[str, str]:
-    """Say what `preset="auto"` stands for, and why.
-
-    Args:
-        explicit: the settings that somebody set, by name.
-        gpu_gib: memory of the GPU at hand, GiB; 0 without one.
-    """
+    """Say what `preset="auto"` stands for beside what was set, and why; `gpu_gib`: 0 without a GPU."""
     if explicit.get("base_model", "auto") != "auto" or "dataset" in explicit:
         return "", "a model or dataset was chosen; auto goes by the machine, the model and the pairs"
     if not gpu_gib:
@@ -348,8 +330,8 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
     """
     explicit, sources = {}, {}
     for source, values in layers:
-        for name, value in values.items():
-            explicit[name], sources[name] = coerce(name, value), source
+        explicit |= {name: coerce(name, value) for name, value in values.items()}
+        sources |= dict.fromkeys(values, source)
     preset, why = explicit.get("preset", "auto"), "chosen"
     if preset == "auto":
         preset, why = pick_preset(explicit, gpu_gib)
@@ -360,15 +342,10 @@ def resolve(layers: list[tuple[str, dict]], *, gpu_gib: float = 0.0) -> tuple[Se
         from_preset.pop("max_steps", None)  # whoever asks for epochs does not mean a preset's short cut
     settings = Settings(**DEFAULTS | from_preset | explicit | {"preset": preset or "auto"})
     settings, decided = settle(settings, gpu_gib=gpu_gib)
-    if not preset and (same := _preset_of(settings)):
+    both = settings.base_model, settings.dataset.split(":")[0]
+    same = {(of["base_model"], of.get("dataset", "demo")): name for name, of in PRESETS.items()}.get(both)
+    if same and not preset:
         why += f"; model and pairs are those of preset {same}: set preset={same} to take all its values"
     sources = {name: f"preset {preset or 'colab-t4'}" for name in from_preset} | sources
     sources = {name: (sources | decided).get(name, "default") for name in FIELDS}
     return settings, sources, f"preset {preset or 'none'}: {why}"
-
-
-def _preset_of(settings: Settings) -> str:
-    """Name the preset whose model and pairs the settings have; empty: none."""
-    of_this = settings.base_model, settings.dataset.split(":")[0]
-    models = {name: (values["base_model"], values.get("dataset", "demo")) for name, values in PRESETS.items()}
-    return next((name for name, both in models.items() if both == of_this), "")
