@@ -27,14 +27,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
 
+    def read(self, arguments: list[str]) -> tuple[dict, dict]:
+        """Give what the flags say, and of it what they say of settings, with its types."""
+        given = vars(self.parse_args(arguments))
+        return given, {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
+
 
 def train(arguments: list[str]) -> int:
     """Train, plan or probe, as the flags say; the exit status."""
-    given = vars(_run_parser().parse_args(arguments))
-    flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
+    given, flags = _run_parser().read(arguments)
     check_requirements()
     from_file, note = settings_of(given["settings"], flags)
-    if note and int(os.environ.get("RANK", 0)) == 0:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    if note and first:
         print(note, file=sys.stderr)  # stdout may be for JSON
     layers = [("env", from_environment()), ("file", from_file), ("flag", flags)]
     early, *_ = resolve(layers)  # mistakes are told before anything heavy is imported
@@ -45,8 +50,9 @@ def train(arguments: list[str]) -> int:
     from .plan import planner
 
     target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
-    cards = _cards_of(given["cards"], getattr(target, "machine", target), given["device"])
-    settings, sources, why = resolve(layers, gpu_gib=getattr(target, "machine", target).gpu_gib)
+    machine = getattr(target, "machine", target)
+    cards = _cards_of(given["cards"], machine, given["device"])
+    settings, sources, why = resolve(layers, gpu_gib=machine.gpu_gib)
     if given["plan"] or given["device"] or given["json"] or cards > 1:
         _tell_plans(settings, given, cards)
     elif given["probe"]:
@@ -56,7 +62,7 @@ def train(arguments: list[str]) -> int:
         print((home / "probe.md").read_text(encoding="utf-8"))
         print(f"The picture it decided from is {home / 'probe.png'}")
     else:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if first:
             print(why[0].upper() + why[1:] + ".")
         from .run import execute
 
@@ -141,8 +147,7 @@ def _pairs_parser() -> _Parser:
 
 def pairs(arguments: list[str]) -> int:
     """Make pairs, as the flags say; the exit status."""
-    given = vars(_pairs_parser().parse_args(arguments))
-    flags = {name: coerce(name, value) for name, value in given.items() if name in FIELDS}
+    given, flags = _pairs_parser().read(arguments)
     settings, _, _ = resolve([("env", from_environment()), ("flag", flags)])
     check_requirements()
     from .pairs.make import make_pairs
@@ -151,7 +156,7 @@ def pairs(arguments: list[str]) -> int:
     return 0
 
 
-def _compare(share, *runs: str) -> str:
+def _compare(*runs: str) -> str:
     from .results.compare import compare
 
     names = (f"compare{f'-{k}' if k > 1 else ''}.png" for k in count(1))
@@ -159,33 +164,24 @@ def _compare(share, *runs: str) -> str:
     return f"{compare(runs, picture)['markdown']}\n\nThe curves over each other are in {picture}."
 
 
-COMMANDS = {  # name: words after it, what it does, the function that does it and tells it
-    "chat": ("RUN", "talk to a finished run", lambda share, run: share.chat(run)),
+COMMANDS = {  # of results/share.py, by name: words after it, what it does, how to tell what it gives
+    "chat": ("RUN", "talk to a finished run", ""),
     "merge": (
         "RUN [FOLDER]", "the full model, the adapter folded in, in FOLDER or in the run's merged/",
-        lambda share, *given: f"The full model is in {share.merge(*given)}",
+        "The full model is in {}",
     ),
-    "export-gguf": (
-        "RUN [KIND]", "for llama.cpp, LM Studio; KIND: q8_0, f16 or bf16",
-        lambda share, *given: share.export_gguf(*given),
-    ),
-    "ollama": (
-        "RUN [NAME]", "the full model with its Modelfile, and Ollama's commands",
-        lambda share, *given: share.ollama(*given),
-    ),
-    "lines": ("RUN", "for vLLM, transformers, LM Studio, llama.cpp", lambda share, run: share.lines(run)),
-    "archive": ("RUN", "model and records in one .zip", lambda share, run: share.archive(run)),
-    "compare": ("RUN RUN …", "a table, and compare.png in this folder", _compare),
-    "push": (
-        "RUN OWNER/NAME", "upload it to the hub, private",
-        lambda share, *given: f"Pushed to {share.push(*given)}",
-    ),
+    "export-gguf": ("RUN [KIND]", "for llama.cpp, LM Studio; KIND: q8_0, f16 or bf16", "{}"),
+    "ollama": ("RUN [NAME]", "the full model with its Modelfile, and Ollama's commands", "{}"),
+    "lines": ("RUN", "for vLLM, transformers, LM Studio, llama.cpp", "{}"),
+    "archive": ("RUN", "model and records in one .zip", "{}"),
+    "compare": ("RUN RUN …", "a table, and compare.png in this folder", "{}"),
+    "push": ("RUN OWNER/NAME", "upload it to the hub, private", "Pushed to {}"),
 }  # fmt: skip
 
 
 def command(name: str, given: list[str]) -> int:
     """Call one of COMMANDS with the words after its name; the exit status."""
-    usage, what, act = COMMANDS[name]
+    usage, what, told = COMMANDS[name]
     if given in (["-h"], ["--help"]):
         print(f"usage: lazyorpo {name} {usage}\n\n{what}")
         return 0
@@ -197,9 +193,9 @@ def command(name: str, given: list[str]) -> int:
     check_requirements()
     from .results import share
 
-    said = act(share, *given)
-    if name != "chat":
-        print(said)
+    done = _compare(*given) if name == "compare" else getattr(share, name.replace("-", "_"))(*given)
+    if told:
+        print(told.format(done))
     return 0
 
 

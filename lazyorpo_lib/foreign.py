@@ -24,7 +24,7 @@ _NAMES = {
 }
 _NAMES = {kind: [pair.split(":") for pair in (_BOTH + text).split()] for kind, text in _NAMES.items()}
 _NAMES = {kind: {name: (*ours, name)[0] for name, *ours in pairs} for kind, pairs in _NAMES.items()}
-_OPTIMIZERS = {**dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")}
+_OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
 _OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
 
 
