@@ -19,13 +19,11 @@ _AWAY = {*"ConnectionError TimeoutError TransportError OfflineModeIsEnabled Loca
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 _TORN = "PytorchStreamWriter|inline_container.* unexpected pos"  # torch.save's words, which give no number
+_KIND = "is of a kind that transformers {} does not know: choose another base_model, or upgrade transformers"
+_CODE = "needs code from the hub, which this kit never runs; choose one that transformers has built in"
 _MODEL = {  # what a text of transformers holds: the end of "The model … "
-    "does not recognize this architecture|Unrecognized model|Unrecognized configuration": (
-        "is of a kind that transformers {} does not know: choose another base_model, or upgrade transformers"
-    ),
-    "custom code|trust_remote_code": (
-        "needs code from the hub, which this kit never runs; choose one that transformers has built in"
-    ),
+    "does not recognize this architecture|Unrecognized model|Unrecognized configuration": _KIND,
+    "custom code|trust_remote_code": _CODE,
 }
 _NAMES = "token|signature|secret|password|passwd|credential|api[_-]?key"
 _SECRETS = [  # what may be told, and after it what lets somebody in
@@ -110,22 +108,16 @@ def dissect(error: Exception) -> tuple[set[str], set[int], str]:
 
 
 def explain_hub(error: Exception, page: str, instead: str) -> str:
-    """Write the end of a sentence on what could not be fetched; empty if the hub is not to blame.
-
-    Args:
-        page: where the hub shows it, without the host: "owner/name" or "datasets/owner/name".
-        instead: what can be given in its place.
-    """
+    """Write the end of a sentence on what could not be fetched; empty if the hub is not to blame. `page`:
+    "owner/name" or "datasets/owner/name"; `instead`: what can be given in its place."""
     kinds, status, text = dissect(error)
     missing = kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}
     missing = missing or 404 in status and "EntryNotFoundError" not in kinds
     gated = "GatedRepoError" in kinds or "is a gated dataset" in text or 403 in status
     if gated or 401 in status and not missing:
-        return (
-            f"needs a login: ask for access at https://huggingface.co/{page} and set HF_TOKEN to a token of "
-            f"that account (in Colab: the secret of that name), or give {instead}"
-        )
-    if 429 in status:
+        token = "set HF_TOKEN to a token of that account (in Colab: the secret of that name)"
+        why = f"needs a login: ask for access at https://huggingface.co/{page} and {token}"
+    elif 429 in status:
         why = "is refused by the hub for now (too many requests): wait a few minutes, set HF_TOKEN"
     elif missing:
         why = "is not here and not on the hub: check the name, set HF_TOKEN if it is private"
@@ -167,14 +159,9 @@ def explain_model(error: Exception, name: str, way_out: str = "check base_model"
 
 
 @around
-def explain_disk(
-    error: Exception, folder, then: str = "run again: it goes on from the last complete checkpoint"
-) -> str:
-    """Say that the disk of `folder` is full or fails, or that it may not be used, whichever library met it.
-
-    Args:
-        then: what to do once it is mended.
-    """
+def explain_disk(error, folder, then="run again: it goes on from the last complete checkpoint") -> str:
+    """Say that the disk of `folder` is full or fails, or that it may not be used, whichever library met it;
+    `then`: what to do once it is mended."""
     text = str(error).strip().split("\n")[0]
     number = re.search(r"\(os error (\d+)\)", text)  # safetensors' kind
     number = error.errno if isinstance(error, OSError) else int(number[1]) if number else None

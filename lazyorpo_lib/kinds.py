@@ -33,7 +33,9 @@ _OTHERS = {  # what a folder holds in place of a model, by the first file that t
     "*.gguf": "holds GGUF files, which llama.cpp runs and nobody trains: give the model they were made from",
     "params.json": "holds weights as their maker's own library has them: give it in transformers' form",
 }
-_CACHED = {"model": "config.json", "dataset": "README.md"}  # what is fetched of one in any case
+_REPOSITORIES = {  # of each kind: a file that is fetched in any case, its page, what can be given instead
+    "model": ("config.json", "", "a local folder"), "dataset": ("README.md", "datasets/", "a local file"),
+}  # fmt: skip
 _FROM = "give the language model that it was made from"
 _EMBEDS = f"without an output layer, as models have that embed texts: {_FROM}"
 _ENCODER = "an encoder, which sees the tokens it is to predict: give a causal one"
@@ -90,20 +92,15 @@ def _weights_of(folder: Path) -> list[str]:
 
 
 def look_up(settings, record: dict, show) -> dict:
-    """Ask the hub for the licences of base model and data, before a download, and show what it says.
+    """Ask the hub for the licences of base model and data, before a download, and show what it says;
+    UserError where one of them is gated, not here yet, and the token at hand does not open it.
 
     Returns:
         the `record` of the run, into which they are put as {"licences": {"model" or "dataset": licence}}.
-
-    Raises:
-        UserError: one of them is gated, not here yet, and the token at hand does not open it.
     """
-    wanted = {"model": settings.base_model, "dataset": settings.dataset.split(":")[0]}
-    wanted = {
-        k: v for k, v in wanted.items() if re.fullmatch(r"[\w.-]+/[\w.-]+", v) and not os.path.exists(v)
-    }
-    said = []
-    for kind, name in wanted.items() if wanted and hub_answers() else ():
+    given, said = (("model", settings.base_model), ("dataset", settings.dataset.split(":")[0])), []
+    wanted = [(k, n) for k, n in given if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not os.path.exists(n)]
+    for kind, name in wanted if wanted and hub_answers() else ():
         try:
             info = HfApi().repo_info(name, repo_type=kind, timeout=5)
         except Exception:  # the download says why, or what is cached will do
@@ -114,23 +111,17 @@ def look_up(settings, record: dict, show) -> dict:
             record.setdefault("licences", {})[kind] = licence
         words = ", ".join([f"licence {licence}"] * bool(licence) + ["gated"] * bool(info.gated))
         said += [f"{name}: {words}"] * bool(words)
-        if info.gated:
-            _check_access(kind, name)
+        file, page, instead = _REPOSITORIES[kind]
+        if info.gated and not isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+            try:
+                HfApi().auth_check(name, repo_type=kind)
+            except Exception as error:  # of an old client or a hub that is busy nothing is made here
+                if dissect(error)[1] & {401, 403}:
+                    why = explain_hub(error, page + name, instead)
+                    raise UserError(f"The {kind} {name!r} {why}.") from None
     if said:
         show(f"The hub says of {'; of '.join(said)}.")
     return record
-
-
-def _check_access(kind: str, name: str) -> None:
-    """Raise UserError where the token at hand does not open a gated repository that is not cached."""
-    if isinstance(try_to_load_from_cache(name, _CACHED[kind], repo_type=kind), str):
-        return
-    try:
-        HfApi().auth_check(name, repo_type=kind)
-    except Exception as error:  # of an old client or a hub that is busy nothing is made here
-        page, instead = (name, "a local folder") if kind == "model" else (f"datasets/{name}", "a local file")
-        if dissect(error)[1] & {401, 403}:
-            raise UserError(f"The {kind} {name!r} {explain_hub(error, page, instead)}.") from None
 
 
 def digest_of(base_model: str) -> str:
@@ -184,10 +175,9 @@ def is_quantised(config) -> bool:
 def check_method(config, method: str, name: str) -> None:
     """Raise UserError where the weights of a base model cannot be trained by a method."""
     if method == "full" and is_quantised(config):
-        raise UserError(
-            f"method is full, but the weights of base_model {name!r} are quantised, and cannot be trained "
-            "themselves: set method=qlora or lora, or give the model that it was made from."
-        )
+        why = f"the weights of base_model {name!r} are quantised, and cannot be trained themselves"
+        way_out = "set method=qlora or lora, or give the model that it was made from"
+        raise UserError(f"method is full, but {why}: {way_out}.")
 
 
 def class_of(config) -> type:

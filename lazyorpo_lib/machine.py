@@ -61,20 +61,15 @@ def _this_gpu(index: int) -> Machine:
     built = [re.findall(r"_(\d+)(\d)", arch)[0] for arch in torch.cuda.get_arch_list()]
     oldest = min((tuple(map(int, pair)) for pair in built), default=(0, 0))
     if capability < oldest:
-        needs = f"torch {torch.__version__} was built for {_dotted(oldest)} and later"
+        given = "{} has compute capability {}.{}".format(card.name, *capability)
+        needs = "torch {} was built for {}.{} and later".format(torch.__version__, *oldest)
         way_out = "install an older build of torch, or hide this GPU with CUDA_VISIBLE_DEVICES=-1"
-        raise UserError(f"{card.name} has compute capability {_dotted(capability)}, and {needs}: {way_out}.")
+        raise UserError(f"{given}, and {needs}: {way_out}.")
     if (free := (free_bytes(f"cuda:{index}") + torch.cuda.memory_allocated(index)) / GIB) < 1:
-        raise UserError(
-            f"Other processes hold all but {free:.1f} of the {total:.1f} GiB of {card.name}: end them "
-            "(nvidia-smi lists them; another notebook's kernel is one), or hide this GPU with "
-            "CUDA_VISIBLE_DEVICES."
-        )
+        held = f"all but {free:.1f} of the {total:.1f} GiB of {card.name}"
+        ends = "end them (nvidia-smi lists them; another notebook's kernel is one)"
+        raise UserError(f"Other processes hold {held}: {ends}, or hide this GPU with CUDA_VISIBLE_DEVICES.")
     return Machine("cuda", card.name, total, capability, free)
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
 
 
 def check_apple(settings: Settings, machine: Machine) -> None:
@@ -90,7 +85,7 @@ def pick_precision(setting: str, machine: Machine) -> tuple[torch.dtype, str]:
     """Choose the number format of the computation, with one sentence why; never by
     `torch.cuda.is_bf16_supported()`, which counts emulation and says yes on a T4."""
     has_bfloat16 = machine.capability >= (8, 0)
-    capability = f"compute capability {_dotted(machine.capability)}"
+    capability = "compute capability {}.{}".format(*machine.capability)
     if setting != "auto":
         if setting == "bfloat16" and machine.device == "cuda" and not has_bfloat16:
             why = f"{machine.name} only emulates it ({capability}, 8.0 is needed)"
