@@ -111,6 +111,11 @@ def is_begun(folder: Path, settings: Settings) -> bool:
     raise UserError(f"{folder} holds a run {why}: choose another output_dir, {way_out}.")
 
 
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run in a folder has come to its end."""
+    return bool(read_json(folder / "summary.json").get("finished"))
+
+
 def append_row(path, row: dict) -> None:
     """Add one row as one line in one unbuffered write; what a kill left of one before is cut off."""
     line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
@@ -153,11 +158,10 @@ def read_json(path) -> dict:
         raise UserError(f"{path} {why}.") from None
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict):
-        return found
-    raise UserError(
-        f"{path} is damaged, it holds no JSON object: bring it back from a copy, or choose a new folder."
-    )
+    if not isinstance(found, dict):
+        way_out = "bring it back from a copy, or choose a new folder"
+        raise UserError(f"{path} is damaged, it holds no JSON object: {way_out}.")
+    return found
 
 
 def truncate_after(path, step: int) -> None:

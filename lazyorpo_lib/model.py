@@ -5,7 +5,6 @@ trains nothing and knows nothing of pairs.
 """
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.integrations.liger import apply_liger_kernel
@@ -31,7 +30,7 @@ from .errors import UserError, expanded, explain_model
 from .fast.attention import takes_sdpa
 from .fast.lora import replace_forwards
 from .kinds import check_files, class_of, is_quantised, load_config, locate
-from .machine import Machine
+from .machine import Machine, forget_peak_memory
 from .orpo.body import causal_lm, fused_experts, is_within, towers_of
 from .settings import Settings
 
@@ -53,8 +52,8 @@ def apply_liger(model) -> None:
 
 
 def forget_earlier_run() -> None:
-    """Let go of what an earlier run of this process left alive: bitsandbytes' registries hold its weights and
-    paged state, the last traceback the frames of a cell that failed, and cycles the model."""
+    """Let go of what an earlier run of this process left alive, and of its peak of memory: bitsandbytes'
+    registries hold its weights and paged state, the last traceback the frames of a cell that failed."""
     error = getattr(sys, "last_value", None)
     while error is not None:  # other references to it may live on, so its frames are emptied
         traceback.clear_frames(error.__traceback__)
@@ -63,7 +62,7 @@ def forget_earlier_run() -> None:
     if bitsandbytes := sys.modules.get("bitsandbytes"):
         bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
         bitsandbytes.functional.GlobalPageManager.get_instance().initialize()
-    gc.collect()
+    forget_peak_memory()  # which collects the cycles that hold the model
 
 
 def check_finite(model, name: str) -> None:
@@ -72,10 +71,8 @@ def check_finite(model, name: str) -> None:
         if weights.is_floating_point() and weights.element_size() > 1 and weights.numel():
             if not torch.stack(torch.aminmax(weights.detach())).isfinite().all():
                 large = ", or too large for float16" * (weights.dtype == torch.float16)
-                raise UserError(
-                    f"The model {name!r} holds a value that is not finite (in {place}): its weights are "
-                    f"damaged{large}; fetch them again, or choose another model."
-                )
+                why = f"holds a value that is not finite (in {place}): its weights are damaged{large}"
+                raise UserError(f"The model {name!r} {why}; fetch them again, or choose another model.")
 
 
 def load_tokenizer(base_model: str):
@@ -165,10 +162,8 @@ def add_adapters(model, settings: Settings):
         model = peft.get_peft_model(model, config)
     except ValueError as error:
         if "lora_dropout" in str(error):
-            raise UserError(
-                f"lora_dropout is {s.lora_dropout}, but base_model has fused experts, which take none: "
-                "set lora_dropout=0."
-            ) from None
+            why = "base_model has fused experts, which take none: set lora_dropout=0"
+            raise UserError(f"lora_dropout is {s.lora_dropout}, but {why}.") from None
         why = f"takes no adapters ({' '.join(str(error).split())[:160]})"
         raise UserError(f"base_model {why}: set method=full, or choose another.") from None
     replace_forwards(model)
@@ -242,14 +237,12 @@ def adapters_off(model):
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def save_model(
-    model, tokenizer, folder: Path, *, base_model: str, weights: dict | None = None, modelfile: str = ""
-) -> None:
+def save_model(model, tokenizer, folder: Path, *, base_model: str, weights=None, modelfile="") -> None:
     """Save adapter or full model (safetensors), tokenizer, template, generation settings: all or nothing.
 
     Args:
         base_model: what an adapter names as its base, not a folder of this machine; empty for a merged model.
-        weights: where the model holds only a part of them.
+        weights: {name: tensor}, where the model holds only a part of them.
         modelfile: the text of Ollama's file, to lie beside them.
     """
     with marker.replacing(folder, "model" if base_model else "merged model") as scratch:
@@ -271,8 +264,7 @@ def save_model(
 
 def _name_as_transformers_4(config: Path) -> None:
     """Give a tokenizer's class and further special tokens their older names, which llama.cpp knows too."""
-    if not (saved := folders.read_json(config)):
-        return
+    saved = folders.read_json(config)
     if saved.get("tokenizer_class") == "TokenizersBackend":
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(saved.get("extra_special_tokens"), list):
@@ -314,8 +306,7 @@ def load_finished(folder: Path, *, dtype: torch.dtype = torch.float32, device="c
 def _load_adapter(folder: Path, dtype: torch.dtype, device: str, merge: bool):
     """Load an adapter over its base, which is in `dtype` where it is to be merged; ValueError where they do
     not fit, which peft would pass over."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # never a pickle beside it
-        saved = {name: file.get_tensor(name) for name in file.keys()}
+    saved = load_file(folder / "adapter_model.safetensors")  # never a pickle beside it
     peft, config = import_peft(), folders.read_json(folder / "adapter_config.json")
     kind, named = (config.get(name) for name in ("peft_type", "base_model_name_or_path"))
     if kind != "LORA" or not isinstance(named, str):

@@ -16,7 +16,7 @@ import torch
 
 from .. import run
 from ..errors import UserError, explain_disk, without_secrets
-from ..folder import folder_of, is_begun, read_json
+from ..folder import folder_of, is_begun, is_finished, read_json
 from ..marker import take, write_atomically
 from ..results import card, live, share
 from ..session import Stopped
@@ -70,11 +70,6 @@ def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
         told = f"The run in {folder} is not finished ({' '.join(last)})"
         raise kind(f"{told}: mend that and run this again, it goes on from there.")
-
-
-def is_finished(folder: Path) -> bool:
-    """Tell whether the run in a folder has come to its end."""
-    return bool(read_json(folder / "summary.json").get("finished"))
 
 
 def _in_process(settings: Settings, merge: str | None) -> None:
