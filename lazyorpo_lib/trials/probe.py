@@ -14,6 +14,7 @@ from ..settings import Settings
 from .runs import prepare_home, run_apart, write_up
 
 GAINS = {"log_odds_ratio": "log_odds_ratio gain", "nll": "nll change", "accuracy": "accuracy gain"}
+LEVEL = 0.99  # of the intervals, all together
 ROUNDS = 6  # each with twice the steps and twice the held-out pairs of the one before
 
 
@@ -57,7 +58,7 @@ def _round(settings: Settings, home: Path, show, *, steps: int, held_out: int):
         max_minutes=0.0,
     )  # fmt: skip
     w, r = settings.or_weight, settings.learning_rate
-    runs, pairs, prompts, minutes = [], {name: [] for name in GAINS}, [], 0.0
+    runs, changes, prompts, minutes = [], [], [], 0.0
     for or_weight, rate in ((w, r), (w, r / 3), (w, r * 3), (w / 3, r), (w * 3, r)):
         values = {"or_weight": float(f"{or_weight:.2g}"), "learning_rate": float(f"{rate:.2g}")}
         name = " ".join(f"{k}={v:g}" for k, v in values.items())
@@ -65,26 +66,25 @@ def _round(settings: Settings, home: Path, show, *, steps: int, held_out: int):
         run_apart(dataclasses.replace(short, output_dir=str(folder), **values), show)
         minutes += read_json(folder / "summary.json").get("minutes", 0.0)
         kept = read_json(folder / "held_out.json")
-        before, after = ({} if when not in kept else measures(kept, when) for when in WHEN)
-        change = {of: after[of] - before[of] for of in GAINS if of in before and of in after}
-        if len(change) == len(GAINS) and all(np.isfinite(c).all() for c in change.values()):
-            runs.append({"trial": name} | values | {GAINS[of]: float(c.mean()) for of, c in change.items()})
+        before, after = (measures(kept, when) if when in kept else {} for when in WHEN)
+        change = [after[of] - before[of] for of in GAINS if of in before and of in after]
+        if len(change) == len(GAINS) and np.isfinite(change).all():
+            means = zip(GAINS.values(), np.mean(change, axis=1).tolist(), strict=True)
+            runs.append({"trial": name, **values, **dict(means)})
+            changes.append(change)
             prompts = kept.get("prompt_ids", range(len(kept["after"]["pairs"])))
-            for of, changed in change.items():
-                pairs[of].append(changed)
         elif not runs:  # with which the others are compared
             raise UserError(f"The loss of the trial with {name} is no longer a number: lower learning_rate.")
-    return runs, {of: np.array(rows) for of, rows in pairs.items()}, prompts, minutes
+    return runs, dict(zip(GAINS, np.array(changes).swapaxes(0, 1), strict=True)), prompts, minutes
 
 
-def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Sequence, level=0.99) -> dict:
+def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Sequence) -> dict:
     """Hold each trial against the first one, that of the settings as they are, pair by pair.
 
     The rule: among the trials whose held-out nll did not rise, the largest gain of the held-out log-odds
     ratio, of equal ones the smaller rate, if it is larger than the first one's beyond the interval. Where
     the first one's nll rose, one whose nll is lower beyond the interval. The intervals hold for all trials
-    and both figures at once: the largest of their differences is weighed against what it is with the signs
-    of the pairs, prompt by prompt, drawn by lot.
+    and both figures at once.
 
     Args:
         runs: {gain: mean, "or_weight", "learning_rate"} of each. pairs: {"log_odds_ratio", "nll": (trials,
@@ -93,42 +93,41 @@ def recommend(runs: Sequence[dict], pairs: dict[str, np.ndarray], prompts: Seque
     Returns:
         {"recommended": {setting: value}, empty where nothing is proven, "said": [sentence]}.
     """
-    (more, less), spread = _weighed(pairs, prompts, level)
-    count, others = pairs["nll"].shape[1], range(1, len(runs))
-    kept = [j for j in others if runs[j]["nll change"] <= 0]
-    if runs[0]["nll change"] <= 0:
-        found = [j for j in kept if more[j - 1] > spread[0][j - 1]]
-        by, of, unit = more, spread[0], "gain of the held-out log-odds ratio"
-    else:
-        lower = [j for j in others if less[j - 1] > spread[1][j - 1]]
-        found = [j for j in lower if j in kept] or lower
-        by, of, unit = less, spread[1], "fall of the held-out nll"
-    tried = f"{len(runs)} trials on {count} held-out pairs ({level:.0%} intervals for all together)"
+    gain, fall = _weighed(pairs, prompts)
+    rising, gained = runs[0]["nll change"] > 0, "log_odds_ratio gain"
+    by, of = (fall, "fall of the held-out nll") if rising else (gain, "gain of the held-out log-odds ratio")
+    others = [
+        run | {"more": more, "low": low, "told": f"{more:+.3f} ({low:+.3f} to {high:+.3f}) more {of}"}
+        for run, (more, low, high) in zip(runs, by, strict=True)
+    ][1:]
+    better = [trial for trial in others if trial["low"] > 0]
+    kept = [trial for trial in better if trial["nll change"] <= 0]
+    found = kept or (better if rising else [])
+    count = pairs["nll"].shape[1]
+    tried = f"{len(runs)} trials on {count} held-out pairs ({LEVEL:.0%} intervals for all together)"
     if not found:
-        widest = max(others, key=lambda j: by[j - 1], default=None)
         said = f"None of {tried} is better than the settings as they are beyond its interval"
-        if widest:
-            said += f"; the most is {runs[widest]['trial']}, {_told(by, of, widest)} {unit}"
+        if others:
+            widest = max(others, key=lambda trial: trial["more"])
+            said += f"; the most is {widest['trial']}, {widest['told']}"
         return {"recommended": {}, "said": [f"{said}: nothing is recommended."]}
-    key, sign = ("log_odds_ratio gain", -1) if set(found) & set(kept) else ("nll change", 1)
-    best = min(found, key=lambda j: (sign * runs[j][key], runs[j]["learning_rate"]))
-    recommended = {name: runs[best][name] for name in ("or_weight", "learning_rate")}
+    best = min(found, key=lambda t: (-t[gained] if kept else t["nll change"], t["learning_rate"]))
+    recommended = {name: best[name] for name in ("or_weight", "learning_rate")}
     flags = "--or-weight {or_weight:g} --learning-rate {learning_rate:g}".format(**recommended)
-    why = f"{_told(by, of, best)} {unit} than with the settings as they are; {tried}"
-    if sign == 1:
+    why = f"{best['told']} than with the settings as they are; {tried}"
+    if not kept:
         why += "; held-out nll rose in all that are better, so lower the learning rate further"
     return {"recommended": recommended, "said": [f"Recommended: {flags}: {why}."]}
 
 
-def _weighed(pairs, prompts, level):
-    """Give how much more log-odds ratio and less nll each trial has than the first; half the intervals."""
-    gain, nll = (by_prompt(pairs[name][1:] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
-    sums, count = np.concatenate([gain, -nll]), pairs["nll"].shape[1]
+def _weighed(pairs: dict[str, np.ndarray], prompts: Sequence) -> list[np.ndarray]:
+    """Give how much more log-odds ratio, and how much less nll, each trial has than the first, and from where
+    to where: (trials, 3) of each. The largest of all differences is weighed against what it is with the signs
+    of the pairs, prompt by prompt, drawn by lot."""
+    gain, nll = (by_prompt(pairs[name] - pairs[name][0], prompts) for name in ("log_odds_ratio", "nll"))
+    sums = np.concatenate([gain, -nll])
     scale = np.sqrt((sums**2).sum(axis=1)) + 1e-12
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (5000, sums.shape[1]))
-    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1, initial=0.0), level)
-    return np.split(sums.sum(axis=1) / count, 2), np.split(limit * scale / count, 2)
-
-
-def _told(by, of, j: int) -> str:
-    return f"{by[j - 1]:+.3f} ({by[j - 1] - of[j - 1]:+.3f} to {by[j - 1] + of[j - 1]:+.3f}) more"
+    limit = np.quantile(np.abs(signs @ (sums / scale[:, None]).T).max(axis=1), LEVEL)
+    mean, half = np.array([sums.sum(axis=1), limit * scale]) / pairs["nll"].shape[1]
+    return np.split(np.stack([mean, mean - half, mean + half], axis=1), 2)

@@ -62,21 +62,22 @@ def compare_recipes(
     """
     recipes = _checked(settings, recipes, budget, seeds, tries)
     settings, home = planner.settled(settings), prepare_home(settings, "comparison")
-    runs, folders = [], {}
     rates = {name: settings.learning_rate * list(STAGES[name].values())[-1] for name in STAGES}
     rates["SFT then DPO"] = dpo_learning_rate or rates["SFT then DPO"]
-    plan = Comparison(settings, home, budget, rates)
-    wanted = [(recipe, seed, "") for seed in range(1, seeds + 1) for recipe in recipes]
+    plan = Comparison(settings, home, budget, rates, show)
     factors = [3.0 ** (k - tries // 2) for k in range(tries)] if tries > 1 else []
     tried = {name: [float(f"{rates[name] * factor:.3g}") for factor in factors] for name in recipes}
+    wanted = [(recipe, seed) for seed in range(1, seeds + 1) for recipe in recipes]
     show(plan.told(wanted + [(name, 0, f"-{rate:g}") for name in recipes for rate in tried[name]]))
     for recipe in [name for name in STAGES if tried.get(name)]:  # SFT first: others begin with it
-        rates[recipe] = plan.best_rate(recipe, tried[recipe], show)
-    for recipe, seed, _ in wanted:
-        stages = plan.carry_out(plan.stages(recipe, seed), show)
-        folders.setdefault(recipe, []).append(stages[-1])
-        runs.append({"recipe": recipe, "seed": seed} | _figures(stages))
-        show(f"{recipe}, seed {seed}: " + ", ".join(f"{n} {v:.4g}" for n, v in list(runs[-1].items())[2:]))
+        rates[recipe] = plan.best_rate(recipe, tried[recipe])
+    runs, folders = [], {recipe: [] for recipe in recipes}
+    for recipe, seed in wanted:
+        stages = plan.carry_out(recipe, seed)
+        figures = _figures(stages)
+        folders[recipe].append(stages[-1])
+        runs.append({"recipe": recipe, "seed": seed} | figures)
+        show(f"{recipe}, seed {seed}: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
     pairs = [(b, a) for a, b in combinations(recipes, 2) if "ORPO" in b] or list(combinations(recipes, 2))
     rates = {name: float(f"{rates[name]:.3g}") for name in recipes}
     said = [*(_verdict(folders, *two) for two in pairs), _about(rates, budget, tries)]
@@ -88,9 +89,9 @@ def compare_recipes(
 def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -> list[str]:
     names = recipes.split(",") if isinstance(recipes, str) else recipes
     names = list(dict.fromkeys(name.strip() for name in names))
-    unknown = [f"There is no recipe {name!r}" for name in names if name not in STAGES]
-    if given := [*unknown, "No recipe was given"][0] if unknown or not names else "":
-        raise UserError(f"{given}: give some of {', '.join(STAGES)}.")
+    if not names or not STAGES.keys() >= set(names):
+        unknown = [f"There is no recipe {name!r}" for name in names if name not in STAGES]
+        raise UserError(f"{[*unknown, 'No recipe was given'][0]}: give some of {', '.join(STAGES)}.")
     if budget not in BUDGETS:
         raise UserError(f"budget is {budget!r}, but must be one of {', '.join(BUDGETS)}.")
     for name, number in {"seeds": seeds, "tries": tries}.items():
@@ -109,38 +110,37 @@ class Comparison:
     home: Path
     budget: str
     rates: dict[str, float]
-
-    def _share(self, recipe: str) -> float:
-        """Give the part of the whole budget that each stage of a recipe takes."""
-        s = self.settings
-        if self.budget == "tokens" and "dpo" in STAGES[recipe]:  # whose reference reads each pair once
-            return 1 / 3 if s.max_steps else max(1 / 3, (1 - 1 / s.epochs) / 2)
-        return 1 / len(STAGES[recipe])
+    show: Callable[[str], None]
 
     def stages(self, recipe: str, seed: int, suffix: str = "") -> list[Settings]:
-        """Give the settings of each stage; what two recipes begin with is one run."""
-        s, share, stages = self.settings, self._share(recipe), []
-        for objective in STAGES[recipe]:
-            last = objective == list(STAGES[recipe])[-1]
-            name = recipe.lower().replace(" ", "-") if last else f"{'half' if share == 0.5 else 'part'}-sft"
-            changed = {"max_steps": math.ceil(s.max_steps * share), "epochs": s.epochs * share}
-            changed |= {"or_weight": ALONE} if "without nll" in recipe else {}
-            changed |= {} if last else {"answers": 0, "evaluate": "", "or_weight": s.or_weight}
-            if stages:
-                changed |= {"base_model": f"{stages[-1].output_dir}/merged"}
-            stages.append(dataclasses.replace(
-                s, objective=objective, seed=seed, learning_rate=self.rates[recipe if last else "SFT"],
-                output_dir=str(self.home / f"{name}-{seed}{suffix if last else ''}"), resume="auto",
-                hub_repo="", **changed,
-            ))  # fmt: skip
-        return stages
+        """Give the settings of each stage; an SFT that two recipes begin with is one run."""
+        s, objectives = self.settings, list(STAGES[recipe])
+        share = 1 / len(objectives)
+        if self.budget == "tokens" and "dpo" in objectives:  # whose reference reads each pair once
+            share = 1 / 3 if s.max_steps else max(1 / 3, (1 - 1 / s.epochs) / 2)
+        part = dict(max_steps=math.ceil(s.max_steps * share), epochs=s.epochs * share)
+        part = dataclasses.replace(s, **part, seed=seed, resume="auto", hub_repo="")
+        last = dataclasses.replace(
+            part, objective=objectives[-1], learning_rate=self.rates[recipe],
+            or_weight=ALONE if "without nll" in recipe else s.or_weight,
+            output_dir=str(self.home / f"{recipe.lower().replace(' ', '-')}-{seed}{suffix}"),
+        )  # fmt: skip
+        if len(objectives) == 1:
+            return [last]
+        home = str(self.home / f"{'half' if share == 0.5 else 'part'}-sft-{seed}")
+        first = dict(objective="sft", learning_rate=self.rates["SFT"], answers=0, evaluate="")
+        first = dataclasses.replace(part, **first, output_dir=home)
+        return [first, dataclasses.replace(last, base_model=f"{home}/merged")]
 
-    def carry_out(self, stages: list[Settings], show) -> list[Path]:
-        for before, stage in zip([None, *stages], stages, strict=False):
-            run_apart(stage, show, merge=before and before.output_dir)
+    def carry_out(self, recipe: str, seed: int, suffix: str = "") -> list[Path]:
+        """Carry out the stages, each from the merged model of the one before; their folders."""
+        before, stages = None, self.stages(recipe, seed, suffix)
+        for stage in stages:
+            run_apart(stage, self.show, merge=before)
+            before = stage.output_dir
         return [Path(stage.output_dir) for stage in stages]
 
-    def told(self, wanted: list[tuple[str, int, str]]) -> str:
+    def told(self, wanted: list[tuple]) -> str:
         """Say how many runs there are, and how long they will take, by the planner's arithmetic."""
         jobs = {stage.output_dir: stage for one in wanted for stage in self.stages(*one)}
         left = [stage for folder, stage in jobs.items() if not is_finished(Path(folder))]
@@ -152,13 +152,12 @@ class Comparison:
             said += f"; the others take about {took} by plan, answers apart"
         return f"{said}. Interrupted, it goes on where it was."
 
-    def best_rate(self, recipe: str, tried: list[float], show) -> float:
+    def best_rate(self, recipe: str, tried: list[float]) -> float:
         """Try rates on the split of seed 0, and give the one with the highest accuracy."""
         found = {}
         for rate in tried:
             self.rates[recipe] = rate
-            folder = self.carry_out(self.stages(recipe, 0, f"-{rate:g}"), show)[-1]
-            summary = read_json(folder / "summary.json")
+            summary = read_json(self.carry_out(recipe, 0, f"-{rate:g}")[-1] / "summary.json")
             held = summary.get("held_out", {})
             if held.keys() >= QUALITY.keys() and "no gain all the same" not in summary["verdict"]:
                 found[rate] = held["accuracy"]["after"], -held["nll"]["after"]
@@ -182,18 +181,19 @@ def _figures(stages: list[Path]) -> dict[str, float]:
 
 def _verdict(folders: dict[str, list[Path]], one: str, other: str) -> str:
     """Hold a recipe against another, pair by pair over the held-out pairs of all seeds."""
-    kept = [[read_json(folder / "held_out.json") for folder in folders[recipe]] for recipe in (one, other)]
-    sides = [[measures(k, "after") for k in side] for side in kept]
-    noise = "more than noise"
-    for name, k in [(name, k) for name, side in zip((one, other), kept, strict=True) for k in side]:
-        if why := broken(changes(measures(k, "before"), measures(k, "after")), k["after"]):
-            noise = f"no gain all the same, for of {name}'s model {why}"
-    prompts, parts = [k.get("prompt_ids", range(len(k["after"]["pairs"]))) for k in kept[0]], []
+    kept = {name: [read_json(folder / "held_out.json") for folder in folders[name]] for name in (one, other)}
+    noise, parts = "more than noise", []
+    for name, side in kept.items():
+        for k in side:
+            if why := broken(changes(measures(k, "before"), measures(k, "after")), k["after"]):
+                noise = f"no gain all the same, for of {name}'s model {why}"
+    sides = [[measures(k, "after") for k in side] for side in kept.values()]
+    prompts = [k.get("prompt_ids", range(len(k["after"]["pairs"]))) for k in kept[one]]
+    enough = len(set().union(*prompts)) >= FEWEST
     for name in QUALITY:
         values = [a[name] - b[name] for a, b in zip(*sides, strict=True)]
         low, high = interval(values, prompts)
         figure = {"change": np.nanmean(np.concatenate(values)), "change_interval": (low, high)}
-        enough = len({prompt for some in prompts for prompt in some}) >= FEWEST
         proven = noise if enough and (low > 0 or high < 0) else "within the noise"
         parts.append(f"{name} {card.spread(figure, 'change', '+.3f')}, {proven}")
     pairs = f"{sum(map(len, values))} held-out pairs of {len(values)} seed{'s' * (len(values) > 1)}"

@@ -33,10 +33,11 @@ def _pinned(settings: Settings) -> Settings:
     """Take the number format in which the first of the runs beside this one was carried out, where `auto` may
     choose another one on another machine; a run that has begun keeps its own."""
     folder = Path(settings.output_dir)
-    own = read_json(folder / "settings.json").get("settings", settings.__dict__)["precision"]
-    beside = (read_json(file).get("chosen", {}) for file in sorted(folder.parent.glob("*/settings.json")))
-    first = next((chosen["precision"] for chosen in beside if "precision" in chosen), own)
-    return dataclasses.replace(settings, precision=own if (folder / "settings.json").exists() else first)
+    if begun := read_json(folder / "settings.json"):
+        return dataclasses.replace(settings, precision=begun["settings"]["precision"])
+    chosen = (read_json(file).get("chosen", {}) for file in sorted(folder.parent.glob("*/settings.json")))
+    first = (found["precision"] for found in chosen if "precision" in found)
+    return dataclasses.replace(settings, precision=next(first, "auto"))
 
 
 def run_apart(settings: Settings, show: Callable[[str], None], merge: str | None = None) -> None:
