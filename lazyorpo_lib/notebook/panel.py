@@ -182,16 +182,15 @@ class Panel:
         ({"name", "content"}, …) in ipywidgets 8, {name: {"content"}} in 7."""
         files = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
         for name, file in files:
-            path = Path(Path(name.replace("\\", "/")).name)
+            path, content = Path(Path(name.replace("\\", "/")).name), bytes(file["content"])
             if not reader_of(path):
-                why = f"The upload {path.name!r} is no table of pairs: give a file that is {ENDINGS}."
-            elif path.exists() and path.read_bytes() != bytes(file["content"]):
-                why = f"A file {path.name!r} is here already, and is another one: rename the one you upload."
+                self._refuse(f"The upload {path.name!r} is no table of pairs: give a file that is {ENDINGS}.")
+            elif path.exists() and path.read_bytes() != content:
+                other = f"A file {path.name!r} is here already, and is another one"
+                self._refuse(f"{other}: rename the one you upload.")
             else:
-                write_atomically(path, bytes(file["content"]))
+                write_atomically(path, content)
                 self.edit("dataset", path.name)
-                continue
-            self._refuse(why)
 
     def _make(self, kind, **options):
         """Make a widget that shares its style, as its layout: each of them is saved with the notebook."""
