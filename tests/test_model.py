@@ -1,17 +1,18 @@
 """model.py: what is loaded is finite, fits together and is files alone; what does not is one sentence."""
 
+import importlib.util
 import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from lazyorpo_lib import marker, model
+from lazyorpo_lib.demo import model as demo
 from lazyorpo_lib.demo.model import write_tiny
 from lazyorpo_lib.errors import UserError, explain_disk
 from lazyorpo_lib.orpo.encoding import prepare_tokenizer
@@ -207,20 +208,19 @@ def test_saving_an_adapter_asks_the_hub_nothing(home, monkeypatch, recwarn):
 
 
 @pytest.mark.parametrize("value", ["~/models", "$HOME/models"])
-def test_a_home_in_hf_home_is_the_users(tmp_path, value):
-    code = "from lazyorpo_lib.demo import model; print(model.home_of('tiny-random'))"
-    env = os.environ | {"HF_HOME": value, "HOME": str(tmp_path / "me"), "PYTHONPATH": os.getcwd()}
+def test_a_home_in_hf_home_is_the_users(tmp_path, monkeypatch, value):
     (tmp_path / "here").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "here", env=env, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == str(tmp_path / "me" / "models" / "lazyorpo" / "tiny-random"), done.stderr
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HF_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    anew = importlib.util.module_from_spec(constants.__spec__)  # as a process that begins now reads it
+    constants.__spec__.loader.exec_module(anew)
+    monkeypatch.setattr(constants, "HF_HOME", anew.HF_HOME)
+    assert demo.home_of("tiny-random") == str(tmp_path / "me" / "models" / "lazyorpo" / "tiny-random")
     assert not list((tmp_path / "here").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
-    from lazyorpo_lib.demo import model as demo
-
     def fails(folder):
         raise OSError(28, "No space left on device", str(folder))
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lazyorpo_lib import model, run, session
-from lazyorpo_lib.__main__ import main
+from lazyorpo_lib.__main__ import console, main
 from lazyorpo_lib.errors import UserError
 from lazyorpo_lib.folder import fingerprint, read_json, read_rows
 from lazyorpo_lib.machine import forget_peak_memory, memory_gib, pick_precision
@@ -50,6 +50,16 @@ def command(*flags, **environment):
         text=True,
         env=os.environ | environment,
     )
+
+
+def console_says(monkeypatch, capsys, *flags) -> tuple[int, str]:
+    """The exit status of the command line and what it writes to stderr, in this process: torch is there."""
+    monkeypatch.setattr(sys, "argv", ["lazyorpo", *map(str, flags)])
+    for name, stream in {"stdin": open(os.devnull), "stdout": sys.stdout, "stderr": sys.stderr}.items():
+        monkeypatch.setattr(sys, name, stream)  # so that they come back
+    with pytest.raises(SystemExit) as ended:
+        console()
+    return ended.value.code, capsys.readouterr().err
 
 
 def opened(given, show=lambda text: None):
@@ -631,11 +641,11 @@ def test_help_lists_every_setting_with_default_and_meaning():
         (["--preset", "tiny", "--plan", "--device", "A41"], "device is 'A41', but must be one of T4, P100"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path):
+def test_a_users_mistake_is_one_line_and_exit_status_2(flags, said, tmp_path, monkeypatch, capsys):
     outside = [] if "--output-dir" in flags else ["--output-dir", tmp_path / "run"]
-    done = command(*flags, *outside)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("lazyorpo:")]) == 1
+    status, errors = console_says(monkeypatch, capsys, *flags, *outside)
+    assert status == 2 and said in errors and "Traceback" not in errors
+    assert len([line for line in errors.splitlines() if line.startswith("lazyorpo:")]) == 1
     left = [
         p
         for p in (tmp_path / "run").rglob("*")
@@ -650,7 +660,8 @@ def test_a_dataset_with_nothing_left_is_one_sentence(tmp_path):
         "\n".join(json.dumps({"prompt": f"q{i}", "chosen": "x", "rejected": "x "}) for i in range(5))
     )
     done = command("--preset", "tiny", "--dataset", file, "--output-dir", tmp_path / "run")
-    assert done.returncode == 2 and "5 identical answers" in done.stderr
+    assert done.returncode == 2 and "5 identical answers" in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("lazyorpo:")]) == 1
 
 
 def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):
@@ -664,8 +675,7 @@ def test_an_optimizer_that_was_chosen_is_kept_with_the_run(tmp_path):
     assert opened(given).settings.optimizer == "adamw"
 
 
-def test_liger_that_is_not_there_is_told_before_anything_is_loaded(tmp_path):
-    done = command("--preset", "tiny", "--output-dir", tmp_path / "run", "--liger-kernel", "true")
-    assert (
-        done.returncode == 2 and "pip install liger-kernel" in done.stderr and not (tmp_path / "run").exists()
-    )
+def test_liger_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "tiny", "--output-dir", tmp_path / "run", "--liger-kernel", "true"]
+    status, errors = console_says(monkeypatch, capsys, *flags)
+    assert status == 2 and "pip install liger-kernel" in errors and not (tmp_path / "run").exists()
