@@ -168,6 +168,19 @@ def stopped(folder: Path, **changes) -> tuple:
     return tiny(folder, **SMALL | {"max_steps": 3} | changes)
 
 
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """The folder of a run of three steps that stopped after the first; a test copies it and goes on."""
+    folder = tmp_path_factory.mktemp("halfway") / "run"
+    stopped(folder)
+    return folder
+
+
+def copied(folder: Path, to: Path) -> tuple:
+    """The settings of such a run, in a folder of its own."""
+    return tiny(shutil.copytree(folder, to), **SMALL | {"max_steps": 3})
+
+
 def test_data_that_change_between_two_sittings_are_refused_before_a_file_changes(tmp_path):
     own = rows_file(tmp_path / "own.jsonl", "Yes")
     given = stopped(tmp_path / "run", dataset=str(own))
@@ -192,8 +205,8 @@ def test_a_base_model_that_changes_between_two_sittings_is_refused_and_the_old_o
     assert execute(*given, show=str).finished
 
 
-def test_sittings_add_up(tmp_path, monkeypatch):
-    given = stopped(tmp_path / "run")
+def test_sittings_add_up(halfway, tmp_path):
+    given = copied(halfway, tmp_path / "run")
     first = read_json(tmp_path / "run" / "summary.json")
     time.sleep(0.5)  # between sittings, which counts for nothing
     run = execute(*given, show=str)
@@ -305,21 +318,27 @@ def bits(file: Path, where: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "random_0.pt", "progress.json"])
-def test_a_flipped_bit_in_a_checkpoint_is_told_and_the_one_before_taken(name, straight, tmp_path):
-    given = tiny(tmp_path / "run", **SMALL | {"max_steps": 3, "max_minutes": 0})
-    run, said = Run(*given, show=str), []
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """The folder of a run of three steps that stopped after the second; a test copies it and goes on."""
+    run = quiet(tmp_path_factory.mktemp("two") / "run", max_steps=3)
     for cell in ("open", "load_pairs", "load_model"):
         CELLS[cell](run)
     run.trainer.on_step = lambda step: step == 2 and setattr(run.stop, "reason", "asked")
     run.train()
     run.finish()
-    newest = run.folder / "checkpoint-2"
+    return run.folder
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "random_0.pt", "progress.json"])
+def test_a_flipped_bit_in_a_checkpoint_is_told_and_the_one_before_taken(name, two_checkpoints, tmp_path):
+    given, said = copied(two_checkpoints, tmp_path / "run"), []
+    newest = tmp_path / "run" / "checkpoint-2"
     bits(newest / name, (newest / name).stat().st_size // 2)
     again = execute(*given, show=said.append)
     assert again.finished and any(name in line and "passed over" in line for line in said)
     assert any("Going on from step 1" in line for line in said)
-    assert [r["step"] for r in read_rows(run.folder / "history.jsonl") if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in read_rows(again.folder / "history.jsonl") if "loss" in r] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["settings.json", "summary.json", "held_out.json", "data_report.json"])
@@ -393,8 +412,8 @@ def test_a_model_that_does_not_read_back_keeps_the_checkpoint(tmp_path, monkeypa
     assert execute(*given, show=str).finished
 
 
-def test_drive_gets_the_model_of_the_end_and_not_of_a_stop_before(tmp_path):
-    given = stopped(tmp_path / "run")
+def test_drive_gets_the_model_of_the_end_and_not_of_a_stop_before(halfway, tmp_path):
+    given = copied(halfway, tmp_path / "run")
     drive_copy = tmp_path / "drive"
     drive_copy.mkdir()
     run = Run(*given, show=str)
@@ -408,8 +427,8 @@ def test_drive_gets_the_model_of_the_end_and_not_of_a_stop_before(tmp_path):
         assert (value == weights(drive_copy)[name]).all(), name
 
 
-def test_a_kernel_that_is_behind_shows_what_another_process_finished(tmp_path):
-    given = stopped(tmp_path / "run")
+def test_a_kernel_that_is_behind_shows_what_another_process_finished(halfway, tmp_path):
+    given = copied(halfway, tmp_path / "run")
     behind = Run(*given, show=str)
     behind.settings = behind.given
     for cell in ("open", "load_pairs", "load_model"):
