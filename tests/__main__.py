@@ -2,9 +2,9 @@
 
     python -m tests
 
-The main notebook runs as the real demo, the others on the `tiny` preset, and the main ones once more with
-Colab's versions. The oldest versions that requirements.txt allows plan and train too. The first thing that
-fails ends it.
+The main notebook runs as the real demo, the others on the `tiny` preset, and beside them the main ones once
+more with Colab's versions. The oldest versions that requirements.txt allows plan and train too. The first
+thing that fails ends it, once what runs beside it has ended.
 """
 
 import os
@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
@@ -21,15 +22,31 @@ NBVAL = [*PYTEST, "-q", "-x", "--nbval-current-env", "--nbval-cell-timeout=900"]
 LAX = [*NBVAL, "--nbval-lax"]
 PLAN = ["-m", "lazyorpo_lib", "--plan", "--preset", "tiny", "--device", "all"]
 NOTEBOOKS = ("LazyORPO", "LazyORPO_standalone")
+# Two processes of one thread each: small models gain nothing from two threads.
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+failed = threading.Event()
 
 
-def run(*command: str, **environment: str) -> None:
-    print("\n$", *(f"{name}={value}" for name, value in environment.items()), *command, flush=True)
-    began = time.monotonic()
-    done = subprocess.run(command, env=os.environ | environment)
-    print(f"({time.monotonic() - began:.0f} s)", flush=True)
+def fail(why: int | str) -> None:
+    failed.set()
+    sys.exit(why)
+
+
+def run(*command: str, beside: bool = False, **environment: str) -> None:
+    """Run a command; one that fails ends all. `beside` another: what it says comes whole, at its end."""
+    if failed.is_set():
+        sys.exit(1)
+    what = " ".join(["\n$", *(f"{name}={value}" for name, value in environment.items()), *command])
+    began, kept = time.monotonic(), {}
+    if beside:
+        kept = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    else:
+        print(what, flush=True)
+    done = subprocess.run(command, env=os.environ | environment, **kept)
+    said = [what, done.stdout] if beside else []
+    print("\n".join([*said, f"({time.monotonic() - began:.0f} s)"]), flush=True)
     if done.returncode:
-        sys.exit(done.returncode)
+        fail(done.returncode)
 
 
 def pip(python: str, *arguments: str) -> list[str]:
@@ -38,7 +55,7 @@ def pip(python: str, *arguments: str) -> list[str]:
         [python, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
     )
     if done.returncode:
-        sys.exit(f"pip {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        fail(f"pip {' '.join(arguments)}\n{done.stdout}{done.stderr}")
     return done.stdout.splitlines()
 
 
@@ -50,7 +67,7 @@ def environment(folder: str, *wanted: str) -> str:
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = os.path.join(folder, "bin", "python")
-    pip(python, "install", "-q", *wanted)
+    pip(python, "install", "-q", "--no-compile", *wanted)  # little of it is ever imported
     print(f"\n({folder}: {time.monotonic() - began:.0f} s, beside the rest)", flush=True)
     return python
 
@@ -72,41 +89,32 @@ def with_colabs_versions(python: str, folder: str) -> None:
     after = set(pip(python, "freeze"))
     print("added:", *sorted(after - before))
     if changed := before - after:
-        sys.exit(f"requirements.txt changes what Colab ships: {', '.join(sorted(changed))}")
-    run(python, *PLAN)
+        fail(f"requirements.txt changes what Colab ships: {', '.join(sorted(changed))}")
+    run(python, *PLAN, beside=True)
     for name in NOTEBOOKS:
-        out = os.path.join(folder, f"{name}-on-colab")
-        run(python, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=out)
-    run(
-        python,
-        *PYTEST,
-        "tests/notebook/test_panel.py",
-        "tests/notebook/test_notebooks.py",
-        "-k",
-        "test_panel or interrupt",
-    )
+        out = dict(LAZYORPO_PRESET="tiny", LAZYORPO_OUTPUT_DIR=os.path.join(folder, f"{name}-on-colab"))
+        run(python, *LAX, f"notebooks/{name}.ipynb", beside=True, **out)
+    tests = ("tests/notebook/test_panel.py", "tests/notebook/test_notebooks.py")
+    run(python, *PYTEST, *tests, "-k", "test_panel or interrupt", beside=True)
 
 
 def on_the_floor(python: str, folder: str) -> None:
     """A plan, a run and the tests of what a step computes with the oldest versions that are allowed."""
-    run(python, *PLAN)
-    run(
-        python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", os.path.join(folder, "on-the-floor")
-    )
-    run(
-        python,
-        *PYTEST,
-        "-m",
-        "not slow",
-        "tests/orpo/test_trainer.py",
-        "tests/fast/test_attention.py",
-        "tests/fast/test_head.py",
-        "tests/test_versions.py",
-    )
+    run(python, *PLAN, beside=True)
+    out = os.path.join(folder, "on-the-floor")
+    run(python, "-m", "lazyorpo_lib", "--preset", "tiny", "--output-dir", out, beside=True)
+    tests = ("orpo/test_trainer", "fast/test_attention", "fast/test_head", "test_versions")
+    run(python, *PYTEST, "-m", "not slow", *(f"tests/{name}.py" for name in tests), beside=True)
 
 
-def notebooks(folder: str, colab: Future, floor: Future) -> None:
-    """Every notebook here (LazyORPO as the real demo), and what runs with other versions."""
+def elsewhere(folder: str, colab: Future, floor: Future) -> None:
+    """What runs with other versions."""
+    with_colabs_versions(colab.result(), folder)
+    on_the_floor(floor.result(), folder)
+
+
+def notebooks(folder: str) -> None:
+    """Every notebook here, LazyORPO as the real demo."""
     quick = dict(LAZYORPO_PRESET="tiny", LAZYORPO_MAX_STEPS="2", LAZYORPO_ANSWERS="0")
     for name, settings in (
         ("LazyORPO_standalone", {"LAZYORPO_PRESET": "tiny"}),
@@ -114,15 +122,13 @@ def notebooks(folder: str, colab: Future, floor: Future) -> None:
         ("LazyORPO", {}),
     ):
         out = os.path.join(folder, name)
-        run(sys.executable, *LAX, f"notebooks/{name}.ipynb", LAZYORPO_OUTPUT_DIR=out, **settings)
+        run(sys.executable, *LAX, f"notebooks/{name}.ipynb", beside=True, LAZYORPO_OUTPUT_DIR=out, **settings)
     for name, settings in (
         ("make_pairs", {"LAZYORPO_BASE_MODEL": "tiny-random"}),
         ("orpo_in_class", quick | {"LAZYORPO_MAX_STEPS": "20"}),
     ):
         copied = shutil.copy(f"notebooks/{name}.ipynb", folder)  # for it writes where it is
-        run(sys.executable, *LAX, copied, PYTHONPATH=os.getcwd(), **settings)
-    with_colabs_versions(colab.result(), folder)
-    on_the_floor(floor.result(), folder)
+        run(sys.executable, *LAX, copied, beside=True, PYTHONPATH=os.getcwd(), **settings)
 
 
 def main() -> None:
@@ -132,24 +138,19 @@ def main() -> None:
     run(here, "-m", "ruff", "format", "--check", ".")
     run(here, "notebooks/make_standalone.py", "--check")
     run(here, "-m", "tests.audit")
-    run(
-        here,
-        *NBVAL,
-        "--nbval",
-        "--nbval-sanitize-with",
-        "tests/nbval_sanitize.cfg",
-        "notebooks/orpo_by_hand.ipynb",
-    )
+    by_hand = ("--nbval", "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks/orpo_by_hand.ipynb")
+    run(here, *NBVAL, *by_hand)
+    os.environ |= THREADS
     aside = ThreadPoolExecutor(1)  # gigabytes of torch are installed one after the other meanwhile
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as both:
         try:
             colabs = ("-r", "tests/colab-constraints.txt")
             colab = aside.submit(environment, os.path.join(folder, "colab"), *colabs)
             floor = aside.submit(environment, os.path.join(folder, "floor"), *floors())
-            # Two tests at a time of one thread each: small models gain nothing from two threads.
-            threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-            run(here, *PYTEST, "-n", "2", "--durations=40", **threads)
-            notebooks(folder, colab, floor)
+            run(here, *PYTEST, "-n", "2", "--durations=40")
+            work = both.submit(notebooks, folder), both.submit(elsewhere, folder, colab, floor)
+            for done in as_completed(work):
+                done.result()
         finally:
             aside.shutdown(cancel_futures=True)
 
