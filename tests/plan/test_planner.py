@@ -88,8 +88,9 @@ def small(layers: int = 6):
     )
 
 
-def plan(target=CPU, lengths=LENGTHS, config=None, dtype=torch.float32, **settings):
-    return make_plan(config or small(), Settings(**settings), target, lengths, dtype=dtype)
+def plan(target=CPU, lengths=LENGTHS, config=None, dtype=torch.float32, brief=False, **settings):
+    """A plan; `brief`: of the method in the settings alone, with the same figures."""
+    return make_plan(config or small(), Settings(**settings), target, lengths, dtype=dtype, brief=brief)
 
 
 def gib(plan, method):
@@ -167,22 +168,22 @@ def test_a_plan_for_a_gpu_calls_no_attention_of_torch(card, monkeypatch):
     def missing(*args, **kwargs):
         raise TypeError("varlen_attn() got an unexpected keyword argument")
 
-    expected = plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16)
-    costs._profiles.clear()
+    expected = plan(card, dtype=torch.float16)
+    monkeypatch.setattr(costs, "_profiles", {})
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
     monkeypatch.setattr(RowAttention, "by_pairs", missing)
     monkeypatch.setattr(RowAttention, "_disagreement", missing)
     monkeypatch.setattr(attention, "sdpa_attention_forward", missing)
-    assert plan(card, lengths=Lengths(400, 62.0, 50.0, 40.0, 220), dtype=torch.float16) == expected
+    assert plan(card, dtype=torch.float16) == expected and costs._profiles
     assert "simulated" not in expected.why
 
 
 def test_where_nothing_can_be_simulated_a_plan_is_a_rough_estimate_that_says_so(monkeypatch):
-    expected = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
-    costs._profiles.clear()
+    expected = plan("A40", dtype=torch.bfloat16)
+    monkeypatch.setattr(costs, "_profiles", {})
     monkeypatch.setattr(simulation, "FakeTensorMode", None)  # of a torch that has no such thing
-    rough = plan("A40", lengths=Lengths(400, 63.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
+    rough = plan("A40", dtype=torch.bfloat16)
     assert "rough estimate" in rough.why and "simulated" not in expected.why
     for ours, theirs in zip(rough.methods, expected.methods, strict=True):
         assert ours.fits and 0.5 < ours.peak_gib / theirs.peak_gib < 2
@@ -193,10 +194,10 @@ def test_a_plan_after_liger_is_the_plan_before_it(monkeypatch):
         raise RuntimeError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
 
     rotary.__module__ = "liger_kernel.transformers.rope"
-    expected = plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16)
-    costs._profiles.clear()
+    expected = plan("A40", dtype=torch.bfloat16)
+    monkeypatch.setattr(costs, "_profiles", {})
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
-    assert plan("A40", lengths=Lengths(400, 64.0, 50.0, 40.0, 220), dtype=torch.bfloat16) == expected
+    assert plan("A40", dtype=torch.bfloat16) == expected and costs._profiles
     assert modeling_llama.apply_rotary_pos_emb is rotary and "simulated" not in expected.why
 
 
@@ -230,7 +231,7 @@ def test_the_panels_line_moves_with_the_settings(tmp_path):
         json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000))
     )
     cell = {"base_model": str(tmp_path), "dataset": "argilla/dpo-mix-7k", "method": "lora"}
-    panel = Panel(cell, estimate=lambda settings: estimate(settings, "T4").line())
+    panel = Panel(cell, estimate=lambda settings: estimate(settings, "T4", brief=True).line())
     before = panel.table().splitlines()[-1]
     panel.edit("method", "full")
     after = panel.table().splitlines()[-1]
@@ -276,7 +277,7 @@ SPLIT = dict(method="full", tokens_per_batch=200, checkpointed_layers=0, eval_pa
 
 def on_cards(cards, sharded, pairs_per_step, target="A40", **changes):
     settings = Settings(**SPLIT | changes, pairs_per_step=pairs_per_step)
-    how = dict(dtype=torch.bfloat16, cards=cards, sharded=sharded)
+    how = dict(dtype=torch.bfloat16, cards=cards, sharded=sharded, brief=True)
     return make_plan(small(), settings, target, LENGTHS, **how).method
 
 
@@ -491,10 +492,8 @@ def test_cards_without_bfloat16_are_planned_in_float16():
 
 
 def test_a_small_model_on_a_fast_card_waits_for_its_launches():
-    seconds = [
-        gib(plan("H100", config=small(n), dtype=torch.bfloat16, checkpointed_layers=0), "lora").minutes * 60
-        for n in (12, 24)
-    ]
+    how = dict(dtype=torch.bfloat16, checkpointed_layers=0, method="lora", brief=True)
+    seconds = [plan("H100", config=small(n), **how).method.minutes * 60 for n in (12, 24)]
     assert (
         1.7 < seconds[1] / seconds[0] < 2.1 and seconds[0] > 48 * 12 * 100 * costs.LAUNCH
     )  # steps, layers, launches
@@ -510,7 +509,7 @@ def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_al
     for config, ceiling in ((LlamaConfig(**LLAMA_3_8B), large), (Qwen2Config(**QWEN_2_5), middle)):
         settings = Settings(method="lora", pairs_per_step=4, checkpointed_layers=0, tokens_per_batch=3600)
         pair, step, *_ = make_plan(
-            config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900)
+            config, settings, card, Lengths(1000, 300.0, 300.0, 295.0, 900), brief=True
         ).method.arithmetic
         reached = (
             4
@@ -523,7 +522,8 @@ def test_a_step_reaches_the_share_of_a_cards_peak_that_its_products_and_bytes_al
 
 def test_the_colab_preset_takes_on_a_t4_what_its_sentence_says():
     settings = Settings(**PRESETS["colab-t4"])
-    m = make_plan(Qwen2Config(**QWEN_2_5), settings, "T4", preset_lengths(settings.dataset, settings)).method
+    lengths = preset_lengths(settings.dataset, settings)
+    m = make_plan(Qwen2Config(**QWEN_2_5), settings, "T4", lengths, brief=True).method
     assert m.fits and abs(m.minutes - COLAB_MINUTES) <= 2
 
 
@@ -554,9 +554,11 @@ def test_measured_lengths_count_the_prompt_once():
     assert (found.mean, found.longest, found.pairs) == (11.0, 12, 2)
 
 
-def test_planning_leaves_nothing_behind():
+def test_planning_leaves_nothing_behind(monkeypatch):
     ours, layer_norm, grouped = RowAttention(), torch.nn.functional.layer_norm, moe._can_use_grouped_mm
-    plan(lengths=Lengths(400, 61.0, 50.0, 40.0, 220))
+    monkeypatch.setattr(costs, "_profiles", {})
+    plan()
+    assert costs._profiles
     assert AttentionInterface()["lazyorpo"] is ours and ours.row is None
     assert torch.nn.functional.layer_norm is layer_norm and moe._can_use_grouped_mm is grouped
 
@@ -607,6 +609,7 @@ def test_llama_3_8b_with_4_bit_weights_takes_a_long_pair_on_a_t4():
         method="qlora",
         checkpointed_layers=32,
         pairs_per_step=1,
+        brief=True,
     ).method
     assert m.fits and m.peak_gib - m.parts["framework"] <= 9.0
 
@@ -627,6 +630,7 @@ def test_cards_share_the_weights_gradients_and_optimizer_and_nothing_else(method
                 LENGTHS,
                 dtype=torch.float32,
                 cards=count,
+                brief=True,
             )
         ]
     )
@@ -643,7 +647,7 @@ def test_a_step_of_one_batch_on_many_cards_holds_no_whole_gradients():
         settings = Settings(
             method="full", checkpointed_layers=20, pairs_per_step=pairs, tokens_per_batch=batch
         )
-        parts.append(make_plan(small(24), settings, "A100-80", LENGTHS, cards=4).methods[0].parts)
+        parts.append(make_plan(small(24), settings, "A100-80", LENGTHS, cards=4, brief=True).method.parts)
     assert parts[0]["activations"] == pytest.approx(parts[1]["activations"], rel=0.05)
     assert parts[0]["gradients"] == parts[1]["gradients"]
 
