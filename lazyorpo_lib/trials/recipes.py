@@ -82,8 +82,7 @@ def compare_recipes(
     rates = {name: float(f"{rates[name]:.3g}") for name in recipes}
     said = [*(_verdict(folders, *two) for two in pairs), _about(rates, budget, tries)]
     said += [_sft_tokens(folders["SFT"][0])] if "SFT" in folders else []
-    rest = {"rates": rates, "budget": budget, "said": said}
-    return write_up(home, "recipe", runs, QUALITY | HABIT | COST, rest)
+    return write_up(home, "recipe", runs, QUALITY | HABIT | COST, dict(rates=rates, budget=budget, said=said))
 
 
 def _checked(settings: Settings, recipes, budget: str, seeds: int, tries: int) -> list[str]:
