@@ -1,10 +1,12 @@
-"""What the tests share: no hub, no trackers, quiet tokenizers, random pairs."""
+"""What the tests share: no hub, no trackers, quiet tokenizers, random pairs, what was simulated."""
 
+import functools
 import gc
 import os
 import pickle
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ for name in [n for n in os.environ if n.startswith("LAZYORPO_")]:
     del os.environ[name]
 
 
-# Files whose tests look at the same runs, which take a minute and more.
-SHARED = re.compile(r".*/test_(browser|power|recipes|run|scale|stages)\.py")
+# Files whose tests look at the same runs, plans, wheel or hub, which each process would make anew.
+SHARED = "browser|errors|merging|package|planner|power|recipes|run|scale|share|stages"
+SHARED = re.compile(rf".*/test_({SHARED})\.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,8 +36,27 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_finish(session):
     """Freeze what the imports made: a run looks for garbage a few times, 0.4 s each if it looks there too."""
+    if costs := sys.modules.get("lazyorpo_lib.plan.costs"):
+        costs.simulate = simulated_once(costs.simulate)
     gc.collect()
     gc.freeze()
+
+
+def simulated_once(simulate):
+    """Have a model simulated once on a CPU, whatever the pairs' lengths: a run on other pairs would take 5 s
+    for it, and figures are lines in tokens anyway. The planner's own tests take what this one wraps.
+    """
+    known = {}
+
+    @functools.wraps(simulate)
+    def once(config, settings, method, dtype, machine, rows, sharded=False):
+        key = config.to_json_string(), method, dtype, settings.lora_rank, settings.lora_dropout > 0
+        key += settings.nll_over, machine.device, sharded
+        if machine.device != "cpu" or key not in known:
+            known[key] = simulate(config, settings, method, dtype, machine, rows, sharded)
+        return known[key]
+
+    return once
 
 
 @pytest.fixture

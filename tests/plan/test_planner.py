@@ -76,6 +76,15 @@ GEMMA_2_2B = dict(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_profiles():
+    """Simulate at the very lengths, and take nothing from other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "simulate", costs.simulate.__wrapped__)
+        patch.setattr(costs, "_profiles", {})
+        yield
+
+
 def small(layers: int = 6):
     return LlamaConfig(
         vocab_size=4000,
