@@ -1,6 +1,7 @@
 """The notebooks: clean on disk, in step with the settings, and run from top to bottom on the tiny model."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -249,8 +250,17 @@ def printed(notebook, cell_id):
 
 @pytest.mark.slow
 def test_run_all_trains_shows_and_is_finished_the_second_time(tmp_path):
-    run = tmp_path / "run"
-    first = execute(MAIN, cwd=tmp_path, LAZYORPO_OUTPUT_DIR=str(run))
+    """The first time by papermill from another folder, with flags and YAML, where there is papermill."""
+    run, has_papermill = tmp_path / "run", importlib.util.find_spec("papermill")
+    yaml = f"{{learning_rate: 5e-6, output_dir: {run}, max_steps: 6}}"
+    flags = ["-p", "epochs", "0.5", "-p", "max_minutes", "9", "-y", yaml] if has_papermill else []
+    given = {"epochs": 0.5, "max_minutes": 9.0, "learning_rate": 5e-6, "max_steps": 6}
+    same = {f"LAZYORPO_{name.upper()}": str(value) for name, value in given.items()}
+    same |= {"LAZYORPO_OUTPUT_DIR": str(run)}
+    first = execute(MAIN, *flags, cwd=tmp_path, **{} if flags else same)
+    kept = json.loads((run / "settings.json").read_text())
+    for name, value in given.items():
+        assert (kept["settings"][name], kept["sources"][name]) == (value, "cell" if flags else "env")
     assert ARTIFACTS <= {item.name for item in run.iterdir()}
     assert (run / "model" / "adapter_model.safetensors").is_file()
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -262,7 +272,7 @@ def test_run_all_trains_shows_and_is_finished_the_second_time(tmp_path):
     assert len(pictures) == 1
     assert (tmp_path / "executed-0.ipynb").stat().st_size < 400_000
 
-    again = execute(MAIN, cwd=tmp_path, LAZYORPO_OUTPUT_DIR=str(run))
+    again = execute(MAIN, cwd=tmp_path, **same)
     assert "finished" in printed(again, "model")
     assert not [o for cell in again.cells for o in cell.get("outputs", []) if o.output_type == "error"]
     assert len((run / "history.jsonl").read_text().splitlines()) == len(rows)
@@ -316,20 +326,6 @@ run.train()
     steps = [row["step"] for row in read_rows(folder / "history.jsonl")]
     assert steps == list(range(1, int(checkpoint.name.split("-")[1]) + 1)) and (folder / "model").is_dir()
     assert re.match(r"Step \d+, written \d s ago", capsys.readouterr().out)
-
-
-@pytest.mark.slow
-def test_papermill_from_another_folder_with_flags_and_yaml(tmp_path):
-    pytest.importorskip("papermill")
-    run = tmp_path / "run"
-    execute(
-        MAIN, "-p", "epochs", "0.5", "-p", "max_minutes", "9", "-y",
-        f"{{learning_rate: 5e-6, output_dir: {run}, max_steps: 2}}",
-        cwd=tmp_path,
-    )  # fmt: skip
-    kept = json.loads((run / "settings.json").read_text())
-    for name, value in {"epochs": 0.5, "max_minutes": 9.0, "learning_rate": 5e-6, "max_steps": 2}.items():
-        assert (kept["settings"][name], kept["sources"][name]) == (value, "cell")
 
 
 @pytest.mark.slow
