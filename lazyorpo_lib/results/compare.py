@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import UserError, expanded, explain_disk
 from ..folder import read_json, read_rows
-from . import card, live
+from . import card, live, reading
 from .evaluate import interval
 from .share import explain_run, folder_of_run
 
@@ -24,33 +24,25 @@ def compare(folders, picture=None) -> dict:
     folders = [folder_of_run(folder) for folder in folders]
     if len(folders) < 2:
         raise UserError(f"{len(folders)} run was given to compare: give two folders or more.")
-    runs = dict(zip(_names(folders), folders, strict=True))
-    picture = picture and expanded(picture)
+    names, picture = _names(folders), picture and expanded(picture)
     place = picture.parent if picture else Path()
     with explain_run(", ".join(map(str, folders))), explain_disk(place, "compare again"):
-        return _compared(runs, picture)
-
-
-def _compared(runs: dict[str, Path], picture) -> dict:
-    folders = list(runs.values())
-    kept = [read_json(folder / "settings.json") for folder in folders]
-    values = [one["settings"] | one.get("chosen", {}) for one in kept]
-    differ = {
-        name: [v.get(name) for v in values]
-        for name in dict.fromkeys(name for v in values for name in v)
-        if name not in WHERE and any(v.get(name) != values[0].get(name) for v in values)
-    }
-    results = [{"run": name} | _results(folder) for name, folder in runs.items()]
-    for row, folder in zip(results[1:], folders[1:], strict=True):
-        row["accuracy minus the first run's"] = _more_accurate(folder, than=folders[0])
-    heads = list(dict.fromkeys(name for row in results for name in row))
-    markdown = "\n\n".join([
-        "Settings that differ",
-        card.table(["setting", *map(card.inline, runs)], [[name, *each] for name, each in differ.items()]),
-        "Results on held-out pairs after training, with 95 % intervals",
-        card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
-    ])  # fmt: skip
-    png = live.draw_runs({name: read_rows(f / "history.jsonl") for name, f in runs.items()}, picture)
+        kept = [read_json(folder / "settings.json") for folder in folders]
+        values = [one["settings"] | one.get("chosen", {}) for one in kept]
+        differ = {name: [v.get(name) for v in values] for one in values for name in one if name not in WHERE}
+        differ = {name: each for name, each in differ.items() if any(one != each[0] for one in each)}
+        results = [{"run": name} | _results(folder) for name, folder in zip(names, folders, strict=True)]
+        for row, folder in zip(results[1:], folders[1:], strict=True):
+            row["accuracy minus the first run's"] = _more_accurate(folder, than=folders[0])
+        heads = list(dict.fromkeys(name for row in results for name in row))
+        markdown = "\n\n".join([
+            "Settings that differ",
+            card.table(["setting", *map(card.inline, names)], [[name, *differ[name]] for name in differ]),
+            "Results on held-out pairs after training, with 95 % intervals",
+            card.table(heads, [[row.get(name, "–") for name in heads] for row in results]),
+        ])  # fmt: skip
+        histories = (read_rows(folder / "history.jsonl") for folder in folders)
+        png = live.draw_runs(dict(zip(names, histories, strict=True)), picture)
     return {"settings": differ, "results": results, "markdown": markdown, "png": png}
 
 
@@ -67,7 +59,7 @@ def _names(folders: list[Path]) -> list[str]:
 def _results(folder: Path) -> dict[str, str]:
     summary = read_json(folder / "summary.json")
     if not summary:
-        steps = max((row["step"] for row in read_rows(folder / "history.jsonl")), default=0)
+        steps = reading.last_step(read_rows(folder / "history.jsonl"))
         return {"steps": f"{steps:,}, not finished"}
     figures = summary.get("held_out", {})
     return {
@@ -80,7 +72,12 @@ def _results(folder: Path) -> dict[str, str]:
 
 def _more_accurate(other: Path, than: Path) -> str:
     """Say how much more accurate a run is than another, pair by pair, if both were tested on the same."""
-    if _held_out_pairs(than) != _held_out_pairs(other):
+    pairs = []  # what decides which ones a run held out
+    for folder in (than, other):
+        values = read_json(folder / "settings.json")["settings"]
+        digest = read_json(folder / "data_report.json").get("digest")
+        pairs.append((digest, values["eval_pairs"], values["seed"]))
+    if pairs[0] != pairs[1]:
         return "other held-out pairs"
     tested = [read_json(folder / "held_out.json") for folder in (than, other)]
     if not all("after" in kept for kept in tested):
@@ -91,9 +88,3 @@ def _more_accurate(other: Path, than: Path) -> str:
         return "–"
     known = interval([b - a], [tested[0].get("prompt_ids", range(len(a)))])
     return card.spread({"change": np.nanmean(b - a), "change_interval": known}, "change")
-
-
-def _held_out_pairs(folder: Path) -> tuple:
-    """Give what decides which pairs a run held out."""
-    values = read_json(folder / "settings.json")["settings"]
-    return read_json(folder / "data_report.json").get("digest"), values["eval_pairs"], values["seed"]

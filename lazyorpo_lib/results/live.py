@@ -10,18 +10,14 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import BoxStyle, FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
 from ..errors import expanded, say
@@ -40,8 +36,6 @@ DASHES = ("-", (0, (4, 1.3)), (0, (1, 1)), (0, (6, 1.3, 1, 1.3)), (0, (8, 3)))
 INK, QUIET, PAPER = "#222222", "#666666", "#FBFBF9"  # its own light paper, for dark themes too
 BOTTOM, TOP, GAP = 0.181, 0.819, 0.095  # of the axes, as shares of the height
 NOTE = dict(loc="right", size=7.5, color=QUIET, y=1, pad=6)
-SIDES = ("chosen", "rejected")
-LN2, SHARE = math.log(2), (0.0, 1.0)
 NICE = [1, 2, 5, 10]  # steps of ticks
 STYLE = {
     "figure.facecolor": PAPER, "figure.dpi": 160, "font.family": "DejaVu Sans", "font.size": 9,
@@ -51,12 +45,13 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#E6E6E3", "grid.linewidth": 0.8,
 }  # fmt: skip
-# The small axes: curve, heading, note, level at which nothing is preferred, values that the axes always hold.
+# Of axes: heading, {curve: what is written at its end}, note, level at which nothing is preferred, ticks.
+SIDES = {"log_odds_chosen": "chosen\n{:+.2f}", "log_odds_rejected": "rejected\n{:+.2f}"}
 PANELS = (
-    ("nll", "nll (nats per token)", "", None, ()),
-    ("or_loss", "or_loss (nats)", "- - ln 2: no preference", LN2, (LN2,)),
-    ("odds_gradient_share", "odds term (share of gradient)", "", None, SHARE),
-    ("accuracy", "accuracy (share of pairs)", "", 0.5, SHARE),
+    ("nll (nats per token)", {"nll": "{:.2f}"}, "", [], []),
+    ("or_loss (nats)", {"or_loss": "{:.2f}"}, "- - ln 2: no preference", [math.log(2)], []),
+    ("odds term (share of gradient)", {"odds_gradient_share": "{:.2f}"}, "", [], [0, 0.5, 1]),
+    ("accuracy (share of pairs)", {"accuracy": "{:.2f}"}, "", [0.5], [0, 0.5, 1]),
 )
 
 
@@ -80,16 +75,9 @@ def _smooth(values):
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-class _Curve(NamedTuple):
-    """A quantity as it was drawn."""
-
-    line: Line2D  # the smoothed one
-    seen: list[float]  # what the axes must hold, single outliers left out
-    end: float | None  # where it ends; None without points
-
-
-def _curve(axes, rows, name, color=INK, style="-") -> _Curve:
-    """Draw one quantity: faint points, a smoothed line, hollow held-out marks."""
+def _curve(axes, rows, name, color, style):
+    """Draw one quantity: faint points, a smoothed line, hollow held-out marks. Returns the line, what the
+    axes must hold, single outliers left out, and where it ends; None without points."""
     dots, marks = _points(rows, name), _points(rows, f"eval_{name}")
     smooth, gap = _smooth(dots[:, 1]), math.ceil(len(marks) / 25) or 1
     axes.plot(*dots.T, ".", color=color, alpha=0.36, markersize=4.5, markeredgewidth=0)
@@ -97,76 +85,50 @@ def _curve(axes, rows, name, color=INK, style="-") -> _Curve:
     (held_out,) = axes.plot(*marks.T, ":o", color=color, linewidth=1.1, markersize=5, markevery=gap)
     held_out.set(markerfacecolor=PAPER, clip_on=False, zorder=3)
     seen = [*smooth, *marks[:, 1], *(np.percentile(dots[:, 1], [2, 98]) if len(dots) else [])]
-    return _Curve(line, seen, next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None))
+    return line, seen, next((values[-1] for values in (smooth, marks[:, 1]) if len(values)), None)
 
 
-def _fit(axes, rows, curves, always=()):
-    """Give the axes their limits: all steps, what the curves show and the values that they always hold."""
-    steps = [row["step"] for row in rows] or [0]
-    first, last = min(steps), max(*steps, min(steps) + 1)
-    side = 0.01 * (last - first)
-    seen = [value for curve in curves for value in curve.seen]
-    seen += always or ([] if seen else [0.0])
-    room = 0.06 * (max(seen) - min(seen)) or 0.5
-    axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
-
-
-def _label(axes, curves, words):
-    """Write at the height of each line's end where it ends, two never on each other and inside the axes."""
+def _label(axes, ends):
+    """Write [(height, line, words)] at the end of each line, two never on each other and inside the axes."""
     (low, high), apart = axes.get_ylim(), 0.15
-    both = list(zip(curves, words, strict=True))[::-1]
-    shown = sorted((one for one in both if one[0].end is not None), key=lambda one: one[0].end)
-    heights = [(curve.end - low) / (high - low) for curve, _ in shown]
-    if len(shown) == 2 and heights[1] - heights[0] < apart:
+    ends = sorted(ends, key=lambda end: end[0], reverse=True)
+    heights = [(end - low) / (high - low) for end, _, _ in ends]
+    if len(ends) == 2 and heights[0] - heights[1] < apart:
         middle = min(max(sum(heights) / 2, apart), 1 - apart)
-        heights = [middle - apart / 2, middle + apart / 2]
-    for (curve, text), height in zip(shown, heights, strict=True):
-        text, color = text.format(curve.end).replace("-", "\N{MINUS SIGN}"), curve.line.get_color()
+        heights = [middle + apart / 2, middle - apart / 2]
+    for (end, line, words), height in zip(ends, heights, strict=True):
+        text, color = words.format(end).replace("-", "\N{MINUS SIGN}"), line.get_color()
         label = axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", color=color)
         label.set(va="center", weight="bold")
 
 
-def _axes(figure, place, heading, ticks, note=""):
-    axes = figure.add_axes(place, label=heading, xlabel="optimizer step")
+def _draw_axes(figure, rows, place, heading, words, note, level, ticks):
+    """Draw curves into axes of their own, which hold all steps and what the curves show, and the ground
+    between two."""
+    axes, two = figure.add_axes(place, label=heading, xlabel="optimizer step"), len(words) > 1
     axes.set_title(heading, y=1, pad=6)
     axes.set_title(note, **NOTE)
-    axes.xaxis.set_major_locator(MaxNLocator(max(3, ticks), steps=NICE, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=NICE))
+    looks = zip(COLORS, DASHES, strict=False) if two else [(INK, "-")]
+    curves = [_curve(axes, rows, name, *look) for name, look in zip(words, looks, strict=False)]
+    if two:
+        chosen, rejected = (line.get_xydata() for line, _, _ in curves)
+        axes.fill(*np.concatenate([chosen, rejected[::-1]]).T, color=CHOSEN, alpha=0.13, linewidth=0)
+    for height in level:
+        axes.axhline(height, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+    steps = [row["step"] for row in rows] or [0]
+    first, last = min(steps), max(*steps, min(steps) + 1)
+    seen = [value for _, seen, _ in curves for value in seen] + level + ticks or [0.0]
+    side, room = 0.01 * (last - first), 0.06 * (max(seen) - min(seen)) or 0.5
+    axes.set(ylim=(min(seen) - room, max(seen) + room), xlim=(first - side, last + side))
+    axes.xaxis.set_major_locator(MaxNLocator(6 if two else 3, steps=NICE, integer=True))
+    axes.yaxis.set_major_locator(FixedLocator(ticks) if ticks else MaxNLocator(6 if two else 2, steps=NICE))
+    ends = zip(curves, words.values(), strict=True)
+    _label(axes, [(end, line, text) for (line, _, end), text in ends if end is not None])
     return axes
 
 
-def _draw_sides(figure, rows):
-    """Draw the large axes: the log-odds of both answers, and the ground between them."""
-    marked = any(len(_points(rows, f"eval_log_odds_{side}")) for side in SIDES)
-    note = "\N{WHITE CIRCLE} held-out pairs" if marked else ""
-    axes = _axes(figure, (0.058, BOTTOM, 0.5, TOP - BOTTOM), "log-odds (nats)", 6, note)
-    looks = zip(SIDES, COLORS, DASHES, strict=False)
-    curves = [_curve(axes, rows, f"log_odds_{side}", *look) for side, *look in looks]
-    chosen, rejected = (curve.line.get_xydata() for curve in curves)
-    axes.fill(*np.concatenate([chosen, rejected[::-1]]).T, color=CHOSEN, alpha=0.13, linewidth=0)
-    _fit(axes, rows, curves)
-    _label(axes, curves, [side + "\n{:+.2f}" for side in SIDES])
-
-
-def _draw_panels(figure, rows):
-    """Draw the small axes under each other; the odds term's only where it has a curve."""
-    panels = [panel for panel in PANELS if panel[0] != "odds_gradient_share" or len(_points(rows, panel[0]))]
-    height = (TOP - BOTTOM + GAP) / len(panels)
-    for k, (name, heading, note, level, always) in enumerate(panels, 1):
-        axes = _axes(figure, (0.705, TOP + GAP - k * height, 0.22, height - GAP), heading, 2, note)
-        curves = [_curve(axes, rows, name)]
-        if always is SHARE:
-            axes.set_yticks([0, 0.5, 1])
-        if level is not None:
-            axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-        axes.tick_params(labelbottom=k == len(panels))
-        axes.xaxis.label.set_visible(k == len(panels))
-        _fit(axes, rows, curves, always)
-        _label(axes, curves, ["{:.2f}"])
-
-
 def _figure(rows, title, status, results=None) -> Figure:
-    figure = FigureCanvasAgg(Figure(INCHES, facecolor="none")).figure
+    figure, kept = Figure(INCHES, facecolor="none"), (results or {}).get("kept_step")
     rounded = BoxStyle("Round", pad=0, rounding_size=0.014)
     paper = FancyBboxPatch((0.006, 0.014), 0.988, 0.972, rounded, mutation_aspect=INCHES[0] / INCHES[1])
     paper.set(facecolor=PAPER, edgecolor="#DDDDD8", transform=figure.transFigure, zorder=-1)
@@ -175,20 +137,26 @@ def _figure(rows, title, status, results=None) -> Figure:
     figure.text(0.03, 0.929, short, size=12.5, weight="bold", va="center", parse_math=False)
     figure.text(0.97, 0.929, status, size=10, color=QUIET, ha="right", va="center")
     figure.text(0.03, 0.053, reading.read_curves(rows, results).capitalize(), size=10.5, va="center")
-    _draw_sides(figure, rows)
-    _draw_panels(figure, rows)
-    if kept := (results or {}).get("kept_step"):
-        for axes in figure.axes:
-            axes.axvline(kept, color=QUIET, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
-        figure.axes[0].set_title(f"\N{WHITE CIRCLE} held-out pairs   \u250a step {kept:,} is kept", **NOTE)
+    marked = kept or any(len(_points(rows, f"eval_{side}")) for side in SIDES)
+    note = "\N{WHITE CIRCLE} held-out pairs" * bool(marked)
+    note += f"   \u250a step {kept:,} is kept" if kept else ""
+    _draw_axes(figure, rows, (0.058, BOTTOM, 0.5, TOP - BOTTOM), "log-odds (nats)", SIDES, note, [], [])
+    panels = [p for p in PANELS if "odds_gradient_share" not in p[1] or len(_points(rows, *p[1]))]
+    height = (TOP - BOTTOM + GAP) / len(panels)
+    for k, panel in enumerate(panels, 1):
+        axes = _draw_axes(figure, rows, (0.705, TOP + GAP - k * height, 0.22, height - GAP), *panel)
+        axes.tick_params(labelbottom=k == len(panels))
+        axes.xaxis.label.set_visible(k == len(panels))
+    for axes in figure.axes if kept else ():
+        axes.axvline(kept, color=QUIET, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
     return figure
 
 
 def _png(figure, path=None) -> bytes:
     """Draw a figure in 256 colors, a quarter of the bytes of all; returns a PNG, also written to `path`."""
-    buffer = io.BytesIO()
-    figure.canvas.draw()
-    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+    buffer, canvas = io.BytesIO(), FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba()))
     image.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "png")
     if path:
         write_atomically(path, buffer.getvalue())
@@ -198,8 +166,7 @@ def _png(figure, path=None) -> bytes:
 @rc_context(STYLE)
 def draw(rows: list[dict], path=None, *, title: str = "", status: str = "", results=None) -> bytes:
     """Draw a history, with what the held-out pairs said; returns PNG bytes, also written to a `path`."""
-    step = max((row["step"] for row in rows), default=0)
-    return _png(_figure(rows, title, status or f"step {step:,}", results), path)
+    return _png(_figure(rows, title, status or f"step {reading.last_step(rows):,}", results), path)
 
 
 def show_progress(folder) -> None:
@@ -209,42 +176,40 @@ def show_progress(folder) -> None:
     if not rows:
         say(f"No step is logged in {folder} yet.")
         return
-    if display := _kernel_display():
-        display(_bundle(draw(rows, title=Path(folder).name, results=results)), raw=True, metadata=METADATA)
+    if in_notebook():
+        _show(draw(rows, title=Path(folder).name, results=results))
     age = duration((time.time() - path.stat().st_mtime) / 60)
     say(f"Step {rows[-1]['step']:,}, written {age} ago. {reading.read_curves(rows, results).capitalize()}.")
 
 
-def _kernel_display():
-    return sys.modules["IPython"].display.display if in_notebook() else None
+def _show(png, handle=None, **options):
+    """Put a picture into a notebook's output, a new one or that of a handle; returns the new one's handle."""
+    shown = handle.update if handle else sys.modules["IPython"].display.display
+    bundle = {"image/png": png, "text/plain": "LazyORPO live plot"}  # constant: nbval compares the text
+    return shown(bundle, raw=True, metadata=METADATA, **options)
 
 
-def _bundle(png):
-    return {"image/png": png, "text/plain": "LazyORPO live plot"}  # constant: nbval compares the text
-
-
-@dataclass
 class LivePlot:
     """The picture of a run while it goes on; an error in it is logged once and ends it, never the run.
 
     It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the
     time so far), and only while it takes less than `max_share` of training's time. `drawn` counts the
     pictures, `cost_seconds` is the wall time that they took; `results` is what the held-out pairs said.
+
+    Args:
+        path: of the file; None: no file. Where a notebook's kernel runs, it is displayed too.
+        total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
     """
 
-    path: Path | None  # of the file; None: no file. Where a notebook's kernel runs, it is displayed too
-    title: str = ""
-    total_steps: int = 0  # optimizer steps of the whole run, for the time left; 0: unknown
-    min_seconds: float = 2.0
-    max_share: float = 0.03
-    clock: Callable[[], float] = time.monotonic
-
-    def __post_init__(self):
-        self.drawn, self.cost_seconds, self.results = 0, 0.0, {}
-        self._display = _kernel_display()
-        self._off = not (self.path or self._display)
+    def __init__(
+        self, path, title="", total_steps=0, *, min_seconds=2.0, max_share=0.03, clock=time.monotonic
+    ):
+        self.path, self.title, self.total_steps, self.max_share = path, title, total_steps, max_share
+        self.drawn, self.cost_seconds, self.results, self.clock = 0, 0.0, {}, clock
+        self._shown = in_notebook()
+        self._gap, self._off = min_seconds if self._shown else FILE_SECONDS, not (path or self._shown)
         self._rows, self._handle, self._first = [], None, None
-        self._began, self._drawn_at, self._written_at = self.clock(), -math.inf, -math.inf
+        self._began, self._drawn_at, self._written_at = clock(), -math.inf, -math.inf
 
     def update(self, row: dict) -> None:
         """Take in one row of the history, of training or of an evaluation; draws when it is time to."""
@@ -266,27 +231,21 @@ class LivePlot:
     def _update(self, row):
         self._rows.append(row)
         now = self.clock()
-        if self._first is None and not reading.is_evaluation(row):
+        if not (self._first or reading.is_evaluation(row)):
             self._first = row["step"], now
-        if self._due(now):
-            self._draw(False)
-
-    def _due(self, now):
-        if not self.drawn:
-            return True
         run = now - self._first[1] if self._first else 0.0  # training alone, no evaluation before it
-        gap = max(self.min_seconds if self._display else FILE_SECONDS, run / 300)
-        cost_with_next = self.cost_seconds * (1 + 2 / self.drawn)  # and the last one
-        return now - self._drawn_at >= gap and cost_with_next <= self.max_share * run
+        with_next = self.cost_seconds * (1 + 2 / (self.drawn or 1))  # and the last one
+        is_time = now - self._drawn_at >= max(self._gap, run / 300) and with_next <= self.max_share * run
+        if is_time or not self.drawn:
+            self._draw(False)
 
     def _draw(self, final):
         began = self.clock()
-        status = self._status(began, final)
-        png = draw(self._rows, title=self.title, status=status, results=self.results)
+        png = draw(self._rows, title=self.title, status=self._status(began, final), results=self.results)
         if self._handle:
-            self._handle.update(_bundle(png), raw=True, metadata=METADATA)
-        elif self._display:
-            self._handle = self._display(_bundle(png), raw=True, metadata=METADATA, display_id=True)
+            _show(png, self._handle)
+        elif self._shown:
+            self._handle = _show(png, display_id=True)
         if self.path and (final or began - self._written_at >= FILE_SECONDS):
             write_atomically(self.path, png)
             self._written_at = began
@@ -295,25 +254,24 @@ class LivePlot:
         self.drawn += 1
 
     def _status(self, now, final):
-        step = max((row["step"] for row in self._rows), default=0)
+        step, total = reading.last_step(self._rows), self.total_steps
         first, since = self._first or (step, now)
-        parts = [f"step {step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")]
+        said = f"step {step:,}" + (f" of {total:,}" if total else "")
         if final:
-            parts += [duration((now - self._began) / 60)]
-        elif step > first and self.total_steps > step:
-            left = (self.total_steps - step) * (now - since) / (step - first)
-            parts += [f"{duration(left / 60)} left"]
-        return " \N{MIDDLE DOT} ".join(parts)
+            return f"{said} · {duration((now - self._began) / 60)}"
+        if not first < step < total:
+            return said
+        return f"{said} · {duration((total - step) * (now - since) / (step - first) / 60)} left"
 
 
 @rc_context(STYLE)
 def draw_runs(histories: dict[str, list[dict]], path=None) -> bytes:
     """Draw log_odds_ratio and nll of several runs, {name: rows}, over each other; returns PNG bytes."""
-    figure = FigureCanvasAgg(Figure(INCHES)).figure
+    figure = Figure(INCHES)
     headings = {"log_odds_ratio": "log-odds ratio (nats)", "nll": "nll (nats per token)"}
     for axes, (name, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
         looks = zip(histories.values(), itertools.cycle(COLORS), itertools.cycle(DASHES), strict=False)
-        lines = [_curve(axes, rows, name, *look).line for rows, *look in looks]
+        lines = [_curve(axes, rows, name, *look)[0] for rows, *look in looks]
         axes.set(title=heading, xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=NICE, integer=True))
     names = [name.replace("$", r"\$") for name in histories]
@@ -329,8 +287,7 @@ def draw_trials(trials: dict[str, dict[str, list[float]]], path=None) -> bytes:
     kinds, names = list(trials), list(next(iter(trials.values())))
     columns = min(len(names), 3)
     lines = math.ceil(len(names) / columns)
-    size = INCHES[0], 0.7 + lines * (0.9 + 0.28 * len(kinds))
-    figure = FigureCanvasAgg(Figure(size, layout="constrained")).figure
+    figure = Figure((INCHES[0], 0.7 + lines * (0.9 + 0.28 * len(kinds))), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
     for axes, name in zip(panels, names, strict=False):
         for k, kind in enumerate(kinds):

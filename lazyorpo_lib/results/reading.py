@@ -21,6 +21,11 @@ def is_evaluation(row: dict) -> bool:
     return any(name.startswith("eval_") for name in row)
 
 
+def last_step(rows: list[dict]) -> int:
+    """Give the last optimizer step that these rows tell of; 0 without any."""
+    return max((row["step"] for row in rows), default=0)
+
+
 def values(rows: list[dict], name: str) -> list[float]:
     """Give the finite values of one curve, in order; rows without it are passed over."""
     found = (row.get(name) for row in rows)
@@ -95,11 +100,8 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
 
     What is not beyond its noise is told as such, never as flat, and no advice stands on it. The rules follow
     the paper's ablation of λ, our or_weight (arXiv 2403.07691): at 0.1 the sides stay close, at 0.5 chosen
-    rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs.
-
-    Args:
-        results: of the held-out pairs, as they stand in summary.json: `held_out` and `verdict`; and
-            `kept_step`, where it is not the last.
+    rises and rejected falls, at 1.0 both fall while the margin grows. Signs, no proofs. `results`: of the
+    held-out pairs, `held_out` and `verdict` of summary.json, and `kept_step`, where it is not the last.
     """
     train, results = [row for row in rows if not is_evaluation(row)], results or {}
     if train and train[-1].get("loss", 0) is None:
@@ -129,28 +131,22 @@ def read_curves(rows: list[dict], results: dict | None = None) -> str:
 
 
 def _judged(what, margin, nll, *, both_fall, side_holds, memorises, warming, more) -> str:
-    unproven = "not yet out of its noise"
-    moves = {1: "rising", 0: "flat", -1: "falling", None: unproven}[nll]
+    rising, unproven, noise = margin == 1, margin is None, "not yet out of its noise"
+    moves = {1: "rising", 0: "flat", -1: "falling", None: noise}[nll]
     sound = more if not side_holds else "so far healthy" if nll is None else "healthy"
-    rules = {
-        1: (
-            (both_fall, f"both falling, {what} rising: or_weight is too high; try half"),
-            (nll == 1, f"{what} rising but nll rising too: or_weight or learning rate is too high; try half"),
-            (memorises, f"{what} rising but held-out nll past its lowest: it memorises; train less"),
-            (True, f"{what} rising, nll {moves}: {sound}"),
-        ),
-        None: (
-            (nll == 1, "nll rising: the learning rate is too high; try a third"),
-            (True, f"{what} {unproven}: {more}"),
-        ),
-    }
-    others = (
+    both_high = "or_weight or learning rate is too high"
+    low = {-1: "it learns the answers, not the preference; or_weight is low", None: more}
+    rules = (
+        (rising and both_fall, f"both falling, {what} rising: or_weight is too high; try half"),
+        (rising and nll == 1, f"{what} rising but nll rising too: {both_high}; try half"),
+        (rising and memorises, f"{what} rising but held-out nll past its lowest: it memorises; train less"),
+        (rising, f"{what} rising, nll {moves}: {sound}"),
+        (unproven and nll == 1, "nll rising: the learning rate is too high; try a third"),
+        (unproven, f"{what} {noise}: {more}"),
         (nll == 1, f"nll rising, {what} not: the learning rate is too high; try a third"),
         (both_fall, f"both falling, {what} not rising: the learning rate is too high; try a third"),
         (margin == -1, f"{what} falling: raise or_weight; check that chosen and rejected are not swapped"),
         (warming, f"{what} flat, learning rate still warming up: wait"),
-        (nll == -1, f"{what} flat, nll falling: it learns the answers, not the preference; or_weight is low"),
-        (nll == 0, f"{what} flat, nll flat: learning rate or or_weight is low"),
-        (True, f"{what} flat, nll {unproven}: {more}"),
+        (True, f"{what} flat, nll {moves}: {low.get(nll, 'learning rate or or_weight is low')}"),
     )
-    return next(sentence for holds, sentence in rules.get(margin, others) if holds)
+    return next(sentence for holds, sentence in rules if holds)
