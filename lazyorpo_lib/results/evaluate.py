@@ -24,20 +24,16 @@ DEMO_HABIT = re.compile(r"[^\n]{1,200}\nWhy: [^\n]{1,400}")
 
 
 def held_out_results(kept: dict, dataset: str) -> dict:
-    """Say what the held-out pairs show, for summary.json; {} where they were not measured before and after.
-
-    Returns:
-        accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo
-        habit_before and habit_after too, shares of the answers.
-    """
+    """Say what the held-out pairs show, for summary.json; {} where they were not measured before and after:
+    accuracy_before, accuracy_after; verdict, a sentence; held_out, the `changes`; of the demo habit_before
+    and habit_after too, shares of the answers."""
     if not set(WHEN) <= kept.keys():
         return {}
     figures = changes(*(measures(kept, when) for when in WHEN), kept.get("prompt_ids"))
     results = {f"accuracy_{when}": figures["accuracy"][when] for when in WHEN}
-    results |= {"verdict": verdict(figures, kept["after"]), "held_out": figures}
     if dataset == "demo":
         results |= {f"habit_{when}": habit_share(kept[when]["answers"]) for when in WHEN}
-    return results
+    return results | {"verdict": verdict(figures, kept["after"]), "held_out": figures}
 
 
 def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
@@ -45,7 +41,7 @@ def answers_side_by_side(kept: dict) -> list[dict[str, str]]:
     if not set(WHEN) <= kept.keys():
         return []
     rows = zip(kept["prompts"], *(kept[when]["answers"] for when in WHEN), strict=True)
-    return [dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in rows if None not in row]
+    return [{"prompt": asked, "base": a, "tuned": b} for asked, a, b in rows if None not in (a, b)]
 
 
 def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
@@ -59,10 +55,7 @@ def by_prompt(values: np.ndarray, prompts: Sequence) -> np.ndarray:
 def interval(values: list[np.ndarray], prompts: list[Sequence], draws: int = 2000) -> tuple[float, float]:
     """Give the 95 % bootstrap interval of the mean over the pairs of several seeds: seeds and prompts are
     drawn with replacement, a prompt with its pairs in all seeds (Owen 2007, the pigeonhole bootstrap).
-
-    Args:
-        values, prompts: of each seed, (pairs,), NaN is passed over, and a name for the prompt of each.
-    """
+    `values`: of each seed, (pairs,), NaN is passed over; `prompts`: of each seed, a name for each pair's."""
     seeds, names = len(values), np.concatenate([np.array(some) for some in prompts])
     ends, laid = np.cumsum([0, *map(len, values)]), np.zeros((2, seeds, len(names)))
     for s, some in enumerate(values):
@@ -96,28 +89,21 @@ def measures(kept: dict, when: str) -> dict[str, np.ndarray]:
 
 
 def changes(before: dict[str, np.ndarray], after: dict[str, np.ndarray], prompts=None) -> dict[str, dict]:
-    """Take the change of each figure pair by pair, so that what pairs have in common cancels.
-
-    Args:
-        prompts: a name for the prompt of each pair; else all differ.
-
-    Returns:
-        {figure: {pairs, prompts, before, after, change, each with …_interval, more_than_noise}}.
-    """
+    """Take the change of each figure pair by pair, so that what pairs have in common cancels: {figure:
+    {pairs, prompts, before, after, change, each with …_interval, more_than_noise}}. `prompts`: a name for the
+    prompt of each pair; else all differ."""
     out = {}
-    for name in before:
-        b, a = before[name], after[name]
-        if not (pairs := int(np.isfinite(a - b).sum())):
+    for name, b in before.items():
+        a = after[name]
+        if not (known := np.isfinite(a - b)).any():
             continue
         names = np.arange(len(b)) if prompts is None else np.array(prompts)
-        figure = {"pairs": pairs, "prompts": len(set(names[np.isfinite(a - b)].tolist()))}
+        figure = {"pairs": int(known.sum()), "prompts": len(set(names[known].tolist()))}
         for when, values in (("before", b), ("after", a), ("change", a - b)):
-            values = np.where(np.isfinite(a - b), values, np.nan)
-            known = interval([values], [names])
-            figure |= {when: float(np.nanmean(values)), f"{when}_interval": known}
+            values = np.where(known, values, np.nan)
+            figure |= {when: float(np.nanmean(values)), f"{when}_interval": interval([values], [names])}
         low, high = figure["change_interval"]
-        enough = figure["prompts"] >= FEWEST
-        out[name] = figure | {"more_than_noise": bool(enough and (low > 0 or high < 0))}
+        out[name] = figure | {"more_than_noise": figure["prompts"] >= FEWEST and (low > 0 or high < 0)}
     return out
 
 
@@ -168,31 +154,18 @@ def habit_share(texts: Sequence[str | None]) -> float:
     return sum(bool(DEMO_HABIT.fullmatch(text)) for text in texts) / max(len(texts), 1)
 
 
-def _refuse(why: str) -> None:
-    raise UserError(f"Out of memory in answering a single prompt ({why}); lower max_prompt_tokens.")
-
-
 def answers(
-    model,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    end_ids: Sequence[int],
-    batch_size: int = 64,
-    on_batch: Callable[[int], None] = lambda done: None,
+    model, tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int],
+    batch_size: int = 64, on_batch: Callable[[int], None] = lambda done: None,
     draw: Callable[[list[int]], LogitsProcessor] | None = None,
-    note: Callable[[str], None] = _refuse,
-    **sampling,
-) -> list[str | None]:
+    note: Callable[[str], None] | None = None, **sampling,
+) -> list[str | None]:  # fmt: skip
     """Generate answers, greedy unless told otherwise, in the order of the prompts.
 
     Args:
-        prompts: token ids, from `Encoder.prompt_ids`.
-        max_tokens: longest answer; one that is cut there lacks its end and is given with "…".
-        end_ids: tokens that end an answer.
+        prompts: token ids, from `Encoder.prompt_ids`. max_tokens: longest answer; a cut one ends in "…".
+        end_ids: tokens that end an answer. on_batch: told how many answers are done since the last call.
         batch_size: most prompts at once; fewer where their cache would take a quarter of the free memory.
-        on_batch: called with the number of answers that are done since the last call.
         draw: makes what changes the scores of the prompts at some positions, for each batch anew.
         note: told why a prompt that alone takes too much memory is left out, its answer None; else UserError.
         sampling: what generate() takes, as do_sample, temperature, top_p; for a single prompt a streamer.
@@ -200,17 +173,21 @@ def answers(
     training, weight = model.training, model.get_input_embeddings().weight
     model.eval()
     texts: dict[int, str | None] = dict.fromkeys(range(len(prompts)))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths: little padding
     room = free_bytes(weight.device) // 4 // cache_bytes(model.config, weight.element_size())
-    waiting = _batches(order, [len(p) + max_tokens for p in prompts], room, batch_size)[::-1]
     options = dict(max_new_tokens=max_tokens, eos_token_id=list(end_ids), **sampling)
+    waiting = [sorted(texts, key=lambda i: len(prompts[i]))] if texts else []  # alike: little padding
     while waiting:
-        some = waiting.pop()
-        options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])
-        rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
+        some, message = waiting.pop(), "too many at once"
+        most = min(batch_size, room // (len(prompts[some[-1]]) + max_tokens))
+        if len(some) <= max(most, 1):
+            options["logits_processor"] = LogitsProcessorList([draw(some)] if draw else [])
+            rows, message = attempt(partial(_generate, model, tokenizer, [prompts[i] for i in some], options))
         if message and len(some) > 1:
             waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
             continue
+        if message and not note:
+            why = f"Out of memory in answering a single prompt ({message})"
+            raise UserError(f"{why}; lower max_prompt_tokens.")
         if message:
             note(message)
         texts |= zip(some, (_text(tokenizer, row, end_ids) for row in rows or ()), strict=False)
@@ -228,23 +205,10 @@ def end_ids(model, tokenizer, *more: int) -> list[int]:
 
 def cache_bytes(config, itemsize: int) -> int:
     """Count the bytes of keys and values, `itemsize` a number, that a token leaves in a model's cache."""
-
-    def largest(name: str, otherwise: int) -> int:
-        return max(sizes_of(config, name), default=otherwise)
-
-    heads = largest("num_attention_heads", 1)
-    width = largest("num_key_value_heads", heads) * largest("head_dim", largest("hidden_size", 64) // heads)
-    return 2 * largest("num_hidden_layers", 1) * width * itemsize
-
-
-def _batches(order: Sequence[int], tokens: Sequence[int], room: int, most: int) -> list[list[int]]:
-    """Deal `order`, shortest first, into batches of at most `most` members and `room` tokens with padding."""
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * tokens[i] > room:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    usual = {"num_attention_heads": 1, "num_hidden_layers": 1, "hidden_size": 64}
+    heads, layers, size = (max(sizes_of(config, name), default=value) for name, value in usual.items())
+    groups = max(sizes_of(config, "num_key_value_heads"), default=heads)
+    return 2 * layers * groups * max(sizes_of(config, "head_dim"), default=size // heads) * itemsize
 
 
 @torch.no_grad()
@@ -269,5 +233,4 @@ def _generate(model, tokenizer, prompts: Sequence[Sequence[int]], options: dict)
 
 def _text(tokenizer, row: Sequence[int], end_ids: Sequence[int]) -> str:
     length = next((k for k, token in enumerate(row) if token in end_ids), None)
-    text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-    return text + "…" * (length is None)
+    return tokenizer.decode(row[:length], skip_special_tokens=True).strip() + "…" * (length is None)
