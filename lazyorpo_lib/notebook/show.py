@@ -15,7 +15,6 @@ from ..errors import printable, say
 from ..folder import read_json
 from ..kinds import load_config
 from ..plan import planner
-from ..results import benchmarks
 from ..results.card import spread
 
 BLUE, ORANGE = "0,114,178", "213,94,0"  # as in the live picture; lines tell them apart in print
@@ -116,7 +115,7 @@ def held_out(run) -> Shown:
     for name, figure in results.get("held_out", {}).items():
         rows.append((name.replace("_", " "), figure["pairs"], *(spread(figure, time) for time in times)))
     for row in results.get("benchmarks", ()):
-        scores = (benchmarks.spread(row, time) for time in times)
+        scores = (spread(row, time) for time in times)
         rows.append((f"{row['task']} {row['metric']}, ± standard error", row["questions"], *scores))
     if "habit_before" in results:
         habit = (f"{results[f'habit_{when}']:.0%}" for when in ("before", "after"))

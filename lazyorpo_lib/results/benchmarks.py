@@ -23,17 +23,14 @@ from .. import marker
 from ..errors import UserError, dissect
 from ..model import adapters_off
 from ..orpo.body import causal_lm
+from . import card
 
+_manager = functools.cache(lambda kind, whole: kind(include_defaults=whole))  # for it is slow
 _USED = {"tasks", "task_manager", "apply_chat_template", "log_samples"}  # of simple_evaluate
 
 
 def _tasks(settings) -> list[str]:
     return [name for part in settings.evaluate.split(",") if (name := part.strip())]
-
-
-@functools.cache  # for it is slow
-def _manager(kind, defaults: bool):
-    return kind(include_defaults=defaults)
 
 
 def _harness(wanted: list[str]) -> tuple:
@@ -101,7 +98,7 @@ def measure(run, when: str) -> None:
     kept[name] = {"of": of, "lm_eval": version("lm_eval"), "scores": _scores(found)}
     marker.write_atomically(path, json.dumps(kept, indent=1).encode())
     for row in results(kept, when)["benchmarks"]:
-        run.show(f"{row['task']} {row['metric']} {when} training: {spread(row, when)}")
+        run.show(f"{row['task']} {row['metric']} {when} training: {card.spread(row, when)}")
 
 
 def _evaluate(run, lm) -> dict:
@@ -128,12 +125,9 @@ def _scores(found: dict) -> list[list]:
 
 
 def results(kept: dict, *when: str) -> dict[str, list[dict]]:
-    """Say what the benchmarks came to, for summary.json; {} where the last of them was not taken.
-
-    Returns:
-        benchmarks, of each metric {task, metric, questions, before, after, change, each with …_stderr, and
-        more_than_noise}: beyond 1.96 standard errors, as if the two sets of questions were not the same.
-    """
+    """Say what the benchmarks came to, for summary.json; {} where the last of them was not taken: of each
+    metric {task, metric, questions, before, after, change, each with …_stderr, and more_than_noise}, which is
+    beyond 1.96 standard errors, as if the two sets of questions were not the same."""
     rows, when = {}, when or ("before", "after")
     for time in when:
         for task, metric, count, *score in kept.get(f"benchmarks_{time}", {}).get("scores", ()):
@@ -147,9 +141,3 @@ def results(kept: dict, *when: str) -> dict[str, list[dict]]:
             row["more_than_noise"] = error is not None and abs(row["change"]) > 1.96 * error
     found = [row for row in rows.values() if when[-1] in row]
     return {"benchmarks": found} if found else {}
-
-
-def spread(row: dict, when: str) -> str:
-    """Write a score with its standard error, e.g. "0.412 ± 0.021"; `when`: before, after or change."""
-    error = row.get(f"{when}_stderr")
-    return f"{row[when]:.3f}{'' if error is None else f' ± {error:.3f}'}" if when in row else "not taken"

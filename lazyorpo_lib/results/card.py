@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ..errors import printable, without_secrets
 from ..folder import read_json, read_rows
 from ..settings import DEFAULTS
-from . import benchmarks, reading
+from . import reading
 from .evaluate import answers_side_by_side
 
 # What Markdown or HTML reads: any of these; _ but inside a word; what would make an address a link.
@@ -45,7 +45,7 @@ def write_card(folder: Path, repo: str = "") -> str:
     licences = {kind: _licence(name, kind) or told.get(kind, "") for kind, name in of.items()}
     given = dict(values=values, summary=summary, report=report, adapter=adapter, licences=licences)
     given |= dict(front=Markup(_front_matter(values, summary, adapter, licences["model"])))
-    given |= dict(title=_title(values), changed=_changed(values, settings.get("sources", {})))
+    given |= dict(title=_title(values), defaults=DEFAULTS, sources=settings.get("sources", {}))
     given |= dict(answers=answers_side_by_side(held_out)[:3], reading=reading.read_curves(rows, summary))
     given |= dict(curves={name: seen for name in reading.CURVES if (seen := reading.values(train, name))})
     given |= dict(picture=(folder / "live.png").is_file(), repo=_hub_id(repo or values["hub_repo"]))
@@ -80,9 +80,14 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def spread(figure: dict, when: str, form: str = ".3f") -> str:
-    """Write a figure with its interval, e.g. "0.625 (0.500 to 0.750)"; `when`: before, after or change."""
-    low, high = figure[f"{when}_interval"]
-    return f"{figure[when]:{form}} ({low:{form}} to {high:{form}})"
+    """Write a figure with its interval, as 0.625 (0.500 to 0.750), or its standard error, if it has one, as
+    0.412 ± 0.021; `when`: before, after or change."""
+    if when not in figure:
+        return "not taken"
+    value, error = f"{figure[when]:{form}}", figure.get(f"{when}_stderr")
+    if ends := figure.get(f"{when}_interval"):
+        return f"{value} ({ends[0]:{form}} to {ends[1]:{form}})"
+    return value if error is None else f"{value} ± {error:{form}}"
 
 
 def _hub_id(name: str) -> str:
@@ -152,21 +157,15 @@ def _front_matter(values: dict, summary: dict, adapter: bool, licence: str) -> s
     ).to_yaml()
 
 
-def _changed(values: dict, sources: dict) -> list[tuple]:
-    """List the settings that are not their defaults: (name, value, default, where it came from)."""
-
-    def shown(name, value):
-        return str(public_name(value) if name in ("base_model", "dataset") else value) or "(empty)"
-
-    names = [n for n in values if values[n] != DEFAULTS.get(n) and n != "output_dir"]
-    return [(n, shown(n, values[n]), shown(n, DEFAULTS.get(n, "")), sources.get(n, "")) for n in names]
+def _setting(value, name: str) -> str:
+    return str(public_name(value) if name in ("base_model", "dataset") else value) or "(empty)"
 
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), finalize=_safe,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-_ENVIRONMENT.filters |= {"link": _link, "fenced": fenced, "spread": spread, "score": benchmarks.spread}
+_ENVIRONMENT.filters |= {"link": _link, "fenced": fenced, "spread": spread, "setting": _setting}
 _ENVIRONMENT.filters["where"] = lambda name: name if _hub_id(name) else f"path/to/{public_name(name)}"
 _ENVIRONMENT.filters["python"] = lambda text: Markup(json.dumps(text, ensure_ascii=False))
 _TEMPLATE = _ENVIRONMENT.get_template("card.md")
