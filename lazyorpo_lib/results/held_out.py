@@ -8,6 +8,7 @@ import json
 import math
 import zlib
 from functools import partial
+from itertools import islice
 
 from .. import folder as folders
 from .. import marker
@@ -20,11 +21,9 @@ OUTPUTS = {"model_outputs.json": "tuned", "reference_outputs.json": "base"}  # o
 
 
 def measure(run, when: str) -> None:
-    """Take figures and answers on the held-out pairs, "before" or "after" training; kept in held_out.json.
-
-    A signal ends it with nothing written, and the next run begins here.
-    """
-    pairs, trainer = [run.eval_pairs[i] for i in range(len(run.eval_pairs))], run.trainer
+    """Take figures and answers on the held-out pairs, "before" or "after" training; kept in held_out.json. A
+    signal ends it with nothing written, and the next run begins here."""
+    pairs, trainer = list(run.eval_pairs), run.trainer
     if not pairs:
         return
     prompts = [pair.prompt for pair in pairs[: run.settings.answers]]
@@ -85,15 +84,12 @@ def watch(run, step: int) -> None:
     """Answer the first held-out prompts every `watch_every_steps`; kept in watched.jsonl, and told."""
     if not run.settings.watch_every_steps or step % run.settings.watch_every_steps:
         return
-    prompts = [run.eval_pairs[i].prompt for i in range(min(3, len(run.eval_pairs)))]
+    prompts = [pair.prompt for pair in islice(run.eval_pairs, 3)]
     for pair, text in zip(run.texts, _answer(run, prompts), strict=False):
-        if text is None:
-            continue
-        question = pair.prompt[-1]["content"]
-        if run.main:
-            row = {"step": step, "prompt": question, "answer": text}
+        if run.main and text is not None:
+            row = {"step": step, "prompt": pair.prompt[-1]["content"], "answer": text}
             folders.append_row(run.folder / "watched.jsonl", row)
-        run.show(f"step {step} · {question[:60]!r} -> {text[:160]!r}")
+            run.show(f"step {step} · {row['prompt'][:60]!r} -> {text[:160]!r}")
 
 
 def end_ids(run) -> list[int]:
@@ -102,11 +98,10 @@ def end_ids(run) -> list[int]:
 
 
 def _answer(run, prompts, on_batch=lambda done: None) -> list[str | None]:
+    lacking, how = [], dict(max_tokens=run.settings.answer_tokens, end_ids=end_ids(run), on_batch=on_batch)
     # Weights in float32 would give a cache in float32.
     with run.trainer.accelerator.autocast() if run.method == "full" else contextlib.nullcontext():
-        lacking, options = [], dict(max_tokens=run.settings.answer_tokens, end_ids=end_ids(run))
-        options |= dict(on_batch=on_batch, note=lacking.append)
-        texts = evaluate.answers(run.trainer.model, run.tokenizer, prompts, **options)
+        texts = evaluate.answers(run.trainer.model, run.tokenizer, prompts, note=lacking.append, **how)
     if lacking:
         note = f"out of memory: {len(lacking)} of {len(prompts)} answers are left out ({lacking[0]})"
         run.trainer.oom_notes.append(note)

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
@@ -54,7 +56,7 @@ def _mib(count: float) -> str:
 
 
 def _in_shards(folder: Path, out: Path, dtype: torch.dtype):
-    """Look for room; give the model as shards where memory has none, else None."""
+    """Look for room; give what of a model `save_model` needs where memory has none for it, else None."""
     adapter = read_json(folder / "adapter_config.json")
     base = adapter.get("base_model_name_or_path") if adapter else str(folder)
     if not isinstance(base, str):
@@ -70,7 +72,8 @@ def _in_shards(folder: Path, out: Path, dtype: torch.dtype):
         wants = f"Merging takes {_mib(sum(sizes))} of memory, and {_mib(room)} are free"
         way_out = "merge on a machine with more, or use model/ over its base model as they are"
         raise UserError(f"{wants}: {way_out}.")
-    return _Shards(config, GenerationConfig.from_pretrained(folder), files, factors, dtype)
+    own, save = GenerationConfig.from_pretrained(folder), partial(_save_shards, config, files, factors, dtype)
+    return SimpleNamespace(config=config, generation_config=own, save_pretrained=save)
 
 
 def _files(base: str) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -105,30 +108,26 @@ def _factors(folder: Path, config: dict, files: dict) -> dict[str, tuple] | None
     return factors
 
 
-class _Shards:
-    """What `save_model` saves, as a model of which one file of the base's is in memory at once."""
+def _save_shards(config, files, factors, dtype: torch.dtype, folder: Path, state_dict=None) -> None:
+    """Save a merged model as its `save_pretrained` would, with one file of the base's in memory at once."""
 
-    def __init__(self, config, generation_config, files, factors, dtype: torch.dtype):
-        self.config, self.generation_config = config, generation_config
-        self._files, self._factors, self._dtype = files, factors, dtype
-
-    def save_pretrained(self, folder: Path, state_dict=None) -> None:
-        self.config.dtype = self._dtype
-        self.config.save_pretrained(folder)
-        for file in self._files:
-            with safe_open(file, "pt") as opened:
-                weights = {name: self._merged(name, opened.get_tensor(name)) for name in opened.keys()}
-            save_file(weights, folder / Path(file).name, metadata={"format": "pt"})
-        names = {name: Path(file).name for file, inside in self._files.items() for name in inside}
-        if len(self._files) > 1:
-            index = json.dumps({"metadata": {}, "weight_map": names}, indent=1)
-            (folder / "model.safetensors.index.json").write_text(index)
-
-    def _merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        if name in self._factors:
-            a, b, scale = self._factors[name]
+    def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name in factors:
+            a, b, scale = factors[name]
             weight = torch.addmm(weight.float(), b, a, alpha=scale)
-        weight = weight.to(self._dtype) if weight.is_floating_point() else weight
-        if weight.is_floating_point() and not weight.sum(dtype=torch.float64).isfinite():
-            raise UserError(f"The merged model would hold a value that is not finite (in {name}).")
+        if weight.is_floating_point():
+            weight = weight.to(dtype)
+            if not weight.sum(dtype=torch.float64).isfinite():
+                raise UserError(f"The merged model would hold a value that is not finite (in {name}).")
         return weight
+
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            weights = {name: merged(name, opened.get_tensor(name)) for name in opened.keys()}
+        save_file(weights, folder / Path(file).name, metadata={"format": "pt"})
+    names = {name: Path(file).name for file, inside in files.items() for name in inside}
+    if len(files) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": names}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(index)

@@ -28,10 +28,7 @@ def check_name(name: str) -> None:
 
 def modelfile(tokenizer, ends: list[int]) -> str:
     """Write the Modelfile for a folder of safetensors; "" where the chat template cannot be translated.
-
-    Args:
-        ends: the tokens that end an answer.
-    """
+    `ends`: the tokens that end an answer."""
     try:
         with limits.seconds(10), limits.memory():
             texts = _texts(lambda talk: _written(tokenizer, talk))

@@ -79,13 +79,11 @@ def merge(run_folder, out=None, *, dtype: torch.dtype | None = None) -> Path:
 
 
 def export_gguf(run_folder, kind: str = "q8_0") -> str:
-    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio.
+    """Write a run's merged model as a GGUF file, for llama.cpp, Ollama and LM Studio; give its name.
 
     llama.cpp's converter is the one on the PATH, that of a clone here, or else PyPI's, of one known digest.
-
-    Returns:
-        what was written; where the converter cannot be had, the commands that do it, without its own
-        requirements: they would replace torch and transformers by older ones.
+    Where it cannot be had, returns the commands that do it, without its own requirements: they would replace
+    torch and transformers by older ones.
     """
     if kind not in GGUF_KINDS:
         raise UserError(f"{kind!r} is no kind of GGUF that this writes: give one of {', '.join(GGUF_KINDS)}.")
@@ -196,8 +194,7 @@ def reply(model, tokenizer, messages, on_text=lambda piece: None, *, max_tokens=
     Args:
         messages: {"role", "content"} turns, the last one the user's; what is too long is cut from the left.
         on_text: called with each piece of the answer, a str, as soon as it is written.
-        max_tokens: longest answer, tokens.
-        sampling: what generate() takes, as do_sample, temperature, top_p.
+        max_tokens, sampling: as `evaluate.answers` takes them.
     """
     config = causal_lm(model).config.get_text_config()
     limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 4096)
@@ -309,7 +306,7 @@ def _explain_push(error: Exception, repo: str) -> str:
 
 def _files_to_push(folder: Path, repo: str) -> dict[str, bytes | str]:
     """List {name in the repository: file or content}; peft's README and a local base's name stay here."""
-    found = (*sorted((folder / "model").iterdir()), folder / "live.png")
+    found = [*sorted((folder / "model").iterdir()), folder / "live.png"]
     files = {f.name: str(f) for f in found if f.is_file() and f.name != marker.MARKER}
     if summary := read_json(folder / "summary.json"):
         summary["why"] = card.without_paths(summary["why"])
