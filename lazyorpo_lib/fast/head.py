@@ -36,9 +36,8 @@ def token_logps(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    function = _TrainedHead if trained else _FrozenHead
     with torch.autocast(device, enabled=False):
-        return function.apply(hidden.to(dtype), weight.to(dtype), bias, targets, softcap, scale)
+        return _Head.apply(hidden.to(dtype), weight.to(dtype), bias, targets, softcap, scale, trained)
 
 
 def _log_softmax(hidden, weight, bias, softcap, scale):
@@ -88,38 +87,26 @@ def _block(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | Non
     return logps
 
 
-def _forward(hidden, weight, bias, targets, softcap, scale, jacobian: Tensor | None) -> Tensor:
-    """Compute the log-probabilities (M,) block by block; `jacobian` (M, H) gets d logp / d hidden."""
-    logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for s in _blocks(weight, len(targets)):
-        part = None if jacobian is None else jacobian[s]
-        logps[s] = _block(hidden[s], weight, bias, targets[s], softcap, scale, part)
-    return logps
+class _Head(torch.autograd.Function):
+    """Log-probabilities (M,) block by block; `trained`: weight and bias get gradients too."""
 
-
-class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale):
-        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(jacobian)
-        return _forward(hidden, weight, bias, targets, softcap, scale, jacobian)
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, trained):
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not trained else None
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if trained else (jacobian,)))
+        ctx.softcap, ctx.scale, ctx.trained = softcap, scale, trained
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for s in _blocks(weight, len(targets)):
+            part = None if jacobian is None else jacobian[s]
+            logps[s] = _block(hidden[s], weight, bias, targets[s], softcap, scale, part)
+        return logps
 
     @staticmethod
     def backward(ctx, grad):
-        (jacobian,) = ctx.saved_tensors
-        # The product is taken in float32: fp16's loss scaling makes `grad` too large for the 16-bit type.
-        return (jacobian.float() * grad[:, None]).to(jacobian.dtype), None, None, None, None, None
-
-
-class _TrainedHead(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.softcap, ctx.scale = softcap, scale
-        return _forward(hidden, weight, bias, targets, softcap, scale, None)
-
-    @staticmethod
-    def backward(ctx, grad):
+        if not ctx.trained:
+            (jacobian,) = ctx.saved_tensors
+            # In float32: fp16's loss scaling makes `grad` too large for the 16-bit type.
+            return (jacobian.float() * grad[:, None]).to(jacobian.dtype), *[None] * 6
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -136,7 +123,7 @@ class _TrainedHead(torch.autograd.Function):
             else:
                 grad_weight += gradient.T @ hidden[s]
             del gradient  # before the next block's logits exist
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, *[None] * 4
 
 
 class ScoringForward:
