@@ -36,7 +36,7 @@ def causal_mask(n: int, total: int, window: int | None, like: Tensor) -> Tensor:
     """Make the additive (n, total) mask of one answer, in the dtype and on the device of `like`."""
     at = torch.arange(total, device=like.device)
     distance = at[total - n :, None] - at
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    hidden = (distance < 0) | (distance >= (window or total))
     return torch.zeros_like(distance, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
@@ -65,11 +65,8 @@ class RowAttention:
     def register(self) -> None:
         """Have transformers call this attention for models whose implementation is `name`."""
         AttentionInterface.register(self.name, self)
-        AttentionMaskInterface.register(self.name, self._no_mask_of_a_row)
-
-    def _no_mask_of_a_row(self, *args, **kwargs) -> Tensor | None:
-        # Positions of a row that start again would be read as documents of a pack.
-        return None if self.row else sdpa_mask(*args, **kwargs)
+        # None over a row: its positions, which start again, would be read as documents of a pack.
+        AttentionMaskInterface.register(self.name, lambda *a, **k: None if self.row else sdpa_mask(*a, **k))
 
     @contextlib.contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
@@ -96,11 +93,10 @@ class RowAttention:
             inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
         if sliding_window is not None and sliding_window >= max(row.longest):
             sliding_window = None  # it hides nothing, and not every kernel is right with one
-        kernel, options = None, dict(scaling=scaling, window=sliding_window)
+        options = dict(scaling=scaling, window=sliding_window)
         if device in self.kernel_devices and dropout == 0.0:
-            kernel = self.proven_kernel(*inputs, **options)
-        if kernel is not None:
-            return in_two_calls(kernel, row, *inputs, **options), None
+            if kernel := self.proven_kernel(*inputs, **options):
+                return in_two_calls(kernel, row, *inputs, **options), None
         return self.by_pairs(row, *inputs, dropout=dropout, **options), None
 
     # A pair at a time: on the CPU, and wherever no kernel takes the row whole.
@@ -204,12 +200,16 @@ def _flash(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, window) -
 
 def _efficient(q, k, v, starts_q, starts_k, longest_q, longest_k, scaling, window) -> Tensor:
     """Do the same, also before compute capability 8 and in float32; it wants a key for every head."""
-    k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in (k, v))
-    causal_from_the_end, for_the_backward = 2, True
-    given = q[None], k[None], v[None], None, starts_q, starts_k, longest_q, longest_k
+    given = (x[None] for x in (q, *keys_of_heads(q, k, v)))
+    lengths, causal_from_the_end, for_the_backward = (starts_q, starts_k, longest_q, longest_k), 2, True
+    how = None, *lengths, 0.0, causal_from_the_end, for_the_backward
     options = dict(scale=scaling, window_size=window)
-    how = 0.0, causal_from_the_end, for_the_backward
     return torch.ops.aten._efficient_attention_forward(*given, *how, **options)[0][0]
+
+
+def keys_of_heads(q: Tensor, *few: Tensor) -> Iterator[Tensor]:
+    """Repeat keys and values (Nk, fewer heads, head_dim), so that there is one for every head of `q`."""
+    return (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in few)
 
 
 KERNELS = {"flash": _flash, "efficient": _efficient}  # the best first; both private in torch
