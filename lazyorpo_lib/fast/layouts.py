@@ -26,12 +26,7 @@ LADDER = (
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 WINDOWS += ("keep_window_size", "sliding_window_size")
 # Those that a rung keeps at any length: its own masks, or rows in which a document lies in one piece.
-KEPT = {
-    "shared": ("sliding_window",),
-    "shared, dense masks": ("sliding_window", "attention_chunk_size"),
-    "packed": ("sliding_window",),
-    "padded": WINDOWS,
-}
+KEPT = {"shared": WINDOWS[:1], "shared, dense masks": WINDOWS[:2], "packed": WINDOWS[:1], "padded": WINDOWS}
 
 
 class PairScorer:
@@ -90,19 +85,16 @@ class PairScorer:
     def inputs(self, batch: Batch) -> Iterator[dict]:
         """Give the keyword arguments with which the (possibly wrapped) model computes `batch`; its backward
         too belongs inside the block, after which ordinary attention holds again."""
-        given = dict(input_ids=batch.input_ids, hidden_index=batch.hidden_index, targets=batch.targets)
-        if self.layout == "padded":
-            given["attention_mask"] = batch.attention_mask
-        else:
-            given["position_ids"] = batch.position_ids
+        mask, row = batch.attention_mask, contextlib.nullcontext()
         if self.rung == "shared":
             # Not read; without it transformers would look for documents in the positions, and wait for it.
-            given["attention_mask"] = torch.ones_like(batch.input_ids)
+            mask, row = torch.ones_like(batch.input_ids), self.attention.over(batch)
         elif self.layout == "shared":
-            config = self.model.config.get_text_config()
-            given["attention_mask"] = dense_masks(batch, config, self.model.dtype)
-        with self.attention.over(batch) if self.rung == "shared" else contextlib.nullcontext():
-            yield given
+            mask = dense_masks(batch, self.model.config.get_text_config(), self.model.dtype)
+        given = dict(input_ids=batch.input_ids, hidden_index=batch.hidden_index, targets=batch.targets)
+        given |= {} if self.layout == "padded" else {"position_ids": batch.position_ids}
+        with row:
+            yield given | {"attention_mask": mask}
 
     def read(self, out: dict, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Give the log-probabilities (M,) float32 and the router loss, or None."""
@@ -131,7 +123,7 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
     if chunk:
         seen["chunked_attention"] = allowed & (position[:, None] // chunk == position // chunk)
     for kind, mask in seen.items():
-        additive = torch.zeros(mask.shape, dtype=dtype, device=device)
+        additive = torch.zeros_like(mask, dtype=dtype)
         seen[kind] = additive.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
     if getattr(config, "layer_types", None):
         return {kind: seen[kind] for kind in set(config.layer_types)}
@@ -141,19 +133,16 @@ def dense_masks(batch: Batch, config, dtype) -> Tensor | dict[str, Tensor]:
 @contextlib.contextmanager
 def _as_trained(model) -> Iterator[None]:
     """Have a model in training mode, but without what it draws at random there: dropout, routers' jitter."""
-    training, drawn = model.training, []
-    model.train()
-    for part in (*model.modules(), model.config, model.config.get_text_config(decoder=True)):
-        kind = r"drop|jitter|^p$" if "Dropout" in type(part).__name__ else "drop|jitter"
-        drawn += [(part, *x) for x in vars(part).items() if isinstance(x[1], float) and re.search(kind, x[0])]
-    try:
-        for part, name, _ in drawn:
-            setattr(part, name, 0.0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.train()
+        for part in (*model.modules(), model.config, model.config.get_text_config(decoder=True)):
+            kind = r"drop|jitter|^p$" if "Dropout" in type(part).__name__ else "drop|jitter"
+            for name, share in list(vars(part).items()):
+                if isinstance(share, float) and re.search(kind, name):
+                    stack.callback(setattr, part, name, share)
+                    setattr(part, name, 0.0)
         yield
-    finally:
-        for part, name, share in drawn:
-            setattr(part, name, share)
-        model.train(training)
 
 
 class _Probe:
@@ -195,14 +184,11 @@ class _Probe:
         )
 
     def _draw(self) -> None:
-        generator = torch.Generator().manual_seed(0)  # its own: no run's random numbers may depend on it
-
-        def tokens(n):
-            return torch.randint(5, self.words, (n,), generator=generator).tolist()
-
-        first = EncodedPair(0, tokens(self.prompt), tokens(9), tokens(7))
-        self.pairs = [first, EncodedPair(1, tokens(5), tokens(3), tokens(6))]
-        self.other = [first._replace(chosen=tokens(9)), self.pairs[1]]
+        own = torch.Generator().manual_seed(0)  # no run's random numbers may depend on it
+        lengths = self.prompt, 9, 7, 5, 3, 6, 9
+        texts = [torch.randint(5, self.words, (n,), generator=own).tolist() for n in lengths]
+        self.pairs = [EncodedPair(0, *texts[:3]), EncodedPair(1, *texts[3:6])]
+        self.other = [self.pairs[0]._replace(chosen=texts[6]), self.pairs[1]]
         name = f"base_model is a {type(self.scorer.model).__name__}"
         try:
             self.truth, ahead = self._separate()
@@ -215,10 +201,8 @@ class _Probe:
         dtype = torch.get_autocast_dtype(self.device.type) if half else self.scorer.model.dtype
         self.precision = str(dtype)[6:]
         if not self.truth.isfinite().all():
-            mend = "load its weights anew"
-            if dtype != torch.float32:
-                other = ", take a GPU that has bfloat16," if dtype == torch.float16 else ""
-                mend = f"set precision=float32{other}"
+            mend = "load its weights anew" if dtype == torch.float32 else "set precision=float32"
+            mend += ", take a GPU that has bfloat16," * (dtype == torch.float16)
             raise UserError(
                 f"{self.precision} overflows in this model, or its weights are damaged: "
                 f"its log-probabilities are not finite; {mend} or choose another base_model."
@@ -265,25 +249,22 @@ class _Probe:
         return why
 
     def _tried(self) -> str:
+        model, rest = self.scorer.model, slice(len(self.pairs[0].chosen), None)
         try:
-            return self._mismatch()
+            off = (self._scored(self.pairs) - self.truth).abs().max().item()
+            if not off <= self.tolerance:  # NaN is no agreement
+                return f"differs from separate forwards by {off:.2g} nats"
+            model.eval()
+            leak = (self._scored(self.other) - self.truth)[rest].abs().max().item()
+            if not leak <= self.tolerance:
+                return f"one answer leaks into another ({leak:.2g} nats)"
+            if self.positions and self.scorer.layout != "padded":
+                self._scored([EncodedPair(i, *[[5] * 16] * 3) for i in range(self.positions // 48 + 1)])
+            return ""
         except Exception as error:  # whatever a model raises at an unusual row, it means: not this one
             return brief(error)
         finally:
-            self.scorer.model.train()
-
-    def _mismatch(self) -> str:
-        model, rest = self.scorer.model, slice(len(self.pairs[0].chosen), None)
-        # NaN is no agreement.
-        if not (error := (self._scored(self.pairs) - self.truth).abs().max().item()) <= self.tolerance:
-            return f"differs from separate forwards by {error:.2g} nats"
-        model.eval()
-        moved = self._scored(self.other)
-        if not (leak := (moved - self.truth)[rest].abs().max().item()) <= self.tolerance:
-            return f"one answer leaks into another ({leak:.2g} nats)"
-        if self.positions and self.scorer.layout != "padded":
-            self._scored([EncodedPair(i, *[[5] * 16] * 3) for i in range(self.positions // 48 + 1)])
-        return ""
+            model.train()
 
     def _scored(self, pairs: list[EncodedPair]) -> Tensor:
         return self.scorer.logps(collate(pairs, layout=self.scorer.layout).to(self.device))
