@@ -25,7 +25,7 @@ from transformers.integrations import moe
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import explain_model
-from ..fast.attention import RowAttention, takes_sdpa
+from ..fast.attention import RowAttention, keys_of_heads, takes_sdpa
 from ..fast.head import BLOCK_BYTES, ScoringForward
 from ..fast.layouts import dense_masks
 from ..fast.lora import replace_forwards
@@ -37,6 +37,7 @@ from ..orpo.body import causal_lm, checkpoint_layers, sizes_of, text_layers
 from ..settings import Settings
 from .profile import LAYERS, PHASES, Phase, Profile, rough_profile
 
+NAME = "lazyorpo-simulated"  # of the attention
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}  # their time is operations over a rate
 LOOKUPS = {"embedding", "index_select", "gather", "index"}  # read no more than they write
 
@@ -46,9 +47,8 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.live = 0
         weights = [*model.parameters(), *model.buffers()]  # not counted: their views would seem new
-        self.alive = {t.untyped_storage()._cdata for t in weights}
+        self.live, self.alive = 0, {t.untyped_storage()._cdata for t in weights}
 
     def mark(self, name: str) -> None:
         """Begin a phase; `start` begins a step. Layers that run again in the backward begin none."""
@@ -76,28 +76,41 @@ class _Ledger(TorchDispatchMode):
             self.row[4] += 1
             if name not in PRODUCTS:
                 read = made if name in LOOKUPS else _tensors((args, kwargs))
-                self.row[3] += sum(x.numel() * x.element_size() for x in made + read)
+                self.row[3] += sum(x.nbytes for x in made + read)
         return out
 
     def _free(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.live -= size
 
-    def add_gradient(self, parameter) -> None:
-        self.grads += parameter.numel() * parameter.element_size()
+    def watch(self, model, layers) -> None:
+        """Note when layers and head begin, forward and backward, and every gradient that is made."""
+
+        def begin(name):
+            return lambda *_: self.mark(name)
+
+        def begin_backward(name, module, args, out):
+            if not self.in_backward:
+                (out if isinstance(out, torch.Tensor) else out[0]).register_hook(begin(name))
+
+        def count(parameter):
+            self.grads += parameter.nbytes
+
+        for i, layer in enumerate(layers):
+            layer.register_forward_pre_hook(begin(f"forward {i}"))
+            layer.register_forward_hook(functools.partial(begin_backward, f"backward {i}"))
+        layers[-1].register_forward_hook(begin("head"))
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(count)
 
 
 def _tensors(nested) -> list[torch.Tensor]:
     return [x for x in tree_leaves(nested) if isinstance(x, torch.Tensor)]
 
 
-class _FourBit(nn.Linear):
-    """Stands for bitsandbytes' layer."""
-
-
 def _dequantised(layer, dtype):
     """Stand in for `lora.frozen_weight`: hold what it holds for a moment."""
-    if not isinstance(layer, _FourBit):
+    if not hasattr(layer, "in_four_bit"):
         return layer.weight.to(dtype)
     scales = torch.zeros(layer.weight.numel() // 64, dtype=torch.float32)  # double quantisation undone, first
     weight = torch.zeros(layer.weight.shape, dtype=dtype)
@@ -138,26 +151,25 @@ def _cut(config):
 def _small_model(config, settings: Settings, method: str, dtype, sharded: bool):
     """Make the cut as `method` trains it, on meta. FSDP gathers weights in the dtype of the computation."""
     model = on_meta(_cut(config), torch.float32 if method == "full" and not sharded else dtype)
-    if method == "full":
-        return model
-    for layer in quantised_layers(model) if method == "qlora" else ():
-        if isinstance(layer, nn.Linear):
-            layer.__class__, layer.weight.quant_state = _FourBit, "simulated"
-    with torch.device("meta"):
-        model = add_adapters(model, settings)
-    replace_forwards(model, _dequantised)
+    if method == "qlora":
+        for layer in quantised_layers(model):
+            layer.in_four_bit = True
+    if method != "full":
+        with torch.device("meta"):
+            model = add_adapters(model, settings)
+        replace_forwards(model, _dequantised)
     return model
 
 
 def _fake(model) -> None:
     """Replace parameters and buffers by fake ones on the CPU; ties stay ties."""
-    made = {}
-    for tensors in (kind for module in model.modules() for kind in (module._parameters, module._buffers)):
-        for name, old in [(name, old) for name, old in tensors.items() if old is not None]:
-            if id(old) not in made:
-                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            tensors[name] = made[id(old)]
+    made, every = {}, dict(remove_duplicate=False)
+    for place, old in [*model.named_parameters(**every), *model.named_buffers(**every)]:
+        if old not in made:
+            new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+            made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, made[old])
 
 
 class _Kernel(torch.autograd.Function):
@@ -180,24 +192,18 @@ class _Kernel(torch.autograd.Function):
 
 
 class _GpuAttention(RowAttention):
-    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof."""
+    """Attention of a shared row on a GPU, whatever its dropout: two calls of a kernel that needs no proof.
+    `few_keys`: it takes fewer keys than queries, as the one for 16 bit does."""
+
+    def __init__(self, few_keys: bool):
+        super().__init__(kernel_devices=("cpu",), mask=_no_mask, name=NAME)
+        self.few_keys = few_keys
 
     def __call__(self, *inputs, dropout=0.0, **options):
         return super().__call__(*inputs, **options)
 
     def proven_kernel(self, *inputs, **options):
-        return self.kernels["simulated"]
-
-
-def _flash(q, k, v, *rest):
-    """Hold what the kernel does that takes fewer keys than queries, and 16 bit alone."""
-    return _Kernel.apply(q, k, v)
-
-
-def _efficient(q, k, v, *rest):
-    """Hold what the other one does, which wants a key for every head."""
-    k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2) for x in (k, v))
-    return _Kernel.apply(q, k, v)
+        return lambda q, *kv: _Kernel.apply(q, *(kv[:2] if self.few_keys else keys_of_heads(q, *kv[:2])))
 
 
 def _no_mask(n, total, window, like):
@@ -233,8 +239,8 @@ def simulate(config, settings: Settings, method, dtype, machine: Machine, rows, 
 def _plain(config):
     """Take back what Liger put into the model's module for the process: its kernels compute no fakes. Also
     silence what torch and transformers log about operations on fakes."""
-    silent, before = logging.root.manager.disable, []
-    try:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(action="ignore"):
+        stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.ERROR)
         module = sys.modules[type(on_meta(_cut(config), torch.float32)).__module__]
         names = vars(module).items()
@@ -246,34 +252,20 @@ def _plain(config):
         if hasattr(moe, "_can_use_grouped_mm"):  # the fake of a grouped product takes bfloat16 alone
             swaps.append((moe, "_can_use_grouped_mm", lambda *args: False))
         for place, name, plain in swaps:
-            before.append((place, name, getattr(place, name)))
+            stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, plain)
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(silent)
-        for swap in before:
-            setattr(*swap)
+        yield
 
 
 def _llama_like(config):
     """Make the config of a Llama with the sizes of another, the largest where its layers differ."""
     vocabulary, hidden = on_meta(config, torch.float32).get_input_embeddings().weight.shape
-    usual = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden)
-    usual |= dict(num_hidden_layers=LAYERS, num_attention_heads=max(1, hidden // 64))
-    names = ("num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    found = {name: max(sizes) for name in names if (sizes := sizes_of(config, name))}
+    usual = dict(intermediate_size=4 * hidden, num_attention_heads=max(1, hidden // 64))
+    usual |= dict(num_key_value_heads=None)  # as many
+    sizes = {name: max(sizes_of(config, name), default=size) for name, size in usual.items()}
     tied = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False)
-    return transformers.LlamaConfig(**(usual | found), tie_word_embeddings=tied)
-
-
-def _attention_of(machine: Machine, half: bool) -> RowAttention:
-    """Make the kit's attention as the planned device would compute it; `half`: in 16 bit."""
-    options = dict(mask=_no_mask, name="lazyorpo-simulated")
-    if machine.device == "cuda":
-        kernel = _flash if half and machine.capability[0] >= 8 else _efficient
-        return _GpuAttention({"simulated": kernel}, kernel_devices=("cpu",), **options)
-    return RowAttention(cpu_kernel_devices=("cpu",) if machine.device == "cpu" else (), **options)
+    sizes |= dict(vocab_size=vocabulary, hidden_size=hidden, tie_word_embeddings=tied)
+    return transformers.LlamaConfig(num_hidden_layers=LAYERS, **sizes)
 
 
 def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[dict], float, bool]:
@@ -282,20 +274,23 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
     batches = [collate(pairs, nll_over=settings.nll_over) for pairs in rows]
     kernel = sdpa_kernel(SDPBackend.MATH) if machine.device == "mps" else contextlib.nullcontext()
     model = _small_model(config, settings, method, dtype, sharded)
-    lm, attention = causal_lm(model), _attention_of(machine, autocast)
-    text = lm.config.get_text_config(decoder=True)
-    dense = not takes_sdpa(lm)  # soft-capping and sinks run in eager code with dense masks
+    lm = causal_lm(model)
+    text, dense = lm.config.get_text_config(decoder=True), not takes_sdpa(lm)  # dense masks in eager code
+    if machine.device == "cuda":
+        attention = _GpuAttention(few_keys=autocast and machine.capability[0] >= 8)
+    else:
+        attention = RowAttention(cpu_kernel_devices=(machine.device,), mask=_no_mask, name=NAME)
     with FakeTensorMode() as mode, kernel:
         _fake(model)
-        for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):
-            if autocast and machine.device == "cuda":
+        for norm in model.modules() if autocast and machine.device == "cuda" else ():
+            if type(norm) is nn.LayerNorm:
                 norm.forward = functools.partial(_in_float32, norm)
-        lm.set_attn_implementation("eager" if dense else attention.name)
+        lm.set_attn_implementation("eager" if dense else NAME)
         ScoringForward(lm)
         model.train()
         checkpoint_layers(model, LAYERS - 1)
-        ledger = _Ledger(model)
-        layer_bytes = _watch(lm, model, ledger)
+        layers, ledger = text_layers(lm)[:LAYERS], _Ledger(model)
+        ledger.watch(model, layers)
         for real in batches:
             tensors = {name: t for name, t in vars(real).items() if isinstance(t, torch.Tensor)}
             batch = replace(real, **{name: mode.from_tensor(t) for name, t in tensors.items()})
@@ -315,24 +310,5 @@ def _run(config, settings, method, dtype, machine, rows, sharded) -> tuple[list[
                 raise ValueError(f"{missing} were not passed")
             del out, loss, batch, given
             model.zero_grad()
-    return results, layer_bytes, dense
-
-
-def _watch(lm, model, ledger: _Ledger) -> float:
-    """Tell the ledger when layers and head begin, forward and backward; give a layer's gradient bytes."""
-    layers = text_layers(lm)[:LAYERS]
-
-    def mark(name):
-        return lambda *_: ledger.mark(name)
-
-    def watch_backward(i, module, args, out):
-        if not ledger.in_backward:
-            (out if isinstance(out, torch.Tensor) else out[0]).register_hook(mark(f"backward {i}"))
-
-    for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(mark(f"forward {i}"))
-        layer.register_forward_hook(functools.partial(watch_backward, i))
-    layers[-1].register_forward_hook(mark("head"))
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.register_post_accumulate_grad_hook(ledger.add_gradient)
-    return float(sum(p.numel() * p.element_size() for p in layers[-1].parameters() if p.requires_grad))
+    gradient = sum(p.nbytes for p in layers[-1].parameters() if p.requires_grad)
+    return results, float(gradient), dense
