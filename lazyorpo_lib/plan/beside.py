@@ -84,8 +84,8 @@ def serve(answers) -> None:
         asked = json.loads(line)
         machine = Machine(**asked["machine"] | {"capability": tuple(asked["machine"]["capability"])})
         try:
-            for gone in [name for name in os.environ if name.startswith("HF_") and name not in asked["hub"]]:
-                del os.environ[gone]
+            for name in [name for name in os.environ if name.startswith("HF_")]:
+                del os.environ[name]
             os.environ |= asked["hub"]
             os.chdir(asked["folder"])
             said = planner.estimate(Settings(**asked["settings"]), machine, brief=True).said(), ""

@@ -20,45 +20,41 @@ MEASURED_SHARE = {"cuda": 0.9, "mps": 0.65, "cpu": 0.65}
 
 
 @dataclass(frozen=True)
-class Card:
+class Card(Machine):
     """A GPU. Memory as the driver reports it, GiB; dense TFLOP/s in 16 bit (summed in 32) and in 32; GB/s."""
 
-    name: str
-    memory_gib: float
-    tflops_16: float
-    tflops_32: float
-    bandwidth: float
-    capability: tuple[int, int]
+    tflops_16: float = 0.0
+    tflops_32: float = 0.0
+    bandwidth: float = 0.0
     share: float = 0.7  # of the TFLOP/s, reached by large products
     link: float = PCIE  # GB/s sent to the cards beside it; over NVLink where it says so
 
-    @property
-    def machine(self) -> Machine:
-        return Machine("cuda", self.name, self.memory_gib, self.capability)
 
-
-_SHEETS = (
-    Card("T4", 14.7, 65, 8.1, 320, (7, 5), 0.37),  # throttles at 70 W
-    Card("P100", 15.9, 18.7, 9.3, 732, (6, 0)),  # no tensor cores
-    Card("V100-16", 15.8, 112, 14, 900, (7, 0), link=150),
-    Card("V100-32", 31.7, 112, 14, 900, (7, 0), link=150),
-    Card("L4", 22.0, 121, 30.3, 300, (8, 9), 0.5),  # throttles at 72 W
-    Card("A10", 22.0, 125, 31.2, 600, (8, 6)),
-    Card("RTX-3090", 23.7, 71, 35.6, 936, (8, 6)),
-    Card("RTX-4090", 23.6, 165.2, 82.6, 1008, (8, 9)),
-    Card("RTX-5090", 31.4, 209.5, 104.8, 1792, (12, 0)),
-    Card("A40", 44.4, 150, 37.4, 696, (8, 6)),
-    Card("L40S", 44.4, 362, 91.6, 864, (8, 9)),
-    Card("A6000", 47.5, 155, 38.7, 768, (8, 6)),
-    Card("A100-40", 39.4, 312, 19.5, 1555, (8, 0), link=300),
-    Card("A100-80", 79.1, 312, 19.5, 2039, (8, 0), link=300),
-    Card("H100", 79.1, 989, 67, 3350, (9, 0), link=450),
-    Card("H100-PCIe", 79.1, 756, 51, 2000, (9, 0)),
-    Card("H100-NVL", 93.1, 835, 60, 3900, (9, 0), link=300),
-    Card("H200", 139.8, 989, 67, 4800, (9, 0), link=450),
-    Card("B200", 178.4, 2250, 75, 8000, (10, 0), link=900),
-)
-CARDS = {card.name: card for card in _SHEETS}
+_SHEETS = {  # memory, compute capability, TFLOP/s in 16 bit and in 32, bandwidth, share, link
+    "T4": (14.7, (7, 5), 65, 8.1, 320, 0.37),  # throttles at 70 W
+    "P100": (15.9, (6, 0), 18.7, 9.3, 732),  # no tensor cores
+    "V100-16": (15.8, (7, 0), 112, 14, 900, 0.7, 150),
+    "V100-32": (31.7, (7, 0), 112, 14, 900, 0.7, 150),
+    "L4": (22.0, (8, 9), 121, 30.3, 300, 0.5),  # throttles at 72 W
+    "A10": (22.0, (8, 6), 125, 31.2, 600),
+    "RTX-3090": (23.7, (8, 6), 71, 35.6, 936),
+    "RTX-4090": (23.6, (8, 9), 165.2, 82.6, 1008),
+    "RTX-5090": (31.4, (12, 0), 209.5, 104.8, 1792),
+    "A40": (44.4, (8, 6), 150, 37.4, 696),
+    "L40S": (44.4, (8, 9), 362, 91.6, 864),
+    "A6000": (47.5, (8, 6), 155, 38.7, 768),
+    "A100-40": (39.4, (8, 0), 312, 19.5, 1555, 0.7, 300),
+    "A100-80": (79.1, (8, 0), 312, 19.5, 2039, 0.7, 300),
+    "H100": (79.1, (9, 0), 989, 67, 3350, 0.7, 450),
+    "H100-PCIe": (79.1, (9, 0), 756, 51, 2000),
+    "H100-NVL": (93.1, (9, 0), 835, 60, 3900, 0.7, 300),
+    "H200": (139.8, (9, 0), 989, 67, 4800, 0.7, 450),
+    "B200": (178.4, (10, 0), 2250, 75, 8000, 0.7, 900),
+}
+CARDS = {
+    name: Card("cuda", name, memory, capability, None, *speeds)
+    for name, (memory, capability, *speeds) in _SHEETS.items()
+}
 
 
 def link_rate(machine: Machine, cards: int) -> float:
@@ -85,10 +81,10 @@ def listed(name: str, *sizes: float) -> Card | None:
     return max(found, key=found.get, default=None)
 
 
-def find_card(name: str) -> Card | Machine:
+def find_card(name: Machine | str) -> Machine:
     """Find a card of CARDS by name, as people or its driver write it; or make a machine of `cpu` or `apple`,
-    with GiB of RAM behind a dash or else this machine's."""
-    if card := listed(name):
+    with GiB of RAM behind a dash or else this machine's. What is a machine already is given back."""
+    if card := name if isinstance(name, Machine) else listed(name):
         return card
     if match := re.fullmatch(r"(cpu|apple)(?:[ -](\d+)(?: ?gb)?)?", name.strip().lower()):
         ram = float(match[2] or psutil.virtual_memory().total / GIB)
@@ -97,9 +93,9 @@ def find_card(name: str) -> Card | Machine:
 
 
 @functools.cache
-def copy_rate(device: str) -> float:
-    """Time a copy of 256 MiB; bytes read and written a second."""
-    large = torch.zeros(2**28, dtype=torch.uint8, device=device)
+def copy_rate() -> float:
+    """Time a copy of 256 MiB on a GPU; bytes read and written a second."""
+    large = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
     return 2 * large.numel() / quickest(lambda: large.clone()[0].item())
 
 
@@ -113,5 +109,5 @@ def rates(machine: Machine, dtype: torch.dtype) -> tuple[float, float, str]:
     if machine.device == "mps" and not torch.backends.mps.is_available():
         return 3e12 * 0.45, 100e9, "an Apple GPU, assumed: 3 TFLOP/s x 0.45"
     share, rate = MEASURED_SHARE[machine.device], product_rate(machine.device, dtype)
-    copied = copy_rate("cuda") if machine.device == "cuda" else {"cpu": 10e9, "mps": 100e9}[machine.device]
+    copied = copy_rate() if machine.device == "cuda" else {"cpu": 10e9, "mps": 100e9}[machine.device]
     return rate * share, copied, f"timed here: {rate / 1e12:.3g} TFLOP/s x {share:g}"

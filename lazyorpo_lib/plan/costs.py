@@ -58,33 +58,37 @@ class _Shape:
     """Parameters of the whole model, by what is done with them."""
 
     def __init__(self, config, settings: Settings):
-        model, text = on_meta(config, torch.float32), config.get_text_config(decoder=True)
-        parameters = list(model.parameters())  # tied ones once
-        beside = towers_of(model)
-        embeddings = model.get_input_embeddings()
-        head = model.get_output_embeddings() or embeddings
-        counts = (getattr(text, name, 0) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-        used = min(1.0, (getattr(text, "num_experts_per_tok", None) or 1) / next(filter(None, counts), 1))
-        self.total = sum(p.numel() for p in parameters)
-        self.largest = max(p.numel() for p in parameters)
-        self.text = sum(p.numel() for name, p in model.named_parameters() if not is_within(name, beside))
-        self.bulk = sum(m.weight.numel() for m in quantised_layers(model))
-        self.experts = sum(p.numel() for p in fused_experts(model))  # never in 4 bit
+        def largest(*names: str, default: int = 1) -> int:
+            return max(sizes_of(config, *names), default=default)
+
+        def count(weights) -> int:
+            return sum(w.numel() for w in weights)
+
+        model = on_meta(config, torch.float32)
+        named, beside = dict(model.named_parameters()), towers_of(model)  # tied ones once
+        embedding = model.get_input_embeddings().weight
+        head = getattr(model.get_output_embeddings(), "weight", embedding)
+        self.total, self.largest = count(named.values()), max(p.numel() for p in named.values())
+        self.text = count(p for name, p in named.items() if not is_within(name, beside))
+        self.bulk = count(m.weight for m in quantised_layers(model))
+        self.experts = count(fused_experts(model))  # never in 4 bit
+        experts = largest("num_local_experts", "num_experts", "n_routed_experts")
+        used = min(1.0, largest("num_experts_per_tok") / experts)
         self.active = self.bulk + round(used * self.experts)  # for one token
-        self.embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-        self.head, tied = head.weight.numel(), head.weight is embeddings.weight
-        self.untied = 0 if tied else embeddings.weight.numel()  # in embeddings that are not the head too
+        self.embeddings = count(m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        self.head = head.numel()
+        self.untied = 0 if head is embedding else embedding.numel()  # in embeddings that are not the head too
         # Numbers in adafactor's row and column averages.
-        self.factored = sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in parameters)
-        self.layers = max(sizes_of(config, "num_hidden_layers"), default=len(text_layers(model)) or 1)
-        heads, hidden = max(sizes_of(config, "num_attention_heads"), default=1), embeddings.weight.shape[1]
-        self.attention_width = heads * max(sizes_of(config, "head_dim"), default=hidden // heads)
+        self.factored = sum(sum(p.shape) if p.dim() == 2 else p.numel() for p in named.values())
+        self.layers = largest("num_hidden_layers", default=len(text_layers(model)) or 1)
+        heads = largest("num_attention_heads")
+        self.attention_width = heads * largest("head_dim", default=embedding.shape[1] // heads)
         self.dense = not takes_sdpa(model)  # attention of every token of a row with every other
         self.adapters, self.about_adapters, self.refusal = 0, "", None
         try:  # last: it changes the model
             with torch.device("meta"):
                 adapted = add_adapters(model, settings)
-            self.adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            self.adapters = count(p for p in adapted.parameters() if p.requires_grad)
             self.about_adapters = about_adapters(adapted)
         except UserError as why:  # which is no matter of full tuning
             self.refusal = why
@@ -104,16 +108,14 @@ class Costs:
         self.dtype, self.method, self.cards = dtype, method, cards
         self.holders = cards if sharded else 1  # that share one copy
         self.cuda, self.full = machine.device == "cuda", method == "full"
-        key = config.to_json_string(), settings.lora_rank, settings.lora_dropout > 0
-        if key not in _shapes:
-            _shapes[key] = _Shape(config, settings)
-        self.shape = _shapes[key]
+        self.key = config.to_json_string(), settings.lora_rank, settings.lora_dropout > 0
+        self.shape = _shapes[self.key] = _shapes.get(self.key) or _Shape(config, settings)
         if self.shape.refusal and settings.method == method != "full":
             raise self.shape.refusal
         four_bit = (getattr(config, "quantization_config", None) or {}).get("load_in_4bit")
         self.held = "qlora" if four_bit and method == "lora" else method  # how the weights are
         self.trained = self.shape.text if self.full else self.shape.adapters
-        self.weights = self._weights(getattr(config, "dtype", None) or torch.float32)
+        self.weights = self._weights()
         self.pairs = max(1, math.ceil(settings.pairs_per_step / cards))  # of a step on one card
         # Eight random pairs are rarely half as long again as eight mean ones.
         self.most = max(lengths.longest, round(self.pairs * min(lengths.longest, 1.5 * lengths.mean)), 16)
@@ -137,37 +139,31 @@ class Costs:
         points = [round(low * (high / low) ** (k / parts)) for k in range(parts + 1)]
         if machine.device == "mps":  # holds all attention scores, so pairs must be as long as they are
             points = [round(lengths.mean), 2 * round(lengths.mean)]
-        rows = []
+        rows, lengths_of = [], (lengths.prompt, lengths.chosen, lengths.rejected)
         for tokens in points:  # a GPU's kernels do not care how long a pair is
             count = 1 if self.cuda else max(1, round(tokens / lengths.mean))
-            parts = (lengths.prompt, lengths.chosen, lengths.rejected)
-            pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in parts]
+            pair = [[1] * max(1, round(part / lengths.mean * tokens / count)) for part in lengths_of]
             rows.append([EncodedPair(i, *pair) for i in range(count)])
-        key = self.config.to_json_string(), self.held, self.dtype, machine.device, machine.capability[0] >= 8
-        adapters = None if self.full else (settings.lora_rank, settings.lora_dropout > 0)
-        key += adapters, settings.nll_over, self.holders > 1
-        key += tuple(len(part) for row in rows for part in row[0][1:])
+        key = self.key[: 1 if self.full else 3], self.held, self.dtype, machine.device, settings.nll_over
+        key += machine.capability[0] >= 8, self.holders > 1
+        key += tuple((len(row), *map(len, row[0][1:])) for row in rows)
         if key not in _profiles:
             what = self.held, self.dtype, machine, rows, self.holders > 1
             _profiles[key] = simulate(self.config, settings, *what)
         return _profiles[key]
 
-    def _weights(self, stored: torch.dtype) -> float:
-        """Count the weights' bytes, of a model whose file has them as `stored`."""
+    def _weights(self) -> float:
+        """Count the weights' bytes."""
         shape, size = self.shape, self.dtype.itemsize
         if self.full:
             return 4.0 * shape.total
         if self.held == "lora":
             # On a CPU what is not converted or fused is a view of the file: rows never looked up stay there.
-            viewed = self.machine.device == "cpu" and stored == self.dtype and not shape.experts
-            unread = shape.untied if viewed else 0
-            return float(size * (shape.total - unread))
+            converted = (getattr(self.config, "dtype", None) or torch.float32) != self.dtype
+            viewed = self.machine.device == "cpu" and not converted and not shape.experts
+            return float(size * (shape.total - shape.untied * viewed))
         # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
-
-    def is_hopeless(self) -> bool:
-        """Tell whether the weights alone are too much, which needs no simulation."""
-        return self.weights / self.holders > self.limit * GIB
 
     def optimizer(self, name: str = "") -> tuple[float, float, float]:
         """Count bytes of its state on the device, of state that may leave it, of what an update holds."""
@@ -180,10 +176,10 @@ class Costs:
 
     def parts(self, tokens: int, checkpointed: int) -> dict[str, float]:
         """Give the peak by part, GiB."""
-        lengths = self.lengths
+        lengths, full = self.lengths, self.full
         tokens = min(max(tokens, lengths.longest), self.most)  # a longer pair has a micro-batch of its own
         # Gradients of micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
-        held = not self.full or tokens < self.most or self.holders > 1
+        held = not full or tokens < self.most or self.holders > 1
         gradients = 4.0 * self.trained / self.holders
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)
         if not self.cuda:  # the masks of the rejected answers, which only the CPU's kernel wants
@@ -195,23 +191,20 @@ class Costs:
             activations, head, made = passing, 0.0, gradients
         parts = {
             "weights": self.weights / self.holders,
-            "adapters": 0.0 if self.full else gradients,
+            "adapters": 0.0 if full else gradients,
             "gradients": made,
             "optimizer": state,
             "activations": activations,
             "head": head,
             "framework": self.framework + FRAGMENTATION[self.machine.device] * (activations + head),
         }
-        parts |= {"gathered": self._gathered()} if self.holders > 1 else {}
+        if self.holders > 1:  # what FSDP gathers: embeddings and head, the layer at work and the next
+            ends, size = self.shape.head + self.shape.untied, self.dtype.itemsize
+            layer = (self.shape.total - ends) / self.shape.layers
+            # With full tuning their gradients too, until they are summed over the cards, in float32.
+            summed = size * (ends + layer) + 4.0 * layer if full else 0.0
+            parts["gathered"] = size * (ends + 2 * layer) + summed
         return {name: value / GIB for name, value in parts.items()}
-
-    def _gathered(self) -> float:
-        """Count the bytes that FSDP gathers: embeddings and head, the layer at work and the next."""
-        ends, size = self.shape.head + self.shape.untied, self.dtype.itemsize
-        layer = (self.shape.total - ends) / self.shape.layers
-        gathered = size * (ends + 2 * layer)
-        # With full tuning their gradients too, until they are summed over the cards, in float32.
-        return gathered + (size * (ends + layer) + 4.0 * layer if self.full else 0.0)
 
     def _sent(self, batches: int) -> float:
         """Count the bytes that a card sends in a step: what is trained, summed over the cards in float32; of
@@ -251,9 +244,9 @@ class Costs:
         pair = layers + scores + head
         moved, launches = self.profile.work(row, shape.layers, checkpointed)
         if not self.cuda:  # all but the weights is in the share of the rate that is measured
-            bytes_of = {"full": (4 + size) * shape.total, "lora": size * shape.total}
-            moved = bytes_of.get(self.held, (0.5 + 2 * size) * shape.bulk) * (2 + again)
-            launches = 0.0
+            all_of, bulk = size * shape.total, (0.5 + 2 * size) * shape.bulk
+            weights = {"full": 4 * shape.total + all_of, "lora": all_of, "qlora": bulk}
+            moved, launches = weights[self.held] * (2 + again), 0.0
         computing = self.pairs * pair / self.rate
         moving = (batches * moved + 28.0 * self.trained / self.holders) / self.bandwidth
         waiting = max(0.0, batches * launches * LAUNCH - computing - moving)
@@ -267,7 +260,7 @@ class Costs:
         steps = max(1, min(steps, settings.max_steps or steps))
         held_out = held_out_of(lengths.pairs * 5 // 4, settings.eval_pairs)
         best = Best(settings, steps, held_out)
-        looks = steps // best.every if best.every else 0
+        looks = best.every and steps // best.every
         asked = (2 + looks / best.stride) * held_out / self.pairs
         evaluation = asked * evaluated / pair * (step - paging)
         about = f"; meanwhile a card sends {sent / 1e9:.3g} GB in {sending:.3g} s" * (self.cards > 1)
@@ -291,11 +284,10 @@ class Costs:
         if budgets == ["auto"]:
             budgets = [round(self.most * (longest / self.most) ** (i / 12)) for i in range(13)]
         counts = range(layers + 1) if counts == ["auto"] else [min(*counts, layers)]
-        fitting = []
+        # More recomputing than needed pays only where it keeps paged state on the card.
+        fitting, most = [], None if self.optimizer()[1] else 1
         for budget in dict.fromkeys(budgets):
-            counts_that_fit = [count for count in counts if self.peak(budget, count) <= self.limit]
-            # More recomputing than needed pays only where it keeps paged state on the card.
-            fitting += [(budget, count) for count in counts_that_fit[: None if self.optimizer()[1] else 1]]
+            fitting += [(budget, n) for n in counts if self.peak(budget, n) <= self.limit][:most]
         times = {split: self.minutes(*split)[0] for split in fitting}
         quickest = 1.001 * min(times.values(), default=0.0)
         split = next((s for s in fitting if times[s] <= quickest), (budgets[-1], counts[-1]))

@@ -1,21 +1,20 @@
-"""Will it fit, and how long will it take: answered from a model's config.json, before anything else is
-downloaded.
+"""Will it fit, and how long will it take: answered from a model's config.json alone.
 
-Every method is planned on the device, with the quickest split of a step that fits, and the strongest that
-fits is chosen. Peaks are checked against real runs on the CPU (tests/benchmarks/planner_check.py). It loads
-no weights, and does not know the time of writing answers and checkpoints.
+Every method is planned with the quickest split of a step that fits, and the strongest that fits is chosen.
+Peaks are checked against real runs on the CPU (tests/benchmarks/planner_check.py). It loads no weights, and
+does not know the time of writing answers and checkpoints.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..kinds import is_quantised, load_config, positions_of
+from ..kinds import check_method, is_quantised, load_config, positions_of
 from ..machine import GIB, Machine, check_apple, pick_precision, this_machine
 from ..session import duration
 from ..settings import Settings, settle, unusual
-from .cards import CARDS, Card, find_card
+from .cards import CARDS, find_card
 from .costs import MARGIN, Costs, MethodPlan
 from .lengths import Lengths, lengths_of, measured_lengths, preset_lengths  # noqa: F401, this room's door
 
@@ -36,9 +35,9 @@ class Plan:
     dtype: str
     lengths: Lengths
     adapters: str  # which layers would have some, and which none
-    price: float = 0.0  # of an hour
-    auto: dict[str, tuple] = field(default_factory=dict)  # {setting: (what auto takes, for what or why)}
-    notes: list[str] = field(default_factory=list)  # on values that are far from usual
+    price: float  # of an hour
+    auto: dict[str, tuple]  # {setting: (what auto takes, for what or why)}
+    notes: list[str]  # on values that are far from usual
 
     as_dict = asdict
 
@@ -55,7 +54,7 @@ class Plan:
     def line(self) -> str:
         """Say it in one line, for the panel."""
         m = self.method
-        verdict = "fits" if m.fits else "does not fit" + (f"; {self.changes[0]}" if self.changes else "")
+        verdict = "fits" if m.fits else "; ".join(["does not fit", *self.changes[:1]])
         device = "CPU" if self.device.startswith("CPU") else self.device
         minutes = duration(m.minutes, self.price)
         return f"{m.peak_gib:.1f} of {self.memory_gib:.1f} GiB, about {minutes} on this {device}: {verdict}"
@@ -66,8 +65,8 @@ class Plan:
         for name, (value, why) in self.auto.items():
             if name != "method":  # of which the table tells
                 by.setdefault(why, []).append(f"{name} {value:g}")
-        taken = [f"{', '.join(names)} ({why})" for why, names in by.items()]
-        return "\n".join([self.line(), *["Auto: " + "; ".join(taken)] * bool(taken), *self.notes])
+        taken = "; ".join(f"{', '.join(names)} ({why})" for why, names in by.items())
+        return "\n".join([self.line(), *[f"Auto: {taken}"] * bool(taken), *self.notes])
 
     def table(self) -> str:
         """Lay it out as text, a line for each method; the chosen one has a star."""
@@ -83,39 +82,42 @@ class Plan:
 
 def cards_table(plans: Sequence[Plan]) -> str:
     """Lay out device x method as text: GiB and time, or that it does not fit."""
-    rows = [f"{'':10}{'GiB':>6}" + "".join(f"{method:>24}" for method in METHODS)]
+    rows = [["", "GiB", *METHODS]]
     for plan in plans:
-        cells = [
-            f"{m.peak_gib:.1f} GiB, {duration(m.minutes) if m.fits else 'too much'}" for m in plan.methods
-        ]
-        rows.append(f"{plan.device:10}{plan.memory_gib:6.1f}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(rows)
+        times = [duration(m.minutes) if m.fits else "too much" for m in plan.methods]
+        cells = [f"{m.peak_gib:.1f} GiB, {time}" for m, time in zip(plan.methods, times, strict=True)]
+        rows.append([plan.device, f"{plan.memory_gib:.1f}", *cells])
+    return "\n".join(
+        f"{name:10}{gib:>6}" + "".join(f"{cell:>24}" for cell in cells) for name, gib, *cells in rows
+    )
 
 
 def make_plan(
-    config, settings: Settings, target: Machine | Card | str, lengths: Lengths, *,
-    dtype: torch.dtype | None = None, cards: int = 1, sharded: bool = True, begun: bool = False,
-    brief: bool = False,
+    config, settings: Settings, target: Machine | str, lengths: Lengths, *, dtype: torch.dtype | None = None,
+    cards: int = 1, sharded: bool = True, begun: bool = False, brief: bool = False,
 ) -> Plan:  # fmt: skip
     """Plan a run with every method.
 
     Args:
+        target: the device, or its name for `find_card`.
         dtype: of the computation; None takes what `pick_precision` gives.
         cards: how many such devices share the pairs of a step. sharded: also the weights, their gradients and
             the optimizer's state (FSDP2); else each has its own (DDP).
         begun: the run has checkpoints, so it keeps to its kind of optimizer state.
         brief: plan no method but the one that would be chosen, and those before it that do not fit.
     """
-    target = find_card(target) if isinstance(target, str) else target
-    machine = getattr(target, "machine", target)
+    machine = find_card(target)
     dtype = dtype or pick_precision(settings.precision, machine)[0]
     check_apple(settings, machine)
+    check_method(config, settings.method, settings.base_model)
     given, (settings, _) = settings, settle(settings, pairs=lengths.pairs, positions=positions_of(config))
     many = (cards, sharded and cards > 1)
     costs, methods = _methods(config, settings, machine, lengths, dtype, many, begun, brief)
-    chosen, why = _choose(settings, methods, machine, brief)
+    chosen, why = _choose(settings, methods, machine, is_quantised(config))
     one = costs[chosen]
     known = dict(weights=one.shape.total, method=chosen, pairs=lengths.pairs)
+    found, reasons = settle(given, **known)
+    auto = {name: (getattr(found, name), of.removeprefix("auto: ")) for name, of in reasons.items()}
     return Plan(
         device=f"{cards} x {machine.name} ({'FSDP2' if sharded else 'DDP'})" if cards > 1 else machine.name,
         memory_gib=one.memory / GIB,
@@ -127,31 +129,30 @@ def make_plan(
         lengths=lengths,
         adapters=one.shape.about_adapters,
         price=settings.price_per_hour,
-        auto=_decided(given, why, known),
+        auto=auto | ({"method": (chosen, why)} if given.method == "auto" else {}),
         notes=unusual(given, **known),
     )
 
 
 def _methods(config, settings, machine, lengths, dtype, many, begun, brief) -> tuple[dict, dict]:
     """Plan with every method that there is for this model on such a machine: its costs, its best split."""
-    four_bit = (machine.device != "mps" and not many[1]) or settings.method == "qlora"
+    # Weights that are saved in few bits are not trained in full; neither Apple GPUs nor FSDP have 4-bit ones.
+    quantised, four_bit = is_quantised(config), (machine.device != "mps" and not many[1])
+    names = METHODS[quantised : 3 if four_bit or settings.method == "qlora" else 2]
+    asked = "lora" if quantised and settings.method == "auto" else settings.method
+    if brief:
+        first = METHODS[not _may_be_full(settings)] if asked == "auto" else asked
+        names = names[names.index(first) :] if first in names else names
     # AdamW without pages where its state fits beside the rest: the same numbers sooner.
     paged = settings.optimizer == "paged_adamw_32bit" and not begun
     optimizers = [replace(settings, optimizer="adamw"), settings] if paged else [settings]
-    costs, methods, auto = {}, {}, settings.method == "auto"
-    # Neither Apple GPUs nor FSDP have 4-bit weights; weights that are saved so are not trained in full.
-    names = METHODS[is_quantised(config) : 3 if four_bit else 2]
-    if brief and auto:
-        names = names[:1] if is_quantised(config) else names[not _may_be_full(settings) :]
-    elif brief:
-        names = names[names.index(settings.method) :] if settings.method in names else names
+    costs, methods = {}, {}
     for method in names:
         for some in optimizers:
-            costs[method] = Costs(config, some, machine, lengths, dtype, method, *many)
-            other = auto or method != settings.method
-            if brief and other and method != names[-1] and costs[method].is_hopeless():
+            costs[method] = one = Costs(config, some, machine, lengths, dtype, method, *many)
+            if brief and method not in (asked, names[-1]) and one.weights / one.holders > one.limit * GIB:
                 break
-            methods[method] = costs[method].best()
+            methods[method] = one.best()
             if methods[method].fits:
                 break
         if brief and method in methods and methods[method].fits:
@@ -163,26 +164,40 @@ def _may_be_full(settings: Settings) -> bool:
     return settings.learning_rate != "auto" and settings.learning_rate <= FULL_LEARNING_RATE
 
 
-def _decided(given: Settings, why: str, known: dict) -> dict[str, tuple]:
-    found, reasons = settle(given, **known)
-    auto = {name: (getattr(found, name), of.removeprefix("auto: ")) for name, of in reasons.items()}
-    return auto | ({"method": (known["method"], why)} if given.method == "auto" else {})
+def _choose(settings: Settings, methods: dict[str, MethodPlan], machine, quantised: bool) -> tuple[str, str]:
+    """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
+    if settings.method != "auto":
+        return settings.method, f"{settings.method}: chosen in the settings"
+    if quantised:
+        return "lora", "lora: the weights of this base model are quantised as they come"
+    words = {
+        "full": f"all weights can be trained in the memory of {machine.name}, and nothing is stronger",
+        "lora": "the strongest method that fits",
+        "qlora": "it takes 4-bit weights to fit",
+    }
+    why, stronger = "nothing fits, and this comes nearest", []
+    for name, m in methods.items():
+        if m.fits and (name != "full" or _may_be_full(settings)):
+            why = words[name]
+            break
+        peak = f"{name} {m.peak_gib:.1f}" if stronger else f"{name} needs {m.peak_gib:.1f} GiB"
+        limit = f"a learning_rate of at most {FULL_LEARNING_RATE:g}"
+        stronger.append(f"full would fit too, but it takes method=full or {limit}" if m.fits else peak)
+    return name, f"{name}: " + "; ".join([why, *[", ".join(stronger)] * bool(stronger)])
 
 
 def plan_cards(config, settings: Settings, lengths: Lengths) -> list[Plan]:
     """Plan on each of CARDS; one without bfloat16 in hardware computes in what it has."""
-    auto, plans = replace(settings, precision="auto"), []
-    for card in CARDS.values():
-        has = settings.precision != "bfloat16" or card.capability[0] >= 8
-        plans.append(make_plan(config, settings if has else auto, card, lengths))
-    return plans
+    older = replace(settings, precision="auto") if settings.precision == "bfloat16" else settings
+    ways = {card: settings if card.capability >= (8, 0) else older for card in CARDS.values()}
+    return [make_plan(config, way, card, lengths) for card, way in ways.items()]
 
 
-def estimate(settings: Settings, device: Machine | Card | str = "", **how) -> Plan:
+def estimate(settings: Settings, device: Machine | str = "", **how) -> Plan:
     """Plan a run from the model's config.json alone: on a card or the machine at hand; `how`: make_plan's."""
-    target = (find_card(device) if isinstance(device, str) else device) if device else this_machine()
-    config, settings = fitted(settings, getattr(target, "machine", target))
-    return make_plan(config, settings, target, lengths_of(settings), **how)
+    machine = find_card(device or this_machine())
+    config, settings = fitted(settings, machine)
+    return make_plan(config, settings, machine, lengths_of(settings), **how)
 
 
 def estimates(settings: Settings) -> list[Plan]:
@@ -204,30 +219,6 @@ def settled(settings: Settings) -> Settings:
         return settings
     _, settings = fitted(settings, this_machine())
     return replace(settings, **{name: value for name, (value, _) in estimate(settings).auto.items()})
-
-
-def _choose(settings: Settings, methods: dict[str, MethodPlan], machine, brief=False) -> tuple[str, str]:
-    """Choose the strongest method that fits, and say why; full tuning only at its learning rates."""
-    if settings.method != "auto":
-        return settings.method, f"{settings.method}: chosen in the settings"
-    if brief:  # the last one planned is the first that fits, or nothing does
-        return (name := list(methods)[-1]), f"{name}: stronger ones were not planned, or do not fit"
-    full = methods.get("full")
-    if full is None:
-        return "lora", "lora: the weights of this base model are quantised as they come"
-    if full.fits and _may_be_full(settings):
-        why = f"all weights can be trained in the memory of {machine.name}, and nothing is stronger"
-        return "full", f"full: {why}"
-    reason = f"full needs {full.peak_gib:.1f} GiB"
-    if full.fits:
-        limit = f"a learning_rate of at most {FULL_LEARNING_RATE:g}"
-        reason = f"full would fit too, but it takes method=full or {limit}"
-    words = {"lora": "the strongest method that fits", "qlora": "it takes 4-bit weights to fit"}
-    for name in list(methods)[1:]:
-        if methods[name].fits:
-            return name, f"{name}: {words[name]}; {reason}"
-        reason += f", {name} {methods[name].peak_gib:.1f}"
-    return name, f"{name}: nothing fits, and this comes nearest; {reason}"
 
 
 def _reservations(costs: Costs) -> str:

@@ -119,7 +119,7 @@ def peaks(small: bool, name: str, method: str, limit: str = "", expandable: bool
         yield check("planned", plan.peak_gib, unit="GiB", ok=plan.fits or small, expected="fits")
         if card:
             cap(card.memory_gib)
-        dtype = pick_precision("auto", card.machine if card else machine)[0] if CUDA else torch.float32
+        dtype = pick_precision("auto", machine)[0] if CUDA else torch.float32
         model = _built(shape, method, dtype)
         trainer = trainer_of(
             model,

@@ -135,8 +135,8 @@ SMALL = dict(
 @pytest.mark.parametrize(
     ("method", "dtype", "machine"),
     [
-        ("lora", torch.bfloat16, CARDS["A40"].machine),
-        ("full", torch.float16, CARDS["T4"].machine),
+        ("lora", torch.bfloat16, CARDS["A40"]),
+        ("full", torch.float16, CARDS["T4"]),
         ("qlora", torch.float32, CPU),
     ],
 )
@@ -158,10 +158,10 @@ def test_layer_norms_and_experts_are_simulated_themselves_also_where_layers_run_
 def test_the_profile_of_a_plan_is_what_eight_pairs_take_when_they_are_simulated(config):
     card, settings = find_card("A100-80"), Settings(method="lora", pairs_per_step=16)
     lengths = Lengths(1000, 300.0, 300.0, 300.0, 900)
-    foretold = costs.Costs(config, settings, card.machine, lengths, torch.bfloat16, "lora").profile
+    foretold = costs.Costs(config, settings, card, lengths, torch.bfloat16, "lora").profile
     assert not foretold.stood_in
     row = [EncodedPair(i, [1] * 300, [1] * 300, [1] * 300) for i in range(8)]
-    direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card.machine, [row])
+    direct = simulation.simulate(config, settings, "lora", torch.bfloat16, card, [row])
     ((_, phases),) = direct.points
     for name, (start, peak, *_) in phases.items():
         assert foretold.at(7200)[name][:2] == pytest.approx([start, peak], rel=0.03, abs=2**20)
