@@ -1,8 +1,8 @@
 """What one method costs on one device: memory and minutes of any split of a step, and the best split.
 
 Memory is what simulation.py finds for a step, plus weights, optimizer state and framework; minutes are
-operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. What is CUDA's
-own is stated, and no run has checked it: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK.
+operations over a rate, bytes over a bandwidth, and on a GPU no less than the launches take. No run has
+checked what is CUDA's own: CUDA_CONTEXT_GIB, FRAGMENTATION, LAUNCH, HOST_LINK.
 """
 
 import functools
@@ -153,7 +153,6 @@ class Costs:
         return _profiles[key]
 
     def _weights(self) -> float:
-        """Count the weights' bytes."""
         shape, size = self.shape, self.dtype.itemsize
         if self.full:
             return 4.0 * shape.total

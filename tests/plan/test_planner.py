@@ -269,6 +269,15 @@ def test_a_brief_plan_says_what_the_whole_one_says_and_simulates_less(settings, 
     assert [m.method for m in few.methods] == planned
 
 
+def test_of_a_quantised_base_a_brief_plan_says_the_same_and_full_tuning_is_refused():
+    config, card = small(), Machine("cuda", "T4", 0.05, (7, 5))
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    whole, few = (make_plan(config, Settings(), card, LENGTHS, brief=brief) for brief in (False, True))
+    assert few.said() == whole.said() and few.chosen == whole.chosen == "lora"
+    with pytest.raises(UserError, match="set method=qlora or lora"):
+        plan(config=config, method="full")
+
+
 def test_a_plan_leaves_the_config_as_it_is_and_is_not_simulated_twice(monkeypatch):
     config, lengths = small(layers=7), replace(LENGTHS, longest=221)
     config.dtype = torch.bfloat16
