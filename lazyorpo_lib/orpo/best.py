@@ -73,7 +73,7 @@ def take_best(trainer) -> None:
         return
     # Of several processes all do what the first one finds right.
     if broadcast_object_list([marker.is_whole(place, "checkpoint") and not marker.damaged(place)])[0]:
-        checkpoints.load(place, accelerator=trainer.accelerator, model=trainer.wrapped, optimizer=None)
+        checkpoints.load(place, trainer, optimizer=None)
     else:
         warnings.warn(f"{place}, the best, is damaged or gone: the last step is kept", stacklevel=2)
         best.found = {"seen": best.found["seen"]}

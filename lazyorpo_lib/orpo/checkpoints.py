@@ -68,15 +68,14 @@ def go_on(folder: Path, *, sharded: bool, main: bool, show: Callable[[str], None
     return found
 
 
-def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer) -> None:
-    """Write `checkpoint-<step>` into the folder of a run, complete or not at all; all but the last `keep` go.
+def save(trainer, progress: dict, optimizer) -> None:
+    """Write `checkpoint-<step>` with a trainer's trained weights, complete or not at all; old ones go.
 
     Args:
-        progress: its `step`, the `best`, and whatever else of plain numbers and texts training goes on with.
-        model, optimizer: as accelerate prepared them; of the weights the trained ones are written. optimizer:
-            None where it is of no more use.
+        progress: plain numbers and texts that training goes on with. optimizer: None: it is of no more use.
     """
-    scratch, target = home / ".saving", home / f"checkpoint-{progress['step']}"
+    home, accelerator, model = trainer.folder, trainer.accelerator, trainer.wrapped
+    scratch, target = home / ".saving", home / f"checkpoint-{trainer.step}"
     main, rank = accelerator.is_main_process, accelerator.process_index
     try:
         with explain_disk(home):
@@ -103,15 +102,17 @@ def save(home: Path, progress: dict, *, keep: int, accelerator, model, optimizer
                 marker.settle(home)  # the history reaches as far as the checkpoint does
                 marker.remove(target)
                 marker.put(scratch, target, "checkpoint")
-                remove(home, keep=keep, best=progress["best"].get("step"))
+                remove(home, keep=trainer.settings.keep_checkpoints, best=trainer.best.step)
     finally:
         if main:
             marker.remove(scratch)
     accelerator.wait_for_everyone()
 
 
-def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
-    """Read a checkpoint back: weights, optimizer (or None), random numbers, scale; gives its `progress`."""
+def load(checkpoint: Path, trainer, optimizer) -> dict:
+    """Read a checkpoint back into a trainer: weights, `optimizer` (or None), random numbers, scale; gives its
+    `progress`. Raises UserError where it is damaged, or of an earlier version."""
+    accelerator, model = trainer.accelerator, trainer.wrapped
     if not (checkpoint / PROGRESS).is_file():
         why = "was written by an earlier version of the kit, from which this one cannot go on"
         way_out = "choose another output_dir, or finish the run with that version"
@@ -142,14 +143,6 @@ def load(checkpoint: Path, *, accelerator, model, optimizer) -> dict:
     if states:
         _draw_on(states, accelerator.device)
     return progress
-
-
-def in_one_piece(model) -> dict[str, torch.Tensor]:
-    """Gather the trained weights that FSDP has in pieces, on the first process. Every process calls it."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
 
 
 def _load(file: Path):

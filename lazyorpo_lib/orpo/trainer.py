@@ -74,9 +74,11 @@ class OrpoTrainer:
         on_step: Callable[[int], None] = lambda step: None,
         on_save: Callable[[], None] = lambda: None,
     ):
-        whole = {True: "full", False: "lora"}[all(p.requires_grad for p in model.parameters())]
-        known = dict(weights=sum(p.numel() for p in model.parameters()), pairs=len(train_pairs))
-        settings, _ = settle(settings, method=whole, **known)  # what no plan has
+        method = "full" if all(p.requires_grad for p in model.parameters()) else "lora"
+        weights = sum(p.numel() for p in model.parameters())
+        settings, _ = settle(
+            settings, method=method, weights=weights, pairs=len(train_pairs)
+        )  # without a plan
         self.model, self.settings, self.accelerator, self.folder = model, settings, accelerator, Path(folder)
         self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
         self.on_row, self.on_step, self.on_save = on_row, on_step, on_save
@@ -89,9 +91,7 @@ class OrpoTrainer:
         with accelerator.autocast():
             self.scorer = make_scorer(model)
         self.reference = Reference(model, self._score) if settings.objective == "dpo" else None
-        lengths = getattr(train_pairs, "lengths", None)
-        if lengths is None:
-            lengths = [pair.tokens(self.scorer.layout) for pair in train_pairs]
+        lengths = getattr(train_pairs, "lengths", None) or [pair.tokens() for pair in train_pairs]
         place = dict(rank=accelerator.process_index, world=self.world)
         self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
         planned = settings.max_steps or math.ceil(settings.epochs * len(self.order))
@@ -127,7 +127,10 @@ class OrpoTrainer:
         self.accelerator.trackers = []  # it would add to those of an earlier call
         self.accelerator.init_trackers(**tracked(s, self.folder))
         if resume_from:
-            self.load(Path(resume_from))
+            progress = checkpoints.load(Path(resume_from), self, self.optimizer)
+            vars(self).update({name: progress[name] for name in KEPT if name in progress})
+            self.best.found = progress.get("best", {})
+            self.schedule.load_state_dict(progress["schedule"])
 
     def train(self) -> None:
         """Take the steps that are left, until somebody asks to stop, or numbers are no longer finite."""
@@ -160,8 +163,16 @@ class OrpoTrainer:
         return self.step / len(self.order)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
-        """Give the weights that FSDP has in pieces, whole on the first process; else None. All call it."""
-        return checkpoints.in_one_piece(self.model) if self.sharded else None
+        """Give the trained weights that FSDP has in pieces, whole on the first process; else None.
+
+        Every process calls it.
+        """
+        if not self.sharded:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)
 
     def close(self) -> None:
         """End the trackers; nothing is logged afterwards."""
@@ -195,28 +206,27 @@ class OrpoTrainer:
         s, micro_batches = self.settings, self._micro_batches(pairs)
         of_prompt = s.nll_over != "answer"
         tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)
-        step = dict(nll_tokens=tokens, pairs=len(pairs))
-        step = {name: over_ranks(self.accelerator, count) for name, count in step.items()}
+        step = {"nll_tokens": over_ranks(self.accelerator, tokens), "or_weight": s.or_weight}
+        step["pairs"] = over_ranks(self.accelerator, len(pairs))
         sums, work = torch.zeros(len(loss.TERMS) + 2, device=self.device), Counter()
         for k, (micro, weight) in enumerate(micro_batches):
             self._computing, last = micro, k == len(micro_batches) - 1
             batch = collate(micro, nll_over=s.nll_over, layout=self.scorer.layout).to(self.device)
             # FSDP would hold whole gradients where it is told to wait.
-            wait = not last and self.world > 1 and not self.sharded
+            wait = not last and not self.sharded
             with (
                 self.accelerator.no_sync(self.wrapped) if wait else contextlib.nullcontext(),
                 self.scorer.inputs(batch) as inputs,
             ):
                 logps, router_loss = self.scorer.read(self.wrapped(**inputs), batch)
                 table = self._pair_table(logps, batch)
-                share = loss.objective(loss.by_name(table), **step, or_weight=s.or_weight, name=s.objective)
+                share = loss.objective(loss.by_name(table), **step, name=s.objective)
                 if router_loss is not None:
                     share = share + router_loss * len(micro) / step["pairs"]
                 # DDP and FSDP average gradients over ranks; this loss is already the whole step's.
                 self.accelerator.backward(share * weight * self.world)
             table = table.detach()
-            odds = dict(or_weight=s.or_weight, or_beta=s.or_beta)
-            norms = loss.gradient_norms(table, batch.lengths, **step, **odds)
+            norms = loss.gradient_norms(table, batch.lengths, **step, or_beta=s.or_beta)
             sums += torch.cat([table.sum(0), norms]) * weight
             work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         self._work.update(work)  # only here: a step that ran out of memory does not count
@@ -241,7 +251,7 @@ class OrpoTrainer:
         s, scaler = self.settings, self.accelerator.scaler
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), s.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
-        sums = sums if self.world == 1 else self.accelerator.reduce(sums)
+        sums = self.accelerator.reduce(sums)
         norm, *sums = torch.cat([norm.float().view(1).to(self.device), sums]).tolist()
         self._sums = [a + b for a, b in itertools.zip_longest(self._sums, sums, fillvalue=0.0)]
         # Any part of the loss that is not finite shows in it, whatever it is divided by.
@@ -363,8 +373,8 @@ class OrpoTrainer:
 
     def log(self, row: dict[str, float]) -> None:
         """Hand a row of figures to the trackers, and to `on_row` with its step and epoch."""
-        kind = {True: "eval/", False: "train/"}
-        told = {kind[n.startswith("eval_")] + n.removeprefix("eval_"): value for n, value in row.items()}
+        kind = "eval/" if "eval_loss" in row else "train/"
+        told = {kind + name.removeprefix("eval_"): value for name, value in row.items()}
         self.accelerator.log(told, step=self.step)
         if self.accelerator.is_main_process:
             self.on_row({"step": self.step, "epoch": self.epoch} | row)
@@ -375,18 +385,8 @@ class OrpoTrainer:
         Raises:
             UserError: the disk is full or fails.
         """
-        progress = {"best": self.best.found, "schedule": self.schedule.state_dict()}
-        progress |= {name: getattr(self, name) for name in KEPT}
-        optimizer, keep = self.optimizer if to_go_on else None, self.settings.keep_checkpoints
-        place = dict(accelerator=self.accelerator, model=self.wrapped, optimizer=optimizer)
-        checkpoints.save(self.folder, progress, keep=keep, **place)
+        progress = {name: getattr(self, name) for name in KEPT}
+        progress |= {"best": self.best.found, "schedule": self.schedule.state_dict()}
+        checkpoints.save(self, progress, self.optimizer if to_go_on else None)
         self._saved_at = time.monotonic()
         self.on_save()
-
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises UserError where it is damaged, or of an earlier version."""
-        place = dict(accelerator=self.accelerator, model=self.wrapped, optimizer=self.optimizer)
-        progress = checkpoints.load(checkpoint, **place)
-        vars(self).update({name: progress[name] for name in KEPT if name in progress})
-        self.best.found = progress.get("best", {})
-        self.schedule.load_state_dict(progress["schedule"])
