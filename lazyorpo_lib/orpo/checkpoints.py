@@ -7,6 +7,7 @@ code. The state of training is in the trainer's hands.
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,6 +21,7 @@ from ..errors import UserError, explain_disk
 from ..folder import read_rows, truncate_after
 
 PROGRESS = "progress.json"
+_load = partial(torch.load, map_location="cpu", weights_only=True)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -53,15 +55,16 @@ def newest(folder: Path, *, sharded: bool, show: Callable[[str], None]) -> Path 
 
 def go_on(folder: Path, *, sharded: bool, main: bool, show: Callable[[str], None]) -> Path | None:
     """Give the checkpoint to go on from; what an earlier process left behind it is taken away, and told."""
-    found = newest(folder, sharded=sharded, show=show)
-    last = step_of(found) if found else -1
-    if not found and read_rows(folder / "history.jsonl"):
-        show("No checkpoint is there to go on from: the run begins anew.")
-    if found:
+    last = -1
+    if found := newest(folder, sharded=sharded, show=show):
+        last = step_of(found)
         show(f"Going on from step {last}.")
+    elif read_rows(folder / "history.jsonl"):
+        show("No checkpoint is there to go on from: the run begins anew.")
     if main:
-        for later in [c for c in numbered(folder) if step_of(c) > last]:
-            marker.remove(later)  # damaged, and newer than what may be kept
+        for checkpoint in numbered(folder):
+            if step_of(checkpoint) > last:  # it is damaged, and newer than what may be kept
+                marker.remove(checkpoint)
         for name in ("history.jsonl", "watched.jsonl"):
             truncate_after(folder / name, last)
         marker.remove(folder / ".saving")
@@ -141,12 +144,11 @@ def load(checkpoint: Path, trainer, optimizer) -> dict:
     if accelerator.scaler and progress["scaler"]:
         accelerator.scaler.load_state_dict(progress["scaler"])
     if states:
-        _draw_on(states, accelerator.device)
+        random.setstate(states["python"])
+        torch.set_rng_state(states["torch"])
+        if accelerator.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], accelerator.device)
     return progress
-
-
-def _load(file: Path):
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _trained(accelerator, model):
@@ -155,16 +157,8 @@ def _trained(accelerator, model):
 
 
 def _draws(device: torch.device) -> dict:
-    """Give the states of the random numbers of this process."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _draw_on(states: dict, device: torch.device) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def remove(folder: Path, *, keep: int = 0, best: int | None = None) -> None:

@@ -5,19 +5,20 @@ ORPO has none. With adapters the untrained model is always at hand; with full tu
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .batching import EncodedPair
+from .scoring import score
 
 
 class Reference:
-    """Summed log-probabilities of pairs under the model before training; `score` as `scoring.score`."""
+    """Summed log-probabilities of pairs under a trainer's model before training."""
 
-    def __init__(self, model, score: Callable):
-        self.model, self.score, self.sums = model, score, {}
+    def __init__(self, trainer):
+        self.trainer, self.sums = trainer, {}
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """Give the sums of chosen and rejected of each pair, (B, 2) float32."""
@@ -26,9 +27,8 @@ class Reference:
     def remember(self, pairs: Sequence[EncodedPair]) -> Counter:
         """Compute what is missing; count tokens and forward passes. With full tuning: before any step."""
         work, missing = Counter(), [pair for pair in pairs if pair.index not in self.sums]
-        base = getattr(self.model, "disable_adapter", contextlib.nullcontext)
-        with base():
-            for batch, logps in self.score(missing):
+        with getattr(self.trainer.model, "disable_adapter", contextlib.nullcontext)():
+            for batch, logps in score(self.trainer, missing):
                 b = len(batch.pairs)
                 sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
                 of_answers = sums[: 2 * b].view(2, b).T

@@ -5,7 +5,7 @@ faster scorer with the same `layout`, `inputs` and `read`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -45,32 +45,20 @@ class PlainScorer:
         return torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0], None
 
 
-def score(
-    model,
-    pairs: Sequence[EncodedPair],
-    *,
-    scorer,
-    accelerator,
-    nll_over: str,
-    tokens_per_batch: int,
-    note: Callable[[str], None],
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Give micro-batches of `pairs` with their log-probabilities, without gradient, in evaluation mode.
-
-    Args:
-        model: as it is trained, with what is wrapped around it.
-        note: told when memory ran out, and smaller batches follow.
-    """
-    layout, training = scorer.layout, model.training
+def score(trainer, pairs: Sequence[EncodedPair]) -> Iterator[tuple[Batch, Tensor]]:
+    """Give micro-batches of `pairs` with the log-probabilities that a trainer's model gives, without
+    gradient, in evaluation mode; smaller ones follow where memory runs out."""
+    model, scorer, layout = trainer.wrapped, trainer.scorer, trainer.scorer.layout
+    training = model.training
 
     @torch.no_grad()
     def logps(micro: list[EncodedPair]) -> tuple[Batch, Tensor]:
-        batch = collate(micro, nll_over=nll_over, layout=layout).to(accelerator.device)
-        with accelerator.autocast(), scorer.inputs(batch) as inputs:
+        batch = collate(micro, nll_over=trainer.settings.nll_over, layout=layout).to(trainer.device)
+        with trainer.accelerator.autocast(), scorer.inputs(batch) as inputs:
             return batch, scorer.read(model(**inputs), batch)[0]
 
     model.eval()
-    waiting = split_by_tokens(list(pairs), tokens_per_batch, layout)[::-1]
+    waiting = split_by_tokens(list(pairs), trainer.tokens_per_batch, layout)[::-1]
     try:
         while waiting:
             micro = waiting.pop()
@@ -82,6 +70,6 @@ def score(
                 raise UserError(f"Out of memory in evaluating a single pair ({message}); {LESS}.")
             budget = max(1, sum(p.tokens(layout) for p in micro) // 2)
             waiting = split_by_tokens([p for some in (*waiting, micro) for p in some], budget, layout)[::-1]
-            note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
+            trainer.note(f"evaluation: out of memory; it goes on with {budget} tokens at once")
     finally:
         model.train(training)

@@ -6,7 +6,6 @@ tokens, the odds term in pairs, over all processes. It draws, prints and downloa
 """
 
 import contextlib
-import itertools
 import math
 import time
 import warnings
@@ -35,6 +34,7 @@ from .reference import Reference
 from .scoring import LESS, PlainScorer, score
 
 BAD_STEPS_ALLOWED = 3
+COLUMNS = len(loss.TERMS) + 2  # of the sums of a step: those of a pair table, and two gradient norms
 KEPT = ("step", "bad_steps", "oom_notes", "carried")  # in a checkpoint, beside weights, states and schedule
 
 
@@ -48,8 +48,8 @@ class OrpoTrainer:
         tokens_per_batch: computed at once. checkpointed_layers: whose activations are recomputed.
         make_scorer: called with the model once it is in its place; see scoring.py.
         stop: asked after every step whether to end.
-        on_row: gets every row of the history, on the first process; on_step the number of each step that was
-            taken; on_save is called when a checkpoint is complete.
+        on_row: gets every row of the history, on the first process. on_step: gets the number of each step
+            taken. on_save: called when a checkpoint is complete.
 
     Attributes:
         step, steps: taken, and in all. best: see best.py. bad_steps: left out as not finite, {step, rows of
@@ -74,11 +74,10 @@ class OrpoTrainer:
         on_step: Callable[[int], None] = lambda step: None,
         on_save: Callable[[], None] = lambda: None,
     ):
+        # What no plan has settled.
         method = "full" if all(p.requires_grad for p in model.parameters()) else "lora"
         weights = sum(p.numel() for p in model.parameters())
-        settings, _ = settle(
-            settings, method=method, weights=weights, pairs=len(train_pairs)
-        )  # without a plan
+        settings, _ = settle(settings, method=method, weights=weights, pairs=len(train_pairs))
         self.model, self.settings, self.accelerator, self.folder = model, settings, accelerator, Path(folder)
         self.train_pairs, self.eval_pairs, self.stop = train_pairs, eval_pairs, stop or Stop()
         self.on_row, self.on_step, self.on_save = on_row, on_step, on_save
@@ -90,7 +89,7 @@ class OrpoTrainer:
         self.checkpointed_layers = checkpoint_layers(model, checkpointed_layers)
         with accelerator.autocast():
             self.scorer = make_scorer(model)
-        self.reference = Reference(model, self._score) if settings.objective == "dpo" else None
+        self.reference = Reference(self) if settings.objective == "dpo" else None
         lengths = getattr(train_pairs, "lengths", None) or [pair.tokens() for pair in train_pairs]
         place = dict(rank=accelerator.process_index, world=self.world)
         self.order = StepOrder(lengths, settings.pairs_per_step, seed=settings.seed, **place)
@@ -190,7 +189,7 @@ class OrpoTrainer:
 
     def _gradient(self, pairs: list[EncodedPair]) -> Tensor:
         """Leave the gradient of a step in the weights, in smaller pieces each time that memory runs out; the
-        sums of TERMS over this rank's pairs, and two gradient norms, (len(TERMS) + 2,)."""
+        sums of TERMS over this rank's pairs, and two gradient norms, (COLUMNS,)."""
         if self.reference:
             self._work.update(self.reference.remember(pairs))
         self.wrapped.train()
@@ -208,7 +207,7 @@ class OrpoTrainer:
         tokens = sum(len(p.chosen) + (len(p.prompt) - 1) * of_prompt for p in pairs)
         step = {"nll_tokens": over_ranks(self.accelerator, tokens), "or_weight": s.or_weight}
         step["pairs"] = over_ranks(self.accelerator, len(pairs))
-        sums, work = torch.zeros(len(loss.TERMS) + 2, device=self.device), Counter()
+        sums, work = torch.zeros(COLUMNS, device=self.device), Counter()
         for k, (micro, weight) in enumerate(micro_batches):
             self._computing, last = micro, k == len(micro_batches) - 1
             batch = collate(micro, nll_over=s.nll_over, layout=self.scorer.layout).to(self.device)
@@ -253,7 +252,7 @@ class OrpoTrainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
         sums = self.accelerator.reduce(sums)
         norm, *sums = torch.cat([norm.float().view(1).to(self.device), sums]).tolist()
-        self._sums = [a + b for a, b in itertools.zip_longest(self._sums, sums, fillvalue=0.0)]
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)]
         # Any part of the loss that is not finite shows in it, whatever it is divided by.
         terms = dict(zip(loss.TERMS, sums, strict=False))
         whole = loss.objective(terms, nll_tokens=1, pairs=1, or_weight=s.or_weight, name=s.objective)
@@ -271,10 +270,9 @@ class OrpoTrainer:
         self.wrapped.zero_grad(set_to_none=True)  # an optimizer step without gradients changes nothing
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= BAD_STEPS_ALLOWED:
-            self.stop_reason = (
-                f"{BAD_STEPS_ALLOWED} steps in a row had a loss or gradient that is not finite (last: step "
-                f"{step}, dataset rows {rows}); try a lower learning_rate or precision=float32"
-            )
+            why = f"a loss or gradient that is not finite (last: step {step}, dataset rows {rows})"
+            way_out = "try a lower learning_rate or precision=float32"
+            self.stop_reason = f"{BAD_STEPS_ALLOWED} steps in a row had {why}; {way_out}"
 
     def _use_less_memory(self, micro: list[EncodedPair], message: str) -> None:
         """Halve the tokens computed at once, of which `micro` were too many; else checkpoint more layers."""
@@ -284,20 +282,18 @@ class OrpoTrainer:
             self.tokens_per_batch = max(1, min(self.tokens_per_batch, tokens) // 2)
             change = f"tokens_per_batch is now {self.tokens_per_batch}"
         elif self.checkpointed_layers < layers:
-            more = self.checkpointed_layers + math.ceil((layers - self.checkpointed_layers) / 2)
+            more = math.ceil((layers + self.checkpointed_layers) / 2)
             self.checkpointed_layers = checkpoint_layers(self.model, more)
             with self.accelerator.autocast():
                 attempt(self.scorer.prove)
             change = f"{self.checkpointed_layers} of {layers} layers are now checkpointed"
         else:
-            raise UserError(
-                f"Out of memory in step {self.step + 1} on a single pair with every layer checkpointed "
-                f"({message}); {LESS}."
-            )
-        again = "the step is repeated with the same result"
-        self._note(f"step {self.step + 1}: out of memory; {change}; {again}")
+            why = f"on a single pair with every layer checkpointed ({message})"
+            raise UserError(f"Out of memory in step {self.step + 1} {why}; {LESS}.")
+        self.note(f"step {self.step + 1}: out of memory; {change}; the step is repeated with the same result")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Keep, and warn of, what was done when memory ran out."""
         self.oom_notes.append(text)
         warnings.warn(text, stacklevel=3)
 
@@ -314,27 +310,21 @@ class OrpoTrainer:
 
     def _checkpoint_is_due(self) -> bool:
         """By steps; and by the first process's clock since the last one, or since the beginning."""
-        s = self.settings
-        by_steps = s.save_every_steps and (self.step % s.save_every_steps == 0 or self.step == self.steps)
+        s, ended = self.settings, self.step >= self.steps
+        by_steps = s.save_every_steps and (ended or self.step % s.save_every_steps == 0)
         if by_steps or self.step == self.best.step:
             return True
-        if not s.save_every_minutes or self.step >= self.steps:
+        if ended or not s.save_every_minutes:
             return False
         due = time.monotonic() - self._saved_at >= 60 * s.save_every_minutes
         return bool(over_ranks(self.accelerator, int(due and self.accelerator.is_main_process)))
 
-    def _score(self, pairs: Sequence[EncodedPair]):
-        how = dict(nll_over=self.settings.nll_over, tokens_per_batch=self.tokens_per_batch, note=self._note)
-        return score(self.wrapped, pairs, scorer=self.scorer, accelerator=self.accelerator, **how)
-
-    def pair_tables(
-        self, pairs: Sequence[EncodedPair], on_batch: Callable[[int], None] = lambda done: None
-    ) -> Tensor:
+    def pair_tables(self, pairs: Sequence[EncodedPair], on_batch=lambda done: None) -> Tensor:
         """Give `loss.pair_table` of pairs in their order, (pairs, terms) on the CPU; every rank all."""
         rows = {}
         if self.reference:
             self.reference.remember(pairs)
-        for batch, logps in self._score(pairs):
+        for batch, logps in score(self, pairs):
             table = self._pair_table(logps, batch).cpu()
             rows |= dict(zip([p.index for p in batch.pairs], table, strict=True))
             on_batch(len(batch.pairs))
@@ -357,7 +347,7 @@ class OrpoTrainer:
 
     def _start_window(self) -> None:
         """Begin the sums of a logged row, over all processes; its work is this process's."""
-        self._sums, self._work, self._since = [], Counter(), time.monotonic()
+        self._sums, self._work, self._since = [0.0] * COLUMNS, Counter(), time.monotonic()
 
     def _log_step(self, learning_rate: float, norm: float) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
