@@ -11,7 +11,6 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -24,11 +23,9 @@ from .body import causal_lm, is_within, sizes_of, towers_of
 # For base models without a chat template (phi-2, Llama-2, Mistral): plain words that every tokenizer knows,
 # and its own end token after each assistant turn. It is saved with the trained model.
 DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}"
-    "{% endfor %}"
+    "{% if not loop.last or add_generation_prompt %}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 
@@ -87,40 +84,26 @@ class Encoder:
         pairs = iter(pairs)
         while some := _some(pairs):
             written = self.template.write_all(some)
-            whole = [[] if reason else self._texts(pieces) for pieces, reason in written]
-            texts = list(itertools.chain(*whole))
-            ids = iter(self._ids(texts) if texts else [])  # all in one call
-            for pair, (pieces, reason), own in zip(some, written, whole, strict=True):
+            written = [(pieces, reason or self._far_too_long(pieces)) for pieces, reason in written]
+            texts = [[] if reason else _texts(pieces) for pieces, reason in written]
+            flat = list(itertools.chain(*texts))
+            ids = iter(self._ids(flat) if flat else [])  # all in one call
+            for pair, (pieces, reason), own in zip(some, written, texts, strict=True):
                 encoded = None
-                if own:
-                    encoded, reason = tried(self._part, pair.index, *islice(ids, 3))
-                elif not reason:
-                    encoded, reason = tried(self._join, pair.index, pieces)
+                if not reason:
+                    wholes = list(itertools.islice(ids, len(own)))
+                    encoded, reason = tried(self._encoded, pair.index, pieces, wholes)
                 yield pair, encoded or reason
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Give the tokens from which the model answers `messages`, cut from the left."""
         return self._cut_prompt(self._of_pieces(self.template.prompt(messages)))
 
-    def _texts(self, pieces) -> list[str]:
-        """Give the prompt, and it with either answer, as texts; [] where they name special tokens, or are
-        longer than any text that could be used."""
-        if any(len(part) > 1 or part[0][1] for part in pieces):
-            return []
-        before, chosen, rejected = (part[0][0] for part in pieces)
-        too_long = self._too_long(before, chosen, rejected)
-        return [] if too_long else [before, before + chosen, before + rejected]
-
-    def _too_long(self, *texts: str) -> bool:
-        return self.overlong == "drop" and sum(map(len, texts)) > 3 * self.max_tokens * self._longest_token
-
-    def _part(self, index: int, prompt: list[int], *wholes: list[int]) -> EncodedPair:
-        return self._finish(index, prompt, *(self._after(prompt, whole) for whole in wholes))
-
-    def _join(self, index: int, pieces) -> EncodedPair:
-        if self._too_long(*(text for part in pieces for text, _ in part)):
-            raise Unusable("overlong")
-        return self._finish(index, *map(self._of_pieces, pieces))
+    def _far_too_long(self, pieces) -> str:
+        """Give the reason where texts are longer than any that could be used; they are not even tokenized."""
+        characters = sum(len(text) for part in pieces for text, _ in part)
+        most = 3 * self.max_tokens * self._longest_token
+        return "overlong" if self.overlong == "drop" and characters > most else ""
 
     def _of_pieces(self, pieces) -> list[int]:
         return [i for text, own in pieces if text for i in self._ids([text], as_text=own)[0]]
@@ -150,20 +133,33 @@ class Encoder:
         start = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
         return start + prompt[len(prompt) - self.max_prompt_tokens + len(start) :]
 
-    def _finish(self, index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
+    def _encoded(self, index: int, pieces, ids: list[list[int]]) -> EncodedPair:
+        """Encode a pair from the ids of its `_texts`, or, where it has none, piece by piece."""
+        if ids:
+            prompt, *answers = ids[0], *(self._after(ids[0], whole) for whole in ids[1:])
+        else:
+            prompt, *answers = map(self._of_pieces, pieces)
         if not prompt:
             raise Unusable("empty_prompt")
-        longest = len(prompt) + max(len(chosen), len(rejected))
-        if len(prompt) > self.max_prompt_tokens or longest > self.max_tokens:
+        longest = max(map(len, answers))
+        if len(prompt) > self.max_prompt_tokens or len(prompt) + longest > self.max_tokens:
             if self.overlong == "drop":
                 raise Unusable("overlong")
             prompt = self._cut_prompt(prompt)
             room = self.max_tokens - len(prompt)
-            self.cut += max(len(chosen), len(rejected)) > 2 * room
-            chosen, rejected = (a if len(a) <= room else [*a[: room - 1], a[-1]] for a in (chosen, rejected))
-        if chosen == rejected:
+            self.cut += longest > 2 * room
+            answers = [a if len(a) <= room else [*a[: room - 1], a[-1]] for a in answers]
+        if answers[0] == answers[1]:
             raise Unusable("identical_after_encoding")
-        return EncodedPair(index, prompt, chosen, rejected)
+        return EncodedPair(index, prompt, *answers)
+
+
+def _texts(pieces) -> list[str]:
+    """Give the prompt, and it with either answer, as texts; [] where they name special tokens."""
+    if any(len(part) > 1 or part[0][1] for part in pieces):
+        return []
+    before, chosen, rejected = (part[0][0] for part in pieces)
+    return [before, before + chosen, before + rejected]
 
 
 def _some(pairs, most: int = 64, characters: int = 2**20) -> list:
