@@ -7,7 +7,7 @@ documents a pair) or `padded` (two right-padded rows a pair). It tokenizes nothi
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +32,7 @@ class EncodedPair(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a pair lies in a `shared` row: prompt and chosen from `start`, rejected from `rejected_start`;
-    then the lengths, in tokens."""
+    """Where a pair lies in a `shared` row: where prompt and rejected start; the lengths, in tokens."""
 
     start: int
     rejected_start: int
@@ -62,7 +61,7 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """Move every tensor in one copy, from pinned memory to a CUDA device: nothing there is waited for."""
-        moving = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        moving = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
         flat = torch.cat([t.flatten().long() for t in moving.values()])
         flat = flat.pin_memory() if torch.device(device).type == "cuda" else flat
         pieces = flat.to(device, non_blocking=True).split([t.numel() for t in moving.values()])
@@ -149,13 +148,10 @@ def _ranges(starts, lengths) -> np.ndarray:
     return (starts - ends[:-1]).repeat(lengths) + np.arange(ends[-1])
 
 
-def split_by_tokens(
-    pairs: list[EncodedPair], tokens_per_batch: int, layout: str = "shared"
-) -> list[list[EncodedPair]]:
+def split_by_tokens(pairs: list[EncodedPair], tokens_per_batch: int, layout="shared") -> list[list]:
     """Deal the pairs of a step into as few micro-batches of at most `tokens_per_batch` tokens as first-fit
     finds, longest first. A pair longer than the budget is a micro-batch of its own."""
-    batches: list[list[EncodedPair]] = []
-    room: list[int] = []
+    batches, room = [], []
     for pair in sorted(pairs, key=lambda p: (-p.tokens(layout), p.index)):
         cost = pair.tokens(layout)
         k = next((k for k, free in enumerate(room) if free >= cost), len(room))
@@ -172,13 +168,10 @@ class StepOrder:
     on (seed, epoch) alone, the tokens of each step balanced over the ranks. Its length: an epoch's steps.
 
     Args:
-        lengths: tokens of each pair.
-        pairs_per_step: pairs in a step over all ranks.
+        lengths: tokens of each pair. pairs_per_step: over all ranks.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank: int = 0, world: int = 1
-    ):
+    def __init__(self, lengths: Sequence[int], pairs_per_step: int, *, seed: int, rank=0, world=1):
         fewest = min(pairs_per_step, len(lengths))
         if fewest < world:
             why = f"{fewest} pairs a step cannot be shared by {world} processes"
@@ -196,14 +189,13 @@ class StepOrder:
         order = list(range(len(self.lengths)))
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         for step in range(first, len(self)):
-            last = step == len(self) - 1
-            begin, end = step * self.pairs_per_step, (step + 1) * self.pairs_per_step
-            yield self._share(order[begin : None if last else end])
+            end = None if step == len(self) - 1 else (step + 1) * self.pairs_per_step
+            yield self._share(order[step * self.pairs_per_step : end])
 
     def _share(self, chunk: list[int]) -> list[int]:
         shares, loads = [[] for _ in range(self.world)], [0] * self.world
         for index in sorted(chunk, key=lambda i: (-self.lengths[i], i)):
-            lightest = min(range(self.world), key=lambda k: (bool(shares[k]), loads[k]))
+            lightest = loads.index(min(loads))  # one that has no pair yet, as long as there is one
             shares[lightest].append(index)
             loads[lightest] += self.lengths[index]
         return shares[self.rank]

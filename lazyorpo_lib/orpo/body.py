@@ -47,9 +47,9 @@ def text_layers(model) -> list[nn.Module]:
     lm = causal_lm(model)
     if not lm.supports_gradient_checkpointing:
         return []
-    beside = {id(part) for name in towers_of(lm) for part in lm.get_submodule(name).modules()}
-    layers = (m for m in body_of(lm).modules() if isinstance(m, GradientCheckpointingLayer))
-    return [layer for layer in layers if id(layer) not in beside]
+    beside = {part for name in towers_of(lm) for part in lm.get_submodule(name).modules()}
+    inside = body_of(lm).modules()
+    return [m for m in inside if isinstance(m, GradientCheckpointingLayer) and m not in beside]
 
 
 def checkpoint_layers(model, count: int) -> int:
@@ -57,11 +57,10 @@ def checkpoint_layers(model, count: int) -> int:
     layers = text_layers(model)
     if count and layers:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    chosen = {*layers[:count]}
     for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
-        layer.gradient_checkpointing = False
-    for layer in layers[:count]:
-        layer.gradient_checkpointing = True
-    return min(count, len(layers))
+        layer.gradient_checkpointing = layer in chosen
+    return len(chosen)
 
 
 def fused_experts(model) -> list[nn.Parameter]:

@@ -65,9 +65,7 @@ class Pair:
         return json.dumps([self.prompt, self.answers(), self.tools], default=str).encode()
 
 
-def clean(
-    candidates: Iterable, *, on_drop: Callable[[dict], None] | None = None
-) -> tuple[Iterator[Pair], "Report"]:
+def clean(candidates: Iterable, *, on_drop: Callable | None = None) -> tuple[Iterator[Pair], "Report"]:
     """Keep the pairs that are clean, one at a time; all are read twice, first to find contradictions. Memory
     is flat but for the digests of the pairs, 9 bytes each while they are compared.
 

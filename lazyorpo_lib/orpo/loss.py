@@ -63,16 +63,12 @@ def odds_ratio_loss(logp_chosen: Tensor, logp_rejected: Tensor, or_beta: float =
         (0.3203, 0.9741)
     """
     if logp_chosen.shape != logp_rejected.shape:
-        raise ValueError(
-            f"chosen has shape {tuple(logp_chosen.shape)}, rejected {tuple(logp_rejected.shape)}."
-        )
+        raise ValueError(f"chosen has shape {[*logp_chosen.shape]}, rejected {[*logp_rejected.shape]}.")
     chosen, rejected = log_odds(logp_chosen), log_odds(logp_rejected)
     return PairLosses(-F.logsigmoid(or_beta * (chosen - rejected)), chosen, rejected)
 
 
-def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> Tensor:
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta) -> Tensor:
     """Give DPO's loss for each pair (its Eq. 7).
 
     Args:

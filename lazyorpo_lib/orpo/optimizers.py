@@ -20,10 +20,11 @@ def make_optimizer(settings: Settings, model: nn.Module, *, retry: bool) -> torc
     Args:
         retry: take the first step again where memory ran out in it; no process of several may do so.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    wide = [p for n, p in trained if p.dim() > 1 and "bias" not in n]
-    others = [p for n, p in trained if p.dim() <= 1 or "bias" in n]
-    kinds = (wide, settings.weight_decay), (others, 0.0)
+    decaying, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decaying if p.dim() > 1 and "bias" not in name else others).append(p)
+    kinds = (decaying, settings.weight_decay), (others, 0.0)
     groups = [{"params": some, "weight_decay": decay} for some, decay in kinds if some]
     rate, name = settings.learning_rate, settings.optimizer
     if name == "adamw":
@@ -45,9 +46,9 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
 
     bits, paged = 8 if "8bit" in name else 32, name.startswith("paged")
     if bits == 8:  # its rows are updated rarely, which 8 bits do not bear
+        manager = GlobalOptimManager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                manager = GlobalOptimManager.get_instance()
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
     optimizer = AdamW(groups, lr=rate, optim_bits=bits, is_paged=paged)
     if paged:
@@ -57,10 +58,10 @@ def _bitsandbytes(groups: list[dict], rate: float, name: str, model: nn.Module):
 
 def step_again(step, optimizer, *args, **kwargs):
     """Take an optimizer's step. The first allocates the state; where memory ran out, it is taken again."""
+    take = partial(step, optimizer, *args, **kwargs)
     if optimizer.state:
-        return step(optimizer, *args, **kwargs)
-    message = attempt(partial(step, optimizer, *args, **kwargs))[1]
-    if message:
+        return take()
+    if attempt(take)[1]:
         # The last one was at work when it happened; some count the step before they take it.
         *_, last = optimizer.state or [None]
         for parameter, state in list(optimizer.state.items()):
@@ -68,10 +69,9 @@ def step_again(step, optimizer, *args, **kwargs):
                 parameter.grad = None  # it has been updated
             else:
                 del optimizer.state[parameter]
-        message = attempt(partial(step, optimizer, *args, **kwargs))[1]
-    if message:
-        way_out = "choose optimizer=adamw_8bit, or method=lora"
-        raise UserError(f"Out of memory for the optimizer's state ({message}); {way_out}.")
+        if message := attempt(take)[1]:
+            way_out = "choose optimizer=adamw_8bit, or method=lora"
+            raise UserError(f"Out of memory for the optimizer's state ({message}); {way_out}.")
 
 
 def _load_paged(optimizer, state_dict: dict) -> None:

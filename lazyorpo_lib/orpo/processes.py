@@ -25,11 +25,9 @@ from ..settings import Settings
 
 def check_tracker(tracker: str) -> None:
     """Raise UserError where the tracker of `report_to` is not installed."""
-    found = tracker == "none" or find_spec(tracker)
-    if not found or (tracker != "none" and found.loader is None):  # a mere folder of that name is none
-        raise UserError(
-            f"report_to is {tracker}, which is not installed: pip install {tracker}, or set report_to=none."
-        )
+    if tracker != "none" and not getattr(find_spec(tracker), "loader", None):  # a mere folder has none
+        way_out = f"pip install {tracker}, or set report_to=none"
+        raise UserError(f"report_to is {tracker}, which is not installed: {way_out}.")
 
 
 def tracked(settings: Settings, folder: Path) -> dict:
@@ -39,12 +37,11 @@ def tracked(settings: Settings, folder: Path) -> dict:
     Raises:
         UserError: no project can be called so; the Space is of another tracker, or there is no token for it.
     """
-    s, named = settings, {}
+    s = settings
     project = s.tracker_project or os.environ.get("WANDB_PROJECT") or "lazyorpo"
     if not re.fullmatch(r"[\w.-][\w. -]{0,99}", project) or not project.strip("."):
         raise UserError(f"tracker_project is {project!r}: give up to 100 letters, digits, spaces, . _ or -.")
-    if s.tracker_run and s.report_to in ("wandb", "trackio"):
-        named["name"] = s.tracker_run
+    named = {"name": s.tracker_run} if s.tracker_run and s.report_to in ("wandb", "trackio") else {}
     if s.trackio_space:
         why = "" if get_token() else "needs a token that may write there: set HF_TOKEN"
         if s.report_to != "trackio":
@@ -66,10 +63,8 @@ def make_accelerator(settings: Settings, *, dtype: torch.dtype, device: str, fol
         dtype: of the computation. device: cuda, mps or cpu. folder: of the run, for the trackers' files.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError(
-            "The accelerate config asks for DeepSpeed, with which the kit does not train: take "
-            "configs/fsdp2.yaml, which spreads the same over the GPUs."
-        )
+        way_out = "take configs/fsdp2.yaml, which spreads the same over the GPUs"
+        raise UserError(f"The kit does not train with DeepSpeed, as the accelerate config asks: {way_out}.")
     check_tracker(tracker := settings.report_to)
     tracked(settings, Path(folder))  # what is wrong with it is told before anything is loaded
     AcceleratorState._reset_state(True)
@@ -94,24 +89,20 @@ def check_sharding(accelerator: Accelerator, model, settings: Settings) -> bool:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return False
+    why = ""
     if plugin.fsdp_version != 2:
-        raise UserError(
-            "The accelerate config asks for the first version of FSDP: set fsdp_version: 2, as in "
-            "configs/fsdp2.yaml."
+        why = "its first version is not supported: set fsdp_version: 2, as in configs/fsdp2.yaml"
+    elif plugin.cpu_ram_efficient_loading:
+        why = "every process must see the weights: set fsdp_cpu_ram_efficient_loading: false"
+    elif settings.objective == "dpo" or getattr(model, "is_loaded_in_4bit", False):
+        why = (
+            "it trains no 4-bit weights and no objective=dpo: choose method=lora or full, or configs/ddp.yaml"
         )
-    if plugin.cpu_ram_efficient_loading:
-        raise UserError(
-            "Every process must see the weights: set fsdp_cpu_ram_efficient_loading: false in the accelerate "
-            "config."
-        )
-    if settings.objective == "dpo" or getattr(model, "is_loaded_in_4bit", False):
-        raise UserError(
-            "FSDP trains neither 4-bit weights nor objective=dpo: choose method=lora or full, or "
-            "configs/ddp.yaml."
-        )
+    if why:
+        raise UserError(f"The accelerate config asks for FSDP, and {why}.")
     if policy := plugin.mixed_precision_policy:  # accelerate's would round both to 16 bit
-        own = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-        plugin.mixed_precision_policy = own
+        own = dict(reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = dataclasses.replace(policy, **own)
     return True
 
 
