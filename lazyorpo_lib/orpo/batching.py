@@ -86,14 +86,12 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
     p, c, r = np.array([[len(tokens) for tokens in pair[1:]] for pair in pairs]).T
     first, rejected, rows, width = _places(p, c, r, layout)
     before = first if shared else rejected - p  # the prompt that a rejected answer follows
-    # Pieces of text: where they lie, how long they are, their first position.
-    pieces = [(1, first, p, 0 * p), (2, first + p, c, p), (3, rejected, r, p)]
-    pieces += [] if shared else [(1, before, p, 0 * p)]
-    kinds, at, lengths, position = zip(*pieces, strict=True)
-    place = _ranges(np.stack(at), np.stack(lengths))
+    # The pieces of text; a shared prompt is written twice into the same place.
+    lengths = np.stack([p, c, p, r])
+    place = _ranges(np.stack([first, first + p, before, rejected]), lengths)
     input_ids, position_ids = np.zeros((2, rows * width), dtype=np.int64)
-    input_ids[place] = np.concatenate([pair[kind] for kind in kinds for pair in pairs])
-    position_ids[place] = _ranges(np.stack(position), np.stack(lengths))
+    input_ids[place] = np.concatenate([pair[kind] for kind in (1, 2, 1, 3) for pair in pairs])
+    position_ids[place] = _ranges(np.stack([0 * p, p, 0 * p, p]), lengths)
     # What is scored, pair by pair: the prompt's tail, chosen, rejected; each predicted by the token before.
     counts = np.stack([(p - 1) * (nll_over == "prompt+answer"), c, r], axis=1)
     scored = _ranges(np.stack([first + 1, first + p, rejected], axis=1), counts)

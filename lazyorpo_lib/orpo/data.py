@@ -5,7 +5,6 @@ duplicate of a pair that was kept before, or in contradiction to one that ranks 
 round, when both go. No tokenizer: what is too long, or lost in a template, is for the caller to drop.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +12,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import NotRequired, TypedDict
 
@@ -221,10 +220,9 @@ def json_safe(value, depth: int = 50):
     is_int = isinstance(value, int) and abs(value) < 2**63
     if value is None or is_int or isinstance(value, float) and math.isfinite(value):
         return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-        empty = ((), {}, None)
-        value = {name: v for name, v in value.items() if v not in empty and name not in ("used", "unused")}
+    if isinstance(value, Pair):
+        names = [part.name for part in fields(value) if part.name not in ("used", "unused")]
+        value = {name: part for name in names if (part := getattr(value, name)) not in ((), {})}
     if isinstance(value, dict | list | tuple | set | frozenset):
         if not depth:
             return f"<{type(value).__name__}>"

@@ -46,9 +46,9 @@ def tried(write, *given) -> tuple[object, str]:
 
 def prepare_tokenizer(tokenizer) -> list[str]:
     """Give a tokenizer what training and generation need; returns what was added, in words."""
-    notes, bos = [], tokenizer.bos_token_id
+    notes = []
     if not tokenizer.chat_template:
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + DEFAULT_TEMPLATE
         notes += ["the tokenizer has no chat template: a plain one (User: … Assistant: …) is used and saved"]
         if tokenizer.eos_token is None:
