@@ -8,21 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from .batching import EncodedPair
 from .scoring import score
 
 
 class Reference:
-    """Summed log-probabilities of pairs under a trainer's model before training."""
+    """Summed log-probabilities of pairs under a trainer's model before training: `sums` has, by the pair's
+    index, those of chosen and rejected, (2,) float32."""
 
     def __init__(self, trainer):
         self.trainer, self.sums = trainer, {}
-
-    def __call__(self, pairs: Sequence[EncodedPair]) -> Tensor:
-        """Give the sums of chosen and rejected of each pair, (B, 2) float32."""
-        return torch.stack([self.sums[pair.index] for pair in pairs])
 
     def remember(self, pairs: Sequence[EncodedPair]) -> Counter:
         """Compute what is missing; count tokens and forward passes. With full tuning: before any step."""

@@ -162,10 +162,7 @@ class OrpoTrainer:
         return self.step / len(self.order)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
-        """Give the trained weights that FSDP has in pieces, whole on the first process; else None.
-
-        Every process calls it.
-        """
+        """Give the weights that FSDP has in pieces, whole on the first process; else None. All call it."""
         if not self.sharded:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -232,7 +229,7 @@ class OrpoTrainer:
         return sums
 
     def _pair_table(self, logps: Tensor, batch: Batch) -> Tensor:
-        reference = self.reference(batch.pairs) if self.reference else None
+        reference = self.reference and torch.stack([self.reference.sums[p.index] for p in batch.pairs])
         betas = self.settings.dpo_beta, self.settings.or_beta
         return loss.pair_table(logps, batch.segment, batch.lengths, reference, *betas)
 
