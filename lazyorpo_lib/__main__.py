@@ -49,8 +49,7 @@ def train(arguments: list[str]) -> int:
     from .machine import this_machine
     from .plan import planner
 
-    target = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
-    machine = getattr(target, "machine", target)
+    machine = planner.find_card(given["device"]) if given["device"] not in ("", "all") else this_machine()
     cards = _cards_of(given["cards"], machine, given["device"])
     settings, sources, why = resolve(layers, gpu_gib=machine.gpu_gib)
     if given["plan"] or given["device"] or given["json"] or cards > 1:
