@@ -3,6 +3,7 @@
 A file of clicks is only added to, by an undo too. Whose the answers are is in it, shown once all is judged.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -64,13 +65,11 @@ def questions(source: str) -> list[dict]:
 
 def _two_answers(index: int, row) -> tuple[list, dict] | None:
     layout = Layout.of(tuple(row) if isinstance(row, dict) else ())
-    both = [(good, bad) for bad, good in layout.good.items()]
-    both += [(one, other) for (_, one), (_, other) in layout.both]
-    try:
-        pair = to_pair(index, row, dict(zip(("chosen", "rejected"), both[0], strict=True)))
-    except (BadRow, IndexError):
-        return None
-    return list(pair.prompt), dict(zip(both[0], (pair.chosen, pair.rejected), strict=True))
+    for names in [two.values() for two in (layout.sides, *layout.both) if two][:1]:
+        with contextlib.suppress(BadRow):
+            pair = to_pair(index, row, dict(zip(("chosen", "rejected"), names, strict=True)))
+            return list(pair.prompt), dict(zip(names, (pair.chosen, pair.rejected), strict=True))
+    return None
 
 
 class Clicks:

@@ -84,11 +84,9 @@ def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, objec
     worse one, and so on; the shorter list begins again. What is made is numbered, in place of the rows."""
     extra = 0
     for index, row in rows:
-        places = []
-        if isinstance(row, dict) and (found := Layout.of(tuple(row)).good):
-            bad, good = next(iter(found.items()))
-            places = [columns.get("chosen", good), columns.get("rejected", bad)]
-        if not any([are_texts(row.get(place)) for place in places]):
+        sides = Layout.of(tuple(row)).sides if isinstance(row, dict) else {}
+        places = [columns.get(part, column) for part, column in sides.items()]
+        if not any(are_texts(row.get(place)) for place in places):
             yield index + extra, row
             continue
         lists = [row[p] if are_texts(row.get(p)) else [row.get(p)] for p in places]

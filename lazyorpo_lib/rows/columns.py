@@ -27,8 +27,8 @@ FILLER = set(
 )
 ALONE = "output response answer completion target solution messages conversations".split()
 BOTH = [tuple(pair.split("/")) for pair in "a/b 1/2 0/1 left/right first/second x/y".split()]
-LABELS = "winner better best preferred chosen".split()  # whose values name a side, a number the side's own
-LABELS += "choice preference label labels selected verdict vote judgement".split()  # no number does here
+WINNERS = "winner better best preferred chosen".split()  # whose values name a side, a number the side's own
+LABELS = [*WINNERS, *"choice preference label labels selected verdict vote judgement".split()]
 SIGNED = ("overall_preference", "preference_strength")  # below zero the first one is better, above the second
 TIES = set("tie ties tied both neither equal draw same none tie_bothbad both_bad bothbad".split())
 LISTS = "answers responses completions outputs candidates generations choices samples summaries".split()
@@ -54,8 +54,8 @@ class Layout:
     """What the names of a row's columns say, worked out once for all rows that have the same."""
 
     names: dict[str, str]  # {folded: as written}
-    good: dict[str, str]  # {as written: as written}: the better column for each worse one that has one
-    both: list[tuple]  # ((side, column), (side, column)): two answers with a label elsewhere
+    sides: dict[str, str]  # {"chosen": the better column, "rejected": the worse one}, or {}
+    both: list[dict]  # {side: column} of two answers with a label elsewhere
     parts: dict[str, list]  # {part: the columns that may hold it, the likeliest first}
 
     @classmethod
@@ -66,19 +66,18 @@ class Layout:
         cores: dict[str, list] = {}
         for short, name in reversed(folded.items()):
             cores.setdefault(core(short), []).append(name)
-        good = next(([cores[c][0], cores[r][0]] for c, r in SIDES if c in cores and r in cores), None)
-        if not good:
-            bad = next((cores[r][0] for _, r in SIDES if r in cores), None)
-            alone = next((folded[name] for name in ALONE if name in folded and folded[name] != bad), None)
-            good = [alone, bad] if bad and alone else None
+        pairs = [(cores[good][0], cores[bad][0]) for good, bad in SIDES if {good, bad} <= cores.keys()]
+        bad = [cores[bad][0] for _, bad in SIDES if bad in cores][:1]
+        pairs += [(folded[n], worse) for worse in bad for n in ALONE if folded.get(n, worse) != worse]
+        sides = dict(zip(("chosen", "rejected"), pairs[0], strict=True)) if pairs else {}
         both = [
-            ((a, left), (b, right))
+            {a: left, b: right}
             for a, b in BOTH for left in cores.get(a, ()) for right in cores.get(b, ())
             if fold(left).removesuffix(a) == fold(right).removesuffix(b) or fold(left).startswith(a)
         ]  # fmt: skip
         known = {"prompt": PROMPTS, "system": SYSTEMS, "history": ["history"]}
         parts = {part: [folded[n] for n in known[part] if n in folded] for part in known}
-        return cls(folded, {good[1]: good[0]} if good else {}, both, parts)
+        return cls(folded, sides, both, parts)
 
 
 def at(cell, path: str):
@@ -111,11 +110,11 @@ def advise(rows: list[tuple[dict, str]]) -> str:
     layout = Layout.of(tuple(names))
     free = [n for n in names if any(isinstance(row.get(n), str | list | dict) and row[n] for row, _ in rows)]
     if any(reason == "label_unclear" for _, reason in rows):
-        (_, a), (_, b) = layout.both[0] if layout.both else ((0, "a"), (0, "b"))
+        a, b = layout.both[0].values() if layout.both else "ab"
         unclear = "which of two answers is better is not clear"
         return f"{unclear}: write {a!r}, {b!r} or tie into the column winner"
-    if layout.good:
-        free = [name for name in free if name not in {*layout.good, *layout.good.values()}]
+    if layout.sides:
+        free = [name for name in free if name not in layout.sides.values()]
         which = f"set columns to 'prompt={free[0]}' or whichever holds it" if free else "add a column prompt"
         return f"no prompt was found, in no column of that name and not inside the answers: {which}"
     if lists := [n for n in free if any(are_texts(row.get(n)) for row, _ in rows)]:

@@ -5,6 +5,7 @@ whatever they were called. What else it had is named, not kept. A cell that is n
 """
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -29,15 +30,18 @@ def missing(value) -> bool:
     return value is None or value == [] or value == {} or isinstance(value, float) and math.isnan(value)
 
 
+def first_filled(cells: dict, names):
+    """Give the first of the cells with these names that holds something, or None."""
+    return next((cells[name] for name in names if not missing(cells.get(name))), None)
+
+
 def read(cell):
     """Give what a text holds that is a list or an object as JSON or as Python writes it; else the cell."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
         for parse in [json.loads] + [ast.literal_eval] * (len(cell) <= 2**20):  # takes 100 bytes for one
-            try:
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 found = parse(cell.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            return found if isinstance(found, list | dict) else cell
+                return found if isinstance(found, list | dict) else cell
     return cell
 
 
@@ -47,7 +51,7 @@ def as_messages(cell, role: str, unknown: set) -> list:
         return []
     if isinstance(cell, str) and _LIKE_MESSAGES.match(cell):
         found = read(cell)
-        found = found.get("messages") if isinstance(found, dict) and "messages" in found else found
+        found = found.get("messages", found) if isinstance(found, dict) else found
         if isinstance(found, list | dict) and _are_messages(found):
             cell = found
         elif isinstance(found, str) and cell.lstrip().startswith("["):
@@ -87,23 +91,21 @@ def _message(item, unknown: set) -> Message:
     if not isinstance(item, dict):
         raise BadRow("malformed")
     # a table that mixes both styles holds all four names in each message, two of them null
-    role = item["role"] if item.get("role") is not None else item.get("from")
-    content = item["content"] if item.get("content") is not None else item.get("value")
+    item = {name: cell for name, cell in item.items() if cell is not None}
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     calls = _calls(item.get("tool_calls"))
-    reasoning = next((item[name] for name in REASONING if not missing(item.get(name))), None)
-    content, reasoning = _joined_parts(content, reasoning)
+    content, reasoning = _joined_parts(content, first_filled(item, REASONING))
     content = "" if content is None and calls else content
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRow("malformed")
-    if role.strip().lower() not in ROLES:
+    if not (role := ROLES.get(role.strip().lower())):
         raise BadRow("unknown_role")
-    message = Message(role=ROLES[role.strip().lower()], content=content)
-    known = {"role", "from", "content", "value", "tool_calls", *REASONING}
-    if message["role"] == "tool":
-        known |= {"name", "tool_call_id"}
-        message |= {name: item[name] for name in ("name", "tool_call_id") if not missing(item.get(name))}
+    own = ("name", "tool_call_id") if role == "tool" else ()
+    message = Message(role=role, content=content)
+    message |= {name: item[name] for name in own if not missing(item.get(name))}
     message |= {"reasoning_content": reasoning} if isinstance(reasoning, str) else {}
     message |= {"tool_calls": calls} if calls else {}
+    known = {"role", "from", "content", "value", "tool_calls", *REASONING, *own}
     unknown |= {f"{name} of a message" for name, c in item.items() if name not in known and not missing(c)}
     return message
 
@@ -131,8 +133,9 @@ def _joined_parts(content, reasoning):
         return content, reasoning
     texts, thoughts = [], [reasoning] if isinstance(reasoning, str) else []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text" if isinstance(part, str) else ""
-        text = part if isinstance(part, str) else part.get(kind) if kind in ("text", *REASONING) else None
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else ""
+        text = part.get(kind) if kind in ("text", *REASONING) else None
         if not isinstance(text, str):
             known = [name for name in ("image", "audio", "video", "file", "document") if name in str(kind)]
             raise BadRow(f"{known[0]}_part" if known else "unknown_part" if kind else "malformed")

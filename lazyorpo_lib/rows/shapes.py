@@ -12,7 +12,9 @@ import re
 from ..orpo.data import Message, Pair
 from . import columns as tables
 from .columns import Layout, at, core, fold
-from .messages import BadRow, as_messages, is_transcript, missing, read, transcript
+from .messages import BadRow, as_messages, first_filled, is_transcript, missing, read, transcript
+
+TIE = 2  # beside 0 and 1, the better one of two answers
 
 
 class _Row:
@@ -81,100 +83,86 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
 
 def _answers(row: _Row) -> list:
     """Give the better and the worse answer, as they stand in the row."""
-    bad, good = next(iter(row.layout.good.items()), ("", ""))
-    mapped = row.columns.keys()
-    if {"chosen", "rejected"} & mapped or good and not {"a", "b"} & mapped:
-        if not (good or {"chosen", "rejected"} <= mapped):
-            raise BadRow("unknown_shape")
-        if row.layout.both and len(fold(str(row.cells.get(good)))) == 1:  # "chosen": "B" names a side
-            return _labelled(row)
-        found = [row.take("chosen"), row.take("rejected")]
-        for i, (part, column) in enumerate((("chosen", good), ("rejected", bad))):
-            if part not in mapped:
-                row.used[column] = part
-                found[i] = row.cells[column]
-        if fold(good) in ("messages", "conversations") and "chosen" not in mapped:
-            row.used[good] = "prompt and chosen"
-        return found
-    return (_labelled if row.layout.both or {"a", "b"} <= mapped else _ranked)(row)
+    mapped, sides, both = set(row.columns), row.layout.sides, row.layout.both
+    if not {"chosen", "rejected"} & mapped and (not sides or {"a", "b"} & mapped):
+        return (_labelled if both or {"a", "b"} <= mapped else _ranked)(row)
+    if both and sides and len(fold(str(row.cells[sides["chosen"]]))) == 1:  # "chosen": "B" names a side
+        return _labelled(row)
+    row.columns = sides | row.columns
+    if not {"chosen", "rejected"} <= row.columns.keys():
+        raise BadRow("unknown_shape")
+    found = [row.take("chosen"), row.take("rejected")]
+    if "chosen" not in mapped and fold(sides["chosen"]) in ("messages", "conversations"):
+        row.used[sides["chosen"]] = "prompt and chosen"
+    return found
 
 
 def _labelled(row: _Row) -> list:
     """Give two answers in the order that a label, a winner or scores tell."""
+    filled = (two for two in row.layout.both if not any(missing(row.cells[name]) for name in two.values()))
     if {"a", "b"} <= row.columns.keys():
-        sides = [("a", row.columns["a"]), ("b", row.columns["b"])]
-    else:
-        filled = (pair for pair in row.layout.both if not any(missing(row.cells[n]) for _, n in pair))
-        if not (sides := next(filled, ())):
-            raise BadRow("empty_answer")
-    first, found = _winner(row, sides), [at(row.cells, name) for _, name in sides]
-    for _, name in sides:
+        sides = {side: row.columns[side] for side in "ab"}
+    elif not (sides := next(filled, {})):
+        raise BadRow("empty_answer")
+    best, found = _winner(row, sides), [at(row.cells, name) for name in sides.values()]
+    for name in sides.values():
         row.mark(name, "one of two answers")
-    return found if first == 0 else found[::-1]
+    return [found[best], found[1 - best]]
 
 
-def _winner(row: _Row, sides) -> int:
+def _winner(row: _Row, sides: dict) -> int:
     """Tell which of two answers is better, 0 or 1."""
-    names, tokens = row.layout.names, [side for side, _ in sides]
-    scores = [[], []]
-    for short, name in names.items():
-        if set(short.split("_")) & set(tables.SCORES) and core(short, tables.SCORES) in tokens:
-            scores[tokens.index(core(short, tables.SCORES))].append(name)
-    votes = []
+    names, tokens, votes = row.layout.names, list(sides), []
+    scored = [(core(s, tables.SCORES), n) for s, n in names.items() if {*s.split("_")} & {*tables.SCORES}]
+    scores = [[name for side, name in scored if side == token] for token in tokens]
     for a, b in zip(*scores, strict=False):
         if is_number(row.cells[a]) and is_number(row.cells[b]):
             row.used |= {a: "score", b: "score"}
             votes.append(_ordered(float(row.cells[a]) - float(row.cells[b]), row))
             break
     labels = [row.columns["winner"]] if "winner" in row.columns else []
-    own, any_of = tables.LABELS[:5], (*tables.SIGNED, *tables.LABELS)
-    labels += [name for s, name in names.items() if s in any_of or core(s, {"id"}) in own]
+    any_of = (*tables.SIGNED, *tables.LABELS)
+    labels += [name for s, name in names.items() if s in any_of or core(s, {"id"}) in tables.WINNERS]
     for name in labels:
         if (vote := _vote(row, name, sides)) is not None:
             row.mark(name, "label")
             votes.append(vote)
             break
     flags = {core(s, {"winner", "model"}): name for s, name in names.items() if s.startswith("winner_")}
-    for side in [*tokens, "tie"] if set(tokens) <= flags.keys() else []:  # winner_model_a: 1, …_b: 0
-        if side in flags and str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"):
-            votes.append(tokens.index(side) if side in tokens else side)
-        row.used |= {flags[side]: "label"} if side in flags else {}
-    if not votes:
-        raise BadRow("label_unclear" if labels or any(scores) else "unknown_shape")
-    if "tie" in votes:
+    for vote, side in enumerate((*tokens, "tie") if flags.keys() >= sides.keys() else ()):
+        if side in flags:  # winner_model_a: 1, …_b: 0
+            votes += [vote] * (str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"))
+            row.used[flags[side]] = "label"
+    if TIE in votes:
         raise BadRow("tie")
-    if len(set(votes)) > 1:
-        raise BadRow("label_unclear")
+    if len(set(votes)) != 1:
+        raise BadRow("label_unclear" if votes or labels or any(scores) else "unknown_shape")
     return votes[0]
 
 
-def _ordered(difference: float, row: _Row):
+def _ordered(difference: float, row: _Row) -> int:
     least = float(row.columns.get("margin", 0))
-    return "tie" if difference == 0 or abs(difference) < least else 0 if difference > 0 else 1
+    return TIE if difference == 0 or abs(difference) < least else int(difference < 0)
 
 
-def _vote(row: _Row, name: str, sides):
-    """Give what a label says: 0, 1, "tie"; None where its value names neither side."""
-    value, short = at(row.cells, name), fold(name)
-    tokens = [side for side, _ in sides]
+def _vote(row: _Row, name: str, sides: dict) -> int | None:
+    """Give what a label says: 0, 1, TIE; None where its value names neither side."""
+    value, short, tokens = at(row.cells, name), fold(name), list(sides)
     if is_number(value):
         if short in tables.SIGNED:
             return _ordered(-float(value), row)
-        is_own = core(short, {"id"}) in tables.LABELS[:5] and (tokens == ["0", "1"] or short.endswith("_id"))
+        is_own = core(short, {"id"}) in tables.WINNERS and (tokens == ["0", "1"] or short.endswith("_id"))
         number = f"{float(value):g}"
         return tokens.index(number) if is_own and number in tokens else None
     if not isinstance(value, str):
         return None
     said = fold(value)
     if said in tables.TIES:
-        return "tie"
+        return TIE
     models = [row.cells.get(row.layout.names.get(f"model_{side}")) for side in tokens]
-    columns, models = [fold(column) for _, column in sides], models if models[0] != models[1] else []
-    for way in (columns, tokens, models):
-        for word in (value, said, core(said, {"model"})):
-            if word in way:
-                return way.index(word)
-    return None
+    ways = [[fold(column) for column in sides.values()], tokens, models * (models[0] != models[1])]
+    words = (value, said, core(said, {"model"}))
+    return next((way.index(word) for way in ways for word in words if word in way), None)
 
 
 def is_number(value) -> bool:
@@ -190,29 +178,28 @@ def _ranked(row: _Row) -> list:
     lists = (names[n] for n in tables.LISTS if isinstance(row.cells.get(names.get(n)), list | tuple))
     if (listed := next(lists, None)) is None:
         raise BadRow("unknown_shape")
-    items, texts, marks, sign = row.cells[listed], [], [], 1
+    items, marks = row.cells[listed], []
     if all(isinstance(item, dict) for item in items):
         short = [{fold(str(name)): cell for name, cell in item.items()} for item in items]
-        texts = [next((s[n] for n in tables.TEXTS if not missing(s.get(n))), None) for s in short]
-        for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
-            found = [next((s[n] for n in kinds if is_number(s.get(n))), None) for s in short]
-            if None not in found and not marks:
-                marks, sign = found, kind
+        texts = [first_filled(s, tables.TEXTS) for s in short]
+        for sign, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
+            found = [next((sign * float(s[n]) for n in kinds if is_number(s.get(n))), None) for s in short]
+            marks = marks or found * (None not in found)
     else:
-        texts = list(items)
-        for kind, kinds in ((1, tables.SCORES), (-1, tables.RANKS)):
+        texts = items
+        for sign, kinds, part in ((1, tables.SCORES, "scores"), (-1, tables.RANKS, "ranks")):
             beside = next((names[n] for n in kinds if n in names), None)
             found = row.cells.get(beside)
-            if isinstance(found, list | tuple) and len(found) == len(texts) and all(map(is_number, found)):
-                marks, sign = found, kind
-                row.used[beside] = "scores" if kind == 1 else "ranks"
+            if isinstance(found, list | tuple) and len(found) == len(items) and all(map(is_number, found)):
+                marks = [sign * float(mark) for mark in found]
+                row.used[beside] = part
     if len(marks) < 2 or None in texts:
         raise BadRow("unknown_shape")
-    order = sorted(range(len(marks)), key=lambda i: (-sign * float(marks[i]), i))
-    if _ordered(sign * (float(marks[order[0]]) - float(marks[order[-1]])), row) != 0:
+    best, worst = marks.index(max(marks)), len(marks) - 1 - marks[::-1].index(min(marks))
+    if _ordered(marks[best] - marks[worst], row) == TIE:
         raise BadRow("tie")
     row.used[listed] = "the best and the worst answer"
-    return [texts[order[0]], texts[order[-1]]]
+    return [texts[best], texts[worst]]
 
 
 def _arena(cell, answers: list) -> tuple:
@@ -263,13 +250,14 @@ def _history(row: _Row, prompt: str) -> list:
     if column == prompt or not is_talk:
         return []
     talk = read(row.take("history")) or []
-    lists = isinstance(talk, list | tuple) and all(isinstance(pair, list | tuple) for pair in talk)
-    if lists and all(len(pair) == 2 for pair in talk):
-        said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
-        if not all(isinstance(text, str) for _, text in said):
-            raise BadRow("malformed")
-        return [Message(role=role, content=text) for role, text in said]
-    return as_messages(talk, "user", row.unknown)
+    if not isinstance(talk, list | tuple) or not all(
+        isinstance(p, list | tuple) and len(p) == 2 for p in talk
+    ):
+        return as_messages(talk, "user", row.unknown)
+    said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
+    if not all(isinstance(text, str) for _, text in said):
+        raise BadRow("malformed")
+    return [Message(role=role, content=text) for role, text in said]
 
 
 def _joined(row: _Row, head, given, has_user) -> tuple:
@@ -288,8 +276,6 @@ def _joined(row: _Row, head, given, has_user) -> tuple:
 
 def _tools(row: _Row) -> tuple:
     column = row.columns.get("tools") or row.layout.names.get("tools", "tools")
-    if column not in row.cells and "tools" not in row.columns:
-        return ()
     tools = read(at(row.cells, column))
     tools = [tools] if isinstance(tools, dict) else tools
     if missing(tools) or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
