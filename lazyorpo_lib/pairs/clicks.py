@@ -16,7 +16,7 @@ from ..results.evaluate import answers_side_by_side
 from ..results.share import explain_run, folder_of_run
 from ..rows.columns import Layout
 from ..rows.dataset import open_rows
-from ..rows.messages import BadRow
+from ..rows.messages import BadRow, drop_if
 from ..rows.shapes import to_pair
 
 try:
@@ -65,10 +65,11 @@ def questions(source: str) -> list[dict]:
 
 def _two_answers(index: int, row) -> tuple[list, dict] | None:
     layout = Layout.of(tuple(row) if isinstance(row, dict) else ())
-    for names in [two.values() for two in (layout.sides, *layout.both) if two][:1]:
-        with contextlib.suppress(BadRow):
-            pair = to_pair(index, row, dict(zip(("chosen", "rejected"), names, strict=True)))
-            return list(pair.prompt), dict(zip(names, (pair.chosen, pair.rejected), strict=True))
+    names = (layout.sides or next(iter(layout.both), {})).values()
+    with contextlib.suppress(BadRow):
+        drop_if(not names, "unknown_shape")
+        pair = to_pair(index, row, dict(zip(("chosen", "rejected"), names, strict=True)))
+        return list(pair.prompt), dict(zip(names, (pair.chosen, pair.rejected), strict=True))
     return None
 
 
@@ -83,10 +84,9 @@ class Clicks:
 
     def __init__(self, source: str, file: str = "clicks.jsonl", seed: int = 42):
         self.file = expanded(file)
-        try:
+        whole = False
+        with contextlib.suppress(UserError, OSError):
             whole = self.file.parent.is_dir() and all(map(is_click, read_rows(self.file)))
-        except (UserError, OSError):
-            whole = False
         if not whole:
             why = "is no file of clicks, or in a folder that is not there: nothing was written"
             raise UserError(f"{str(file)!r} {why}; name another file.")

@@ -161,18 +161,15 @@ def _drawn(lacking: list[Pair], settings: Settings, made: dict, draft: Path) -> 
         prompts = [tried(encoder.prompt_ids, pair.prompt)[0] for pair in lacking]
         order = sorted(range(most), key=lambda i: len(prompts[i] or ()))  # like lengths: little padding
         bar = progress_bar(most, "answers", initial=done, desc="the base model answers")
+        options["on_batch"] = bar.update
         with bar, _explain_answers(settings.base_model):
             for start in range(done, most, AT_ONCE):
                 some = order[start : start + AT_ONCE]
                 asked = [i for i in some if prompts[i]]
-
-                def draw(batch: list[int], asked=asked) -> Drawn:
-                    seeds = [f"{settings.seed} {lacking[asked[k]].index}".encode() for k in batch]
-                    return Drawn([zlib.crc32(seed) for seed in seeds], model.device)
-
+                seeds = [zlib.crc32(f"{settings.seed} {lacking[i].index}".encode()) for i in asked]
+                options["draw"] = lambda batch, own=seeds: Drawn([own[k] for k in batch], model.device)
                 ids = [prompts[i] for i in asked]
-                texts = answers(model, encoder.tokenizer, ids, draw=draw, on_batch=bar.update, **options)
-                said = dict(zip(asked, texts, strict=True))
+                said = dict(zip(asked, answers(model, encoder.tokenizer, ids, **options), strict=True))
                 for step, i in enumerate(some, start):
                     folders.append_row(file, {"step": step, "pair": i, "answer": said.get(i)})
     kept = {row["pair"]: row["answer"] for row in folders.read_rows(file)}

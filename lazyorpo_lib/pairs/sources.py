@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from ..errors import UserError
 from ..orpo.data import Pair
-from ..rows.candidates import Candidates, check_mapping, spread
+from ..rows.candidates import Candidates, check_mapping
 from ..rows.columns import RANKS, SCORES, Layout, advise, at, fold
-from ..rows.messages import BadRow, missing
+from ..rows.messages import BadRow, drop_if, missing
 from ..rows.shapes import is_number, to_pair
 from .clicks import is_click, standing
 
@@ -56,11 +56,11 @@ def read(rows: list, columns: dict[str, str], *, sample: bool = False) -> tuple[
     kind, mark = _kind(dicts, columns)
     if kind in ("clicks", "pairs"):
         for index, one in standing(rows) if kind == "clicks" else rows:
-            for _, row in spread([(index, one)], columns):
-                try:
-                    found.append((to_pair(index, row, columns), [index]))
-                except BadRow as bad:
-                    left[str(bad)] += 1
+            for *_, pair, reason in Candidates([(index, one)], columns).judged():
+                if pair:
+                    found.append((pair, [index]))
+                else:
+                    left[reason] += 1
     else:
         found = _of_answers(rows, columns, kind, mark, sample, left)
     if kind == "clicks":
@@ -76,10 +76,10 @@ def _kind(rows: list[dict], columns: dict[str, str]) -> tuple[str, str]:
     if rows and all(map(is_click, rows)):
         return "clicks", ""
     alone, given = "chosen" in columns and "rejected" not in columns, "winner" in columns
-    reasons = set() if alone else {next(Candidates([(0, row)], columns).judged())[-1] for row in rows[:100]}
-    if reasons - {"unknown_shape", "malformed"} == {"label_unclear"}:
+    known = [] if alone else [next(Candidates([(0, row)], columns).judged())[-1] for row in rows[:100]]
+    if (known := {*known} - {"unknown_shape", "malformed"}) == {"label_unclear"}:
         raise UserError(f"These rows are no pairs: {advise([(row, 'label_unclear') for row in rows])}.")
-    if reasons - {"unknown_shape", "malformed"}:
+    if known:
         return "pairs", ""
     names = Layout.of(tuple(dict.fromkeys(name for row in rows for name in row))).names
     mark = columns.get("winner") or next((names[n] for n in (*THUMBS, *SCORES, *RANKS) if n in names), "")
@@ -101,14 +101,11 @@ def _of_answers(rows, columns, kind: str, mark: str, sample: bool, left: Counter
     groups, found = {}, []
     for index, row in rows:
         try:
-            pair = _alone(index, row, columns)
+            pair, cell = _alone(index, row, columns), at(row, mark) if mark else True
+            value = thumb(cell) if kind in ("thumbs", "single") else float(cell) if is_number(cell) else None
+            drop_if(value is None, "no clear thumb or score")
         except BadRow as bad:
             left[str(bad)] += 1
-            continue
-        cell = at(row, mark) if mark else True
-        value = thumb(cell) if kind in ("thumbs", "single") else float(cell) if is_number(cell) else None
-        if value is None:
-            left["no clear thumb or score"] += 1
             continue
         key = index if kind == "single" else json.dumps([pair.prompt, pair.tools], default=str)
         groups.setdefault(key, []).append((-value if kind == "ranks" else value, pair))
@@ -135,8 +132,7 @@ def _of_answers(rows, columns, kind: str, mark: str, sample: bool, left: Counter
 
 def _alone(index: int, row, columns: dict[str, str]) -> Pair:
     """Read a row with one answer; LACKING stands for the other one."""
-    if not isinstance(row, dict):
-        raise BadRow("malformed")
+    drop_if(not isinstance(row, dict), "malformed")
     talk = at(row, columns.get("chosen", "chosen"))
     lacking = [*talk[:-1], {"role": "assistant", "content": LACKING}] if isinstance(talk, list) else LACKING
     return to_pair(index, row | {"rejected": lacking}, columns | {"rejected": "rejected"})

@@ -28,8 +28,12 @@ class Candidates:
 
     def __iter__(self) -> Iterator[tuple[int, object, Pair | None, str]]:
         judged = self.judged()
-        if first := list(itertools.islice(judged, FIRST_ROWS)):
-            _check_shape(first, self.mapping)
+        first = list(itertools.islice(judged, FIRST_ROWS))
+        rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
+        found = check_mapping([row for row, _ in rows], self.mapping)
+        if first and all(reason in ("unknown_shape", "label_unclear") for _, reason in rows):
+            start = f"None of the first {len(first)} rows is a pair of a known shape"
+            raise UserError(f"{start}: {found}; {advise(rows)}.")
         yield from itertools.chain(first, judged)
 
     def judged(self):
@@ -69,14 +73,6 @@ def check_mapping(rows: list[dict], mapping: dict[str, str]) -> str:
         if name != "margin" and rows and all(at(row, path) is None for row in rows):
             raise UserError(f"columns says {name}={path}, but {found}: write one of these.")
     return found
-
-
-def _check_shape(first, mapping):
-    rows = [(row, reason) for _, row, _, reason in first if isinstance(row, dict)]
-    found = check_mapping([row for row, _ in rows], mapping)
-    if all(reason in ("unknown_shape", "label_unclear") for _, reason in rows):
-        start = f"None of the first {len(first)} rows is a pair of a known shape"
-        raise UserError(f"{start}: {found}; {advise(rows)}.")
 
 
 def spread(rows: Iterable, columns: dict[str, str]) -> Iterator[tuple[int, object]]:

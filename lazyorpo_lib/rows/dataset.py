@@ -5,7 +5,6 @@ hub dataset, which comes through `datasets` with its cache; no code of a dataset
 """
 
 import contextlib
-import csv
 import difflib
 import functools
 import hashlib
@@ -15,22 +14,18 @@ import os
 import re
 import tempfile
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import UserError, dissect, explain_hub
+from ..errors import UserError, around, dissect, explain_hub
 from ..marker import write_atomically
 from . import files, limits
 
 DEMO = Path(__file__).parents[1] / "demo" / "pairs.jsonl"
 PLACES = ("", "/", "/content", "/content/drive", "/content/drive/MyDrive", "/kaggle/input", "/workspace")
 DOWNLOAD = 2048 * limits.MIB
-_UNREADABLE = OSError, EOFError, ValueError, OverflowError, csv.Error, zlib.error, limits.OverLimit
-_UNREADABLE += zipfile.BadZipFile, KeyError, RuntimeError  # a zip that is locked, a sheet without its parts
 ENDINGS = ".jsonl, .json, .csv, .tsv (or one of these with .gz, .zst, .zip), .parquet or .xlsx"
 
 
@@ -46,12 +41,12 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         index = -1
         try:
-            rows = self.read(lambda sentence: self.notes.setdefault(sentence))
+            rows = self.read(self.notes.setdefault)
             for index, row in enumerate(itertools.islice(rows, self.max_rows or None)):
                 yield index, row
         except UserError:
             raise
-        except _UNREADABLE as error:
+        except (Exception, limits.OverLimit) as error:  # each library that reads has its own
             fault = f"cannot be read after {index + 1} rows: {dissect(error)[-1]}"
             raise UserError(f"Dataset {self.name} {fault}; mend it or fetch it again.") from error
         if index < 0:
@@ -131,22 +126,21 @@ def _fetched(address: str) -> tuple[str, Path]:
     if parts.scheme != "https" or not files.reader_of(Path(parts.path)):
         raise UserError(f"Dataset {name!r} must be the https address of a file that is {ENDINGS}.")
     path = Path(tempfile.mkdtemp(prefix="lazyorpo-")) / Path(parts.path).name
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer, open(path, "wb") as file:
-            if "html" in answer.headers.get("Content-Type", ""):
-                why = "answers with a web page: give the address of the file itself (raw, download)"
-                raise UserError(f"Dataset {name!r} {why}, or download it and give the file.")
-            while block := answer.read(2**20):
-                if file.tell() > DOWNLOAD:
-                    raise ValueError(f"it has more than {DOWNLOAD // limits.MIB:,} MiB")
-                file.write(block)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-        way_out = "download it, and give the file"
-        raise UserError(f"Dataset {name!r} cannot be fetched ({why}): {way_out}.") from None
+    with _not_fetched(name), urllib.request.urlopen(address, timeout=30) as answer, open(path, "wb") as file:
+        if "html" in answer.headers.get("Content-Type", ""):
+            why = "answers with a web page: give the address of the file itself (raw, download)"
+            raise UserError(f"Dataset {name!r} {why}, or download it and give the file.")
+        while block := answer.read(2**20):
+            if file.tell() > DOWNLOAD:
+                raise OSError(0, f"it has more than {DOWNLOAD // limits.MIB:,} MiB")
+            file.write(block)
     return name, path
+
+
+@around
+def _not_fetched(error: Exception, name: str) -> str:
+    why = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
+    return f"Dataset {name!r} cannot be fetched ({why}): download it, and give the file."
 
 
 def written(value) -> str:
@@ -182,8 +176,7 @@ def _hub_table(dataset):
         why = explain_hub(error, f"datasets/{repo}", f"a local file ({ENDINGS}), or choose demo")
         text = dissect(error)[-1]
         if "scripts are no longer supported" in text:
-            why = "is made by a script, and no code of a dataset is ever run"
-            why += ": export it to .parquet and give that"
+            why = "is made by a script, and no code of a dataset is ever run: give its export to .parquet"
         why = why or f"cannot be loaded: {text}; write owner/name:config:split, or give a local file"
         raise UserError(f"Dataset {dataset!r} {why}.") from None  # their texts may hold a token
     likely = [name for name in splits if name.startswith("train")] or ["train"]

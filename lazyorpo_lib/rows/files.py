@@ -25,11 +25,8 @@ _CHINESE = re.compile(rb"[\xa1-\xa3\xb0-\xd7][\xa1-\xfe]")  # punctuation and co
 
 def ending(path: Path) -> str:
     """Give the ending that says what a file is: ".csv" of a.csv.gz."""
-    return (Path(path.stem) if _packed(path) else path).suffix.lower()
-
-
-def _packed(path):
-    return path.suffix.lower() in (".gz", ".zst")
+    is_packed = path.suffix.lower() in (".gz", ".zst")
+    return (Path(path.stem) if is_packed else path).suffix.lower()
 
 
 def _open(path):
@@ -51,7 +48,7 @@ def _open(path):
 
 def _member(archive):
     names = [n for n in archive.namelist() if Path(n).suffix.lower() in READERS and n[:8] != "__MACOSX"]
-    if len(names) != 1 or Path(names[0]).suffix.lower() in (".zip", ".parquet", ".xlsx"):
+    if len(names) != 1 or Path(names[0]).suffix.lower() not in OF_TEXT:
         found = ", ".join(map(repr, names[:5])) or "none"
         raise ValueError(f"an archive must hold one .jsonl, .json, .csv or .tsv file, not {found}: unpack it")
     return names[0]
@@ -83,81 +80,63 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _lines(readline):
-    """Give what `readline(size)` gives, numbered from 1, up to a line that is too long for a row."""
-    for number, line in enumerate(iter(lambda: readline(limits.ROW + 1) or None, None), 1):
-        yield number, line
-        if len(line) > limits.ROW:
-            raise ValueError(f"line {number} is longer than {MOST}")
+def _short(number, line):
+    if len(line) > limits.ROW:
+        raise ValueError(f"line {number} is longer than {MOST}")
+    return line
 
 
 def json_rows(path, say) -> Iterator:
     """Read a JSON list, one JSON value a line, or one object with the rows inside."""
-    values = _json_values(path)
-    for first in itertools.islice(values, 1):
-        try:
-            second = list(itertools.islice(values, 1))
-        except ValueError:
-            yield first
-            raise
-        yield from [first, *second] if second else rows_inside(first)  # a lone object holds the rows
-    yield from values
-
-
-def _json_values(path):
     with _open(path) as file:
-        first = True
-        for number, line in _lines(file.readline):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if first and line.lstrip().startswith(b"["):
-                yield from _json(line + file.read(limits.WHOLE), number)
-            elif first and line.strip():
-                yield _first_value(line, number, file)
-                first = False
-            elif line.strip() and len(line) <= limits.ROW:
-                yield _json(line.rstrip(), number)
+        begin = file.readline(limits.ROW + 1).removeprefix(codecs.BOM_UTF8)
+        lines = enumerate(itertools.chain([begin], iter(lambda: file.readline(limits.ROW + 1), b"")), 1)
+        lines = ((number, line) for number, line in lines if line.strip())
+        values, second = _first_values(*next(lines, (1, b"[]")), file), list(itertools.islice(lines, 1))
+        yield from rows_inside(values[0]) if len(values) == 1 and not second else values
+        for number, line in itertools.chain(second, lines):
+            yield _json(_short(number, line).rstrip(), number)
 
 
-def _first_value(line, number, file):
+def _first_values(number, line, file) -> list:
+    """Give the first line's value, or that of the whole file if it is one; of a list all that is in it."""
+    if line.lstrip().startswith(b"["):
+        return _json(line + file.read(limits.WHOLE), number)
     try:
-        if len(line) > limits.ROW:
-            raise ValueError(f"line {number} is longer than {MOST}")
-        return _json(line.rstrip(), number)
-    except ValueError as error:
+        return [_json(_short(number, line).rstrip(), number)]
+    except ValueError:
         with contextlib.suppress(ValueError):  # one object over many lines, or over one long one
-            return _json(line + file.read(limits.WHOLE), number)
-        raise error from None
+            value = _json(line + file.read(limits.WHOLE), number)
+            if len(line) <= limits.ROW or next(rows_inside(value), None) is not value:
+                return [value]
+        raise
 
 
 def rows_inside(value) -> Iterator:
     """Give the rows of a list, of an object with a list of them, of columns; or the value itself."""
     if isinstance(value, list):
         wrapped = {"row", "row_idx"}
-        yield from (row["row"] if isinstance(row, dict) and wrapped <= row.keys() else row for row in value)
-        return
+        return (row["row"] if isinstance(row, dict) and wrapped <= row.keys() else row for row in value)
     cells = value if isinstance(value, dict) else {}
     named = [value[name] for name in cells if str(name).lower() in LISTS and isinstance(value[name], list)]
     names = cells.get("columns")
     if named and isinstance(names, list) and all(isinstance(row, list) for row in named[0]):
-        yield from (dict(zip(names, row, strict=False)) for row in named[0])  # pandas' "split"
-    elif named and all(isinstance(row, dict) for row in named[0]):
-        yield from rows_inside(named[0])
-    elif (columns := _columns(cells)) is not None:
-        yield from (dict(zip(cells, parts, strict=True)) for parts in zip(*columns, strict=True))
-    else:
-        yield value
+        return (dict(zip(names, row, strict=False)) for row in named[0])  # pandas' "split"
+    if named and all(isinstance(row, dict) for row in named[0]):
+        return rows_inside(named[0])
+    if columns := _columns(cells):
+        return (dict(zip(cells, parts, strict=True)) for parts in zip(*columns, strict=True))
+    return iter([value])
 
 
 def _columns(cells):
-    """Give the columns of a table that is an object of lists, or of {number: cell}; None if it is a row."""
-    inner = [list(cell.values()) if isinstance(cell, dict) else cell for cell in cells.values()]
-    keys = {tuple(cell) for cell in cells.values() if isinstance(cell, dict)}
-    is_table = all(isinstance(cell, list) for cell in inner) and len({len(cell) for cell in inner}) == 1
-    numbered = all(str(key).isdigit() for names in keys for key in names)
-    if len(inner) < 2 or not is_table or not numbered:
-        return None
-    talk = any(isinstance(c, dict) and {"role", "from"} & c.keys() for cell in inner for c in cell[:1])
-    return None if talk else inner
+    """Give the columns of a table that is an object of lists, or of {number: cell}; [] if it is a row."""
+    numbered = [isinstance(cell, dict) and all(str(key).isdigit() for key in cell) for cell in cells.values()]
+    inner = [list(c.values()) if table else c for c, table in zip(cells.values(), numbered, strict=True)]
+    is_table = all(isinstance(cell, list) for cell in inner) and len({*map(len, inner)}) == 1 < len(inner)
+    firsts = [cell[0] for cell in inner if is_table and cell]
+    is_talk = any(isinstance(first, dict) and {"role", "from"} & first.keys() for first in firsts)
+    return inner if is_table and not is_talk else []
 
 
 def _json(data, number):
@@ -183,7 +162,8 @@ def table_rows(path, say) -> Iterator:
     with _open(path) as file:
         encoding = _encoding(file)
     with io.TextIOWrapper(_open(path), encoding=encoding, newline="") as file:
-        lines = (line for _, line in _lines(file.readline))
+        lines = enumerate(iter(lambda: file.readline(limits.ROW + 1), ""), 1)
+        lines = itertools.starmap(_short, lines)
         head = next(lines, "")
         separator = max("\t,;|" if ending(path) == ".tsv" else ",;\t|", key=head.count)
         if encoding != "utf-8-sig" or separator != ",":
@@ -268,12 +248,14 @@ def _cells(column):
         return [None] * len(column)
 
 
-READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), json_rows)
-READERS |= {".csv": table_rows, ".tsv": table_rows, ".parquet": parquet_rows, ".xlsx": sheet_rows}
+OF_TEXT = dict.fromkeys((".jsonl", ".ndjson", ".json"), json_rows) | dict.fromkeys(
+    (".csv", ".tsv"), table_rows
+)
+READERS = OF_TEXT | {".parquet": parquet_rows, ".xlsx": sheet_rows}
 
 
 def reader_of(path: Path):
     """Give what reads a file with this name, `read(path, say)`; None where nothing does."""
     if path.suffix.lower() == ".zip":
-        return lambda path, say: READERS[Path(_member(zipfile.ZipFile(path))).suffix.lower()](path, say)
-    return READERS.get(ending(path)) if ending(path) != ".parquet" or not _packed(path) else None
+        return lambda path, say: OF_TEXT[Path(_member(zipfile.ZipFile(path))).suffix.lower()](path, say)
+    return (READERS if ending(path) == path.suffix.lower() else OF_TEXT).get(ending(path))

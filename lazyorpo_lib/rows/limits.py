@@ -7,6 +7,7 @@ the address space that the system allows the process, where it keeps such a limi
 import contextlib
 import ctypes
 import threading
+from pathlib import Path
 
 MIB = 2**20
 ROW = 4 * MIB  # bytes of one row: a million tokens of English, for which a tokenizer takes 150 times as much
@@ -56,8 +57,7 @@ def memory(most: int = MEMORY):
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; a Mac has no /proc
         import resource
 
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         found = resource.getrlimit(resource.RLIMIT_AS)
         now = min([used + most, *(limit for limit in found if limit != resource.RLIM_INFINITY)])
         resource.setrlimit(resource.RLIMIT_AS, (now, found[1]))

@@ -23,6 +23,12 @@ class BadRow(Exception):
     """A row that cannot be a pair; its text is the reason."""
 
 
+def drop_if(wrong, reason: str) -> None:
+    """Refuse the row for that reason, if something is wrong."""
+    if wrong:
+        raise BadRow(reason)
+
+
 def missing(value) -> bool:
     """Tell whether a cell holds nothing."""
     if isinstance(value, str):
@@ -63,8 +69,7 @@ def as_messages(cell, role: str, unknown: set) -> list:
     if isinstance(cell, dict) and all(isinstance(part, list) for part in cell.values()):
         if len({*map(len, cell.values())}) == 1:  # a dict of lists, as Arrow makes of a list of dicts
             cell = [dict(zip(cell, parts, strict=True)) for parts in zip(*cell.values(), strict=True)]
-    if not isinstance(cell, dict | list | tuple):
-        raise BadRow("malformed")
+    drop_if(not isinstance(cell, dict | list | tuple), "malformed")
     cell = _unmapped(cell)
     items = [cell] if isinstance(cell, dict) else list(cell)
     if len(items) == 1 and isinstance(items[0], str):
@@ -88,16 +93,14 @@ def _are_messages(found) -> bool:
 
 
 def _message(item, unknown: set) -> Message:
-    if not isinstance(item, dict):
-        raise BadRow("malformed")
+    drop_if(not isinstance(item, dict), "malformed")
     # a table that mixes both styles holds all four names in each message, two of them null
     item = {name: cell for name, cell in item.items() if cell is not None}
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     calls = _calls(item.get("tool_calls"))
     content, reasoning = _joined_parts(content, first_filled(item, REASONING))
     content = "" if content is None and calls else content
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRow("malformed")
+    drop_if(not isinstance(role, str) or not isinstance(content, str), "malformed")
     if not (role := ROLES.get(role.strip().lower())):
         raise BadRow("unknown_role")
     own = ("name", "tool_call_id") if role == "tool" else ()
@@ -114,13 +117,11 @@ def _calls(cell) -> list:
     """Give tool calls with their arguments as objects, which is how templates want them."""
     if missing(calls := read(cell)):
         return []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRow("malformed")
+    drop_if(not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls), "malformed")
     found = []
     for call in calls:
         inner = call.get("function", call)
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow("malformed")
+        drop_if(not isinstance(inner, dict) or not isinstance(inner.get("name"), str), "malformed")
         inner = inner | ({"arguments": read(inner["arguments"])} if "arguments" in inner else {})
         around = call if "function" in call else {"type": "function"}
         found.append(around | {"function": inner})

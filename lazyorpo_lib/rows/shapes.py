@@ -6,13 +6,12 @@ answers the best goes against the worst. What no rule covers is a `BadRow` with 
 """
 
 import json
-import math
 import re
 
 from ..orpo.data import Message, Pair
 from . import columns as tables
 from .columns import Layout, at, core, fold
-from .messages import BadRow, as_messages, first_filled, is_transcript, missing, read, transcript
+from .messages import BadRow, as_messages, drop_if, first_filled, is_transcript, missing, read, transcript
 
 TIE = 2  # beside 0 and 1, the better one of two answers
 
@@ -63,15 +62,11 @@ def to_pair(index: int, row, columns: dict[str, str] | None = None) -> Pair:
         inside, sides = "messages", [as_messages(answer, "assistant", row.unknown) for answer in answers]
     if "prompt and chosen" in row.used.values():
         sides[1] = sides[0][:-1] + sides[1]
-    if not all(sides):
-        raise BadRow("empty_answer")
+    drop_if(not all(sides), "empty_answer")
     (*head, best), (*other, worst) = sides
-    if not best["role"] == worst["role"] == "assistant":
-        raise BadRow("no_answer")
-    if head != other:
-        raise BadRow("prompts_differ")
-    if not (head or given or row.layout.parts["prompt"] or "prompt" in row.columns):
-        raise BadRow("unknown_shape")
+    drop_if(not best["role"] == worst["role"] == "assistant", "no_answer")
+    drop_if(head != other, "prompts_differ")
+    drop_if(not (head or given or row.layout.parts["prompt"] or "prompt" in row.columns), "unknown_shape")
     has_user = "user" in [turn["role"] for turn in head]
     prompt, tools = _joined(row, head, given, has_user), _tools(row)
     more = ("reasoning_content", "tool_calls")
@@ -89,8 +84,7 @@ def _answers(row: _Row) -> list:
     if both and sides and len(fold(str(row.cells[sides["chosen"]]))) == 1:  # "chosen": "B" names a side
         return _labelled(row)
     row.columns = sides | row.columns
-    if not {"chosen", "rejected"} <= row.columns.keys():
-        raise BadRow("unknown_shape")
+    drop_if(not {"chosen", "rejected"} <= row.columns.keys(), "unknown_shape")
     found = [row.take("chosen"), row.take("rejected")]
     if "chosen" not in mapped and fold(sides["chosen"]) in ("messages", "conversations"):
         row.used[sides["chosen"]] = "prompt and chosen"
@@ -133,10 +127,8 @@ def _winner(row: _Row, sides: dict) -> int:
         if side in flags:  # winner_model_a: 1, …_b: 0
             votes += [vote] * (str(row.cells[flags[side]]).lower() in ("1", "1.0", "true"))
             row.used[flags[side]] = "label"
-    if TIE in votes:
-        raise BadRow("tie")
-    if len(set(votes)) != 1:
-        raise BadRow("label_unclear" if votes or labels or any(scores) else "unknown_shape")
+    drop_if(TIE in votes, "tie")
+    drop_if(len(set(votes)) != 1, "label_unclear" if votes or labels or any(scores) else "unknown_shape")
     return votes[0]
 
 
@@ -169,7 +161,7 @@ def is_number(value) -> bool:
     """Tell whether a cell is a number, also as text."""
     if isinstance(value, str):
         return bool(re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value))
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _ranked(row: _Row) -> list:
@@ -193,11 +185,9 @@ def _ranked(row: _Row) -> list:
             if isinstance(found, list | tuple) and len(found) == len(items) and all(map(is_number, found)):
                 marks = [sign * float(mark) for mark in found]
                 row.used[beside] = part
-    if len(marks) < 2 or None in texts:
-        raise BadRow("unknown_shape")
+    drop_if(len(marks) < 2 or None in texts, "unknown_shape")
     best, worst = marks.index(max(marks)), len(marks) - 1 - marks[::-1].index(min(marks))
-    if _ordered(marks[best] - marks[worst], row) == TIE:
-        raise BadRow("tie")
+    drop_if(_ordered(marks[best] - marks[worst], row) == TIE, "tie")
     row.used[listed] = "the best and the worst answer"
     return [texts[best], texts[worst]]
 
@@ -208,13 +198,14 @@ def _arena(cell, answers: list) -> tuple:
     asked, *said = turns = [*map(read, texts)] or [""]
     if len(texts) < 3 or not all(isinstance(t, list) and len(t) == len(asked) for t in turns):
         return cell, answers
-    if not all(isinstance(text, str) for listed in turns for text in listed):
-        raise BadRow("messages_as_text")
-    talks: list = [[], []]
-    for talk, one in zip(talks, said, strict=True):
-        for question, answer in zip(asked, one, strict=True):
-            talk += [Message(role="user", content=question), Message(role="assistant", content=answer)]
-    return "", talks
+    return "", [_turns(zip(asked, one, strict=True), "messages_as_text") for one in said]
+
+
+def _turns(talk, otherwise: str) -> list:
+    """Give [(asked, said), …] as messages; what is no text drops the row, with the reason `otherwise`."""
+    said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
+    drop_if(not all(isinstance(text, str) for _, text in said), otherwise)
+    return [Message(role=role, content=text) for role, text in said]
 
 
 def _prompt(row: _Row) -> tuple[str, object]:
@@ -250,14 +241,8 @@ def _history(row: _Row, prompt: str) -> list:
     if column == prompt or not is_talk:
         return []
     talk = read(row.take("history")) or []
-    if not isinstance(talk, list | tuple) or not all(
-        isinstance(p, list | tuple) and len(p) == 2 for p in talk
-    ):
-        return as_messages(talk, "user", row.unknown)
-    said = [(role, text) for pair in talk for role, text in zip(("user", "assistant"), pair, strict=True)]
-    if not all(isinstance(text, str) for _, text in said):
-        raise BadRow("malformed")
-    return [Message(role=role, content=text) for role, text in said]
+    lists = isinstance(talk, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in talk)
+    return _turns(talk, "malformed") if lists else as_messages(talk, "user", row.unknown)
 
 
 def _joined(row: _Row, head, given, has_user) -> tuple:
@@ -294,13 +279,9 @@ def _checked(pair: Pair) -> Pair:
         raise BadRow("invalid_text") from None
     except (TypeError, ValueError, RecursionError):  # tools or calls that are no JSON
         raise BadRow("malformed") from None
-    if not roles or missing(pair.prompt[-1]["content"]) and roles[-1] != "tool":
-        raise BadRow("empty_prompt")
-    if roles[-1] not in ("user", "tool") or "user" not in roles:
-        raise BadRow("no_user_turn")
+    drop_if(not roles or missing(pair.prompt[-1]["content"]) and roles[-1] != "tool", "empty_prompt")
+    drop_if(roles[-1] not in ("user", "tool") or "user" not in roles, "no_user_turn")
     said = [(text.strip(), more) for text, more in pair.answers()]
-    if any(not text and "tool_calls" not in more for text, more in said):
-        raise BadRow("empty_answer")
-    if said[0] == said[1]:
-        raise BadRow("identical_answers")
+    drop_if(any(not text and "tool_calls" not in more for text, more in said), "empty_answer")
+    drop_if(said[0] == said[1], "identical_answers")
     return pair

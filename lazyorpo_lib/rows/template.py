@@ -21,6 +21,7 @@ SECONDS = 10  # for all that is written of 64 pairs
 # What templates call it that do not think by themselves.
 THINKING = dict.fromkeys(("enable_thinking", "thinking"), True)
 _MARK = "lazyorpo{}mark"  # stands for a message's text, to see what a template puts around it
+_ANSWER = _MARK.format("answer")
 _OPEN = re.compile(r"<think>\s*$")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -49,10 +50,7 @@ class Template:
 
     def prompt(self, messages) -> list[Piece]:
         """Write what the model answers from. Raises Unusable(reason)."""
-        around, reason = self._limited(lambda: tried(self._around, messages, ()))
-        if reason:
-            raise Unusable(reason)
-        return self._pieces(*around[:2], ())
+        return self._limited(lambda: self._pieces(*self._around(messages, ())[:2], ()))
 
     def _limited(self, write):
         try:
@@ -64,33 +62,31 @@ class Template:
         raise UserError(why)
 
     def _write(self, messages, tools, **more) -> str:
+        """Write messages; "" where the template raises, as it likes, at what it does not know."""
         name, others = "reasoning_content", ("reasoning", "thinking")
         messages = [m | dict.fromkeys(others, m[name]) if name in m else m for m in messages]
         more |= {"tools": list(tools)} if tools else {}
-        text = self.tokenizer.get_chat_template(None, more.get("tools"))
-        text = _CLOCK.sub(lambda call: repr(self._now.strftime(call[2])), text)
-        return self.tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **more)
-
-    def _tries(self, messages, tools, **more) -> str:
-        """Write messages; "" where the template raises, as it likes, at what it does not know."""
         try:
-            return self._write(messages, tools, **more)
+            text = self.tokenizer.get_chat_template(None, more.get("tools"))
+            text = _CLOCK.sub(lambda call: repr(self._now.strftime(call[2])), text)
+            return self.tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **more)
         except MemoryError:
             raise
         except Exception:
             return ""
 
+    def _answered(self, form, answer: str, tools) -> str:
+        return self._write([*form, {"role": "assistant", "content": answer}], tools)
+
     def _around(self, messages, tools) -> tuple[list[dict], str, str]:
-        """Give the form of the messages that the template takes whole, what it writes before the answer to
-        them, and what after it."""
-        mark, why = _MARK.format("answer"), "template_refuses"
+        """Give the form of the messages that the template takes whole, and what is around an answer."""
+        why = "template_refuses"
         for form in (list(messages), _merged(messages)):
-            text = self._tries([*form, {"role": "assistant", "content": mark}], tools)
-            if text.count(mark) != 1:
+            before, *afters = self._answered(form, _ANSWER, tools).split(_ANSWER)
+            if len(afters) != 1:
                 continue
-            before, after = text.split(mark)
             if not (lost := _lost(before, messages, tools)) and self._shows_all(form):
-                return form, before, after
+                return form, before, afters[0]
             why = lost or "prompt_text_lost"
         raise Unusable(why)
 
@@ -100,8 +96,8 @@ class Template:
         if "tool" in key or any(m.keys() > {"role", "content"} for m in form):
             return True  # such a template may want what a mark is not
         if key not in self._shows:
-            marked = [m | {"content": _MARK.format(i)} for i, m in enumerate(form)]
-            text = self._tries([*marked, {"role": "assistant", "content": _MARK.format("answer")}], ())
+            marked = _marked(form)
+            text = self._answered(marked, _ANSWER, ())
             self._shows[key] = not text or all(m["content"] in text for m in marked)
         return self._shows[key]
 
@@ -116,13 +112,10 @@ class Template:
         """Part a prompt into what the template wrote and what others did, whose special tokens are text."""
         if not self.special.search(_all_text(form, tools)):
             return [(before, False)]
-        marks = [_MARK.format(i) for i in range(len(form))]
-        marked = [m | {"content": mark} for m, mark in zip(form, marks, strict=True)]
-        answer = {"role": "assistant", "content": _MARK.format("answer")}
-        around = self._tries([*marked, answer], tools).split(answer["content"])[0]
+        around = self._answered(_marked(form), _ANSWER, tools).split(_ANSWER)[0]
         pieces = re.split(r"(lazyorpo\d+mark)", around)
         for clean in (str, str.strip):
-            texts = dict(zip(marks, (clean(m["content"]) for m in form), strict=True))
+            texts = {_MARK.format(i): clean(m["content"]) for i, m in enumerate(form)}
             filled = [(texts.get(piece, piece), piece in texts) for piece in pieces]
             if "".join(text for text, _ in filled) == before:
                 return [(text, own) for text, own in filled if text]
@@ -131,15 +124,13 @@ class Template:
     def _pair(self, pair):
         sides = [_lone({"role": "assistant", "content": text} | more) for text, more in pair.answers()]
         form, before, after = self._around(pair.prompt, pair.tools)
-        if any(map(self._is_rich, sides)):
-            if found := self._rich(form, sides, pair.tools, before, after):
-                return found
+        if found := self._rich(form, sides, pair.tools, before, after):
+            return found
         texts = [self._kept(form, side["content"], pair.tools, before, after) for side in sides]
         return self._parted(self._pieces(form, before, pair.tools), texts, self._end(after))
 
     def _parted(self, prompt, texts, end):
-        """Give the pieces of a pair; spaces at the end of a prompt go to the answers: "[/INST] " + "Hi", for
-        the token of "Hi" has the space."""
+        """Give a pair's pieces; spaces that end a prompt go to the answers, whose first token has them."""
         (last, own), lead = prompt[-1], ""
         if not own:
             lead = last[len(last.rstrip(" ")) :]
@@ -154,15 +145,10 @@ class Template:
         if core == text:
             return text
         start, stop = text.split(core, 1)
-        mark = _MARK.format("answer")
-        whole = self._tries([*form, {"role": "assistant", "content": start + mark + stop}], tools)
-        left, _, right = whole.partition(mark)
+        left, _, right = self._answered(form, start + _ANSWER + stop, tools).partition(_ANSWER)
         if not (left.startswith(before) and right.endswith(after)):
             return text
         return left[len(before) :] + core + right[: len(right) - len(after)]
-
-    def _is_rich(self, side) -> bool:
-        return side.keys() > {"role", "content"} or self._thought(side)[0] is not None
 
     def _thought(self, side) -> tuple[str | None, str]:
         """Give an answer's reasoning, or None, and what it says after it."""
@@ -174,28 +160,31 @@ class Template:
         return None, side["content"]
 
     def _rich(self, form, sides, tools, before: str, after: str):
-        """Give the pieces of a pair as the template writes such answers, or as a model that thinks does; None
-        where only the text has reasoning and the template knows of none."""
+        """Give the pieces of a pair with reasoning or calls as the template writes them, or as a model that
+        thinks does; None for plain text, also with reasoning of which the template knows nothing."""
         thinks = any(self._thought(side)[0] is not None for side in sides)
+        beside = {name for side in sides for name in side} - {"role", "content"}
+        if not (thinks or beside):
+            return None
         if self.special.search(_all_text([*form, *sides], tools)):
             raise Unusable("special_token_text")
         for more in ({}, THINKING):
-            start = self._tries(form, tools, add_generation_prompt=True, **more)
+            start = self._write(form, tools, add_generation_prompt=True, **more)
             if not start or thinks and start.rstrip().endswith("</think>"):
                 continue
             heads = [start, before] if thinks else [before, start]
-            if start == self._tries(form, tools, **more):  # it knows no prompt to answer from
+            if start == self._write(form, tools, **more):  # it knows no prompt to answer from
                 heads = [before]
             for head in heads:
                 bodies = [self._body(head, form, side, tools, more) for side in sides]
                 if all(bodies):
                     texts = [self._ended(body, after) for body in bodies]
                     return self._parted([(head, False)], texts, "")
-            if "think>" in self._knows and not any("tool_calls" in side for side in sides):
+            if "think>" in self._knows and "tool_calls" not in beside:
                 texts = [self._spoken(start, side) for side in sides]
                 return self._parted([(start, False)], texts, self._end(after))
-        if any(side.keys() > {"role", "content"} for side in sides):
-            raise Unusable("tool_calls" if any("tool_calls" in side for side in sides) else "reasoning")
+        if beside:
+            raise Unusable("tool_calls" if "tool_calls" in beside else "reasoning")
         return None
 
     def _body(self, head: str, form, side, tools, more) -> str:
@@ -205,7 +194,7 @@ class Template:
         if reasoning is not None:
             ways.insert(0, side | {"content": text, "reasoning_content": reasoning})
         for way in ways:
-            body = self._tries([*form, way], tools, **more)
+            body = self._write([*form, way], tools, **more)
             if body.startswith(head):
                 body = body[len(head) :]
                 said = body.find((reasoning or "").strip())
@@ -245,6 +234,11 @@ def encoder_of(tokenizer, settings: Settings, *, clock: float | None = None) -> 
     return Encoder(Template(tokenizer, clock), **limits)
 
 
+def _marked(form) -> list[dict]:
+    """Put a mark into each message in place of its text."""
+    return [m | {"content": _MARK.format(i)} for i, m in enumerate(form)]
+
+
 def _lone(side) -> dict:
     """Give an answer whose reasoning stands in its text and in a field with the text alone."""
     found = _THOUGHT.fullmatch(side["content"]) if "reasoning_content" in side else None
@@ -281,11 +275,9 @@ def _lost(before: str, messages, tools) -> str:
     """Give the reason if a text is not in what comes before the answer: its white space may be trimmed, and
     of earlier turns of the assistant the reasoning goes; "" if all is there."""
     texts = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant":
-            content = content.rpartition("</think>")[2]
-        texts += filter(None, map(str.strip, _SWITCHES.split(content)))
+    for m in messages:
+        kept = m["content"].rpartition("</think>")[2] if m["role"] == "assistant" else m["content"]
+        texts += filter(None, map(str.strip, _SWITCHES.split(kept)))
     calls = [leaf for message in messages for leaf in _leaves(message.get("tool_calls"))]
     named = {"prompt_text_lost": texts, "tool_calls": calls, "tools": _leaves(tools)}
     for reason, wanted in named.items():
