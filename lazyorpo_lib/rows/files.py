@@ -43,7 +43,7 @@ def _open(path):
         file = archive.open(_member(archive))
     else:
         return open(path, "rb")
-    return io.BufferedReader(_Unpacked(file, limits.unpacked(path.stat().st_size)))
+    return io.BufferedReader(_Unpacked(file, path))
 
 
 def _member(archive):
@@ -54,7 +54,8 @@ def _member(archive):
     return names[0]
 
 
-def _check_unpacked(size, most):
+def _check_unpacked(size, path):
+    most = max(limits.WHOLE, 100 * path.stat().st_size)  # text packs to a tenth or so
     if size > most:
         raise ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
 
@@ -62,8 +63,8 @@ def _check_unpacked(size, most):
 class _Unpacked(io.RawIOBase):
     """What an archive unpacks to, up to a limit."""
 
-    def __init__(self, file, most):
-        self.file, self.size, self.most = file, 0, most
+    def __init__(self, file, path):
+        self.file, self.size, self.path = file, 0, path
 
     def readable(self):
         return True
@@ -72,7 +73,7 @@ class _Unpacked(io.RawIOBase):
         data = self.file.read(len(buffer))
         buffer[: len(data)] = data
         self.size += len(data)
-        _check_unpacked(self.size, self.most)
+        _check_unpacked(self.size, self.path)
         return len(data)
 
     def close(self):
@@ -209,7 +210,7 @@ def sheet_rows(path, say) -> Iterator:
         raise ValueError("a .xlsx needs openpyxl: pip install openpyxl, or save it as .csv") from None
     with zipfile.ZipFile(path) as archive:
         size = sum(part.file_size for part in archive.infolist())
-    _check_unpacked(size, limits.unpacked(path.stat().st_size))
+    _check_unpacked(size, path)
     with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
         rows = book.worksheets[0].iter_rows(values_only=True)
         names = [str(name) if name is not None else "" for name in next(rows, ())]

@@ -19,11 +19,6 @@ class OverLimit(BaseException):
     """A limit was reached. No Exception, so that nobody on the way takes it for a fault of their own."""
 
 
-def unpacked(packed: int) -> int:
-    """Give the bytes that an archive of `packed` bytes may unpack to; text packs to a tenth or so."""
-    return max(WHOLE, 100 * packed)
-
-
 @contextlib.contextmanager
 def seconds(most: float):
     """Run a block for at most so many seconds. Raises OverLimit; one long call into C ends first."""

@@ -57,9 +57,8 @@ class Template:
             with limits.seconds(SECONDS), limits.memory():
                 return write()
         except limits.OverLimit as over:
-            name = self.tokenizer.name_or_path
-            why = f"The chat template of {name!r} {over} for a few pairs: choose another base_model."
-        raise UserError(why)
+            why = f"The chat template of {self.tokenizer.name_or_path!r} {over} for a few pairs"
+            raise UserError(f"{why}: choose another base_model.") from None
 
     def _write(self, messages, tools, **more) -> str:
         """Write messages; "" where the template raises, as it likes, at what it does not know."""
