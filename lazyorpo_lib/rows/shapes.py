@@ -134,7 +134,7 @@ def _winner(row: _Row, sides: dict) -> int:
 
 def _ordered(difference: float, row: _Row) -> int:
     least = float(row.columns.get("margin", 0))
-    return TIE if difference == 0 or abs(difference) < least else int(difference < 0)
+    return TIE if difference == 0 or abs(difference) < least else int(not difference > 0)
 
 
 def _vote(row: _Row, name: str, sides: dict) -> int | None:
@@ -187,7 +187,7 @@ def _ranked(row: _Row) -> list:
                 row.used[beside] = part
     drop_if(len(marks) < 2 or None in texts, "unknown_shape")
     best, worst = marks.index(max(marks)), len(marks) - 1 - marks[::-1].index(min(marks))
-    drop_if(_ordered(marks[best] - marks[worst], row) == TIE, "tie")
+    drop_if(_ordered(marks[best] - marks[worst], row) != 0, "tie")
     row.used[listed] = "the best and the worst answer"
     return [texts[best], texts[worst]]
 

@@ -107,6 +107,13 @@ def test_a_lone_row_is_a_row(tmp_path):
 # ---- archives, sheets, folders
 
 
+def test_an_object_of_rows_on_one_line_may_be_longer_than_a_row_may_be(tmp_path):
+    long = {"prompt": "a" * 2**20}
+    assert found(write(tmp_path, "a.json", json.dumps({"data": [long] * 5})))[0] == [long] * 5
+    with pytest.raises(UserError, match="line 1 is longer than 4 MiB"):
+        found(write(tmp_path, "a.json", json.dumps({"prompt": "a" * 5 * 2**20})))
+
+
 def test_archives_are_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     text = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()

@@ -262,6 +262,8 @@ UNCLEAR = {
     "a flag": TWO | {"preference": True}, "a number that may start at 0": NUMBERED | {"label": 1},
     "words of nobody": TWO | {"winner": "model_c"}, "empty": TWO | {"winner": None},
     "score against label": TWO | {"winner": "a", "score_a": 1, "score_b": 2},
+    "a number that no float holds": TWO | {"winner": 10**400},
+    "a score that no float holds": TWO | {"score_a": 10**400, "score_b": 1},
 }  # fmt: skip
 
 
