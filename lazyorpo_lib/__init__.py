@@ -9,7 +9,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# Imported by transformers, it warns on some CPUs that it misses a package which nothing here needs.
+# When transformers imports bitsandbytes, that warns on some CPUs of a package which nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 # Rows differ in length, and torch's CPU library keeps every length's kernels: 17 MiB a step of the demo, in
 # two caches of 1,024, of which a step uses some 50. Read when torch is imported, which happens after this.

@@ -163,7 +163,7 @@ def _compare(*runs: str) -> str:
     return f"{compare(runs, picture)['markdown']}\n\nThe curves over each other are in {picture}."
 
 
-COMMANDS = {  # of results/share.py, by name: words after it, what it does, how to tell what it gives
+COMMANDS = {  # of results/share.py and one above: words after it, what it does, how to tell what it gives
     "chat": ("RUN", "talk to a finished run", ""),
     "merge": (
         "RUN [FOLDER]", "the full model, the adapter folded in, in FOLDER or in the run's merged/",

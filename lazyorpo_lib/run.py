@@ -193,7 +193,7 @@ class Run(Staged):
         self.show(f"{plan.line()}.\n{plan.table()}{'' if plan.method.fits else tried}")
         (self.plan,) = broadcast_object_list([plan])  # of several processes all take the first one's
         auto, self.method = self.plan.auto.items(), self.plan.chosen
-        taken = {"optimizer": self.plan.optimizer, "precision": str(self.dtype).removeprefix("torch.")}
+        taken = {"optimizer": self.plan.method.optimizer, "precision": str(self.dtype).removeprefix("torch.")}
         taken |= {name: value for name, (value, _) in auto}
         why = {name: f"auto: {why}" for name, (_, why) in auto}
         self._take(dataclasses.replace(self.settings, **taken), why)
@@ -291,9 +291,8 @@ class Run(Staged):
     @stage
     def finish(self) -> dict:
         """Save the model, summary.json and the card; returns the summary."""
-        summary = (
-            folder.read_json(self.folder / "summary.json") if self.finished else self._save(self.stopped)
-        )
+        kept = self.folder / "summary.json"
+        summary = folder.read_json(kept) if self.finished else self._save(self.stopped)
         anew, self.finished, self.began = not self.finished, summary["finished"], None
         if not self.main:
             return summary

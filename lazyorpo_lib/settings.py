@@ -19,7 +19,7 @@ def _setting(default, help, low=None, high=None, choices=()):
 
 
 def _choice(choices: str, help: str):
-    """One of several words, of which the first is the default."""
+    """Declare one of several words, of which the first is the default."""
     return _setting(choices.split()[0], help, choices=tuple(choices.split()))
 
 
@@ -263,7 +263,7 @@ def coerce(name: str, value):
     """Take a setting's value in, whatever it came as ("5e-6", 2.0 for an int, "False"), with its type."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"There is no setting {name!r}{hint} All settings: {', '.join(FIELDS)}.")
     meta, kind = FIELDS[name].metadata, FIELDS[name].type
     text = str(value).strip()

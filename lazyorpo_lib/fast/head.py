@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..orpo.body import body_of
+from ..orpo.scoring import logps_of
 
 BLOCK_BYTES = 128 * 2**20  # float32 logits held at once; larger blocks were not faster on CPU
 SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # in configs
@@ -177,7 +178,6 @@ class ScoringForward:
             options = dict(bias=layer.bias, softcap=self.softcap, scale=self.scale)
             logps = token_logps(hidden, layer.weight, targets, **options)
         else:
-            logits = out.logits.flatten(0, 1).index_select(0, hidden_index).float()
-            logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+            logps = logps_of(out.logits, hidden_index, targets)
         loss = getattr(out, "aux_loss", None) if router else None
         return {"logps": logps, "router_loss": None if loss is None else self.router_loss * loss}

@@ -41,11 +41,9 @@ class PairScorer:
     Its attributes are those of `scoring.PlainScorer`; `rung` is a name in LADDER.
 
     Args:
-        model: a transformers causal LM, unwrapped; its forward becomes a `head.ScoringForward`.
+        model: a transformers causal LM, unwrapped; its forward becomes a `head.ScoringForward`. UserError
+            where no rung is right for it, or it sees the tokens that it is to predict.
         attention: what computes shared rows.
-
-    Raises:
-        UserError: no rung is right, or the model sees the tokens that it is to predict.
     """
 
     def __init__(self, model, attention: RowAttention | None = None):

@@ -1,7 +1,7 @@
 """The panel: a form over the settings of the parameter cell; the last thing touched wins.
 
-The only module that imports ipywidgets; where that is absent or broken the panel is a table. Each value names
-its source. It starts no training, and knows no type and no limit: `settings.coerce` does.
+Where ipywidgets is absent or broken the panel is a table. Each value names its source. It starts no
+training, and knows no type and no limit: `settings.coerce` does.
 """
 
 import contextlib

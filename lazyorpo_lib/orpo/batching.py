@@ -113,7 +113,7 @@ def collate(pairs: list[EncodedPair], *, nll_over: str = "answer", layout: str =
 
 
 def _seen_by_rejected(first, rejected, p, c, r) -> dict:
-    """The fields of a Batch that a shared row has alone."""
+    """Make the fields of a Batch that a shared row has alone."""
     return dict(
         spans=[Span(*span) for span in np.stack([first, rejected, p, c, r], axis=1).tolist()],
         keys=torch.from_numpy(_ranges(np.stack([first, rejected], axis=1), np.stack([p, r], axis=1))),
@@ -122,7 +122,7 @@ def _seen_by_rejected(first, rejected, p, c, r) -> dict:
 
 
 def _places(p, c, r, layout: str):
-    """Where each pair's first prompt and its rejected answer begin in the flat rows, (B,) each; how many
+    """Tell where each pair's first prompt and its rejected answer begin in the flat rows, (B,) each; how many
     rows, how wide."""
     if layout == "shared":  # every [prompt, chosen], then every rejected: two slices of the row
         return _ends(p + c)[:-1], (p + c).sum() + _ends(r)[:-1], 1, (p + c + r).sum()
@@ -135,12 +135,12 @@ def _places(p, c, r, layout: str):
 
 
 def _ends(lengths) -> np.ndarray:
-    """0, and where each of the pieces ends that lie one after the other."""
+    """Give 0 and the ends of pieces that lie one after the other."""
     return np.concatenate([[0], lengths.cumsum()])
 
 
 def _ranges(starts, lengths) -> np.ndarray:
-    """range(start, start + length) of each, one after the other."""
+    """List range(start, start + length) of each, one after the other."""
     starts, lengths = starts.ravel(), lengths.ravel()
     ends = _ends(lengths)
     return (starts - ends[:-1]).repeat(lengths) + np.arange(ends[-1])

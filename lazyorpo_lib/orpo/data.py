@@ -146,7 +146,7 @@ class Report:
 
     @property
     def chosen_longer(self) -> float:
-        """Share of the kept pairs whose chosen answer is the longer one, in characters; 0 without pairs."""
+        """Give the share of kept pairs whose chosen answer has more characters."""
         return self.longer / max(self.kept, 1)
 
     def add(self, pair: Pair, sign: int = 1) -> None:
@@ -168,7 +168,7 @@ class Report:
             self.on_drop({"index": index, "reason": reason, "row": json_safe(row)})
 
     def as_dict(self) -> dict:
-        """What `data_report.json` holds."""
+        """Give what `data_report.json` holds."""
         return {
             "read": self.read,
             "kept": self.kept,

@@ -94,6 +94,11 @@ def objective(sums: Mapping, *, nll_tokens: float, pairs: float, or_weight: floa
     return sums["nll"] / nll_tokens + weight * sums["or_loss"] / pairs
 
 
+def sums_of(logps: Tensor, segment: Tensor, lengths: Tensor) -> Tensor:
+    """Sum the log-probabilities of each pair's chosen, rejected and prompt, (3, B); see pair_table."""
+    return torch.zeros(len(lengths), device=logps.device).index_add(0, segment, logps.float()).view(3, -1)
+
+
 def pair_table(
     logps: Tensor, segment: Tensor, lengths: Tensor, reference: Tensor | None = None, dpo_beta: float = 0.1,
     or_beta: float = 1.0,
@@ -104,8 +109,7 @@ def pair_table(
         logps: (M,) log-probability of each scored token, nats. segment, lengths: see `batching.Batch`.
         reference: (B, 2) summed log-probabilities of chosen and rejected under DPO's frozen reference.
     """
-    sums = torch.zeros(len(lengths), device=logps.device).index_add(0, segment, logps.float())
-    chosen, rejected, prompt = sums.view(3, -1)
+    chosen, rejected, prompt = sums_of(logps, segment, lengths)
     chosen_tokens, rejected_tokens, prompt_tokens = lengths.view(3, -1)
     logp_chosen, logp_rejected = chosen / chosen_tokens, rejected / rejected_tokens
     odds = odds_ratio_loss(logp_chosen, logp_rejected, or_beta)

@@ -32,11 +32,8 @@ def check_tracker(tracker: str) -> None:
 
 def tracked(settings: Settings, folder: Path) -> dict:
     """Give what the tracker of `report_to` begins with: project, the run's name and Space; the settings, with
-    the name and the digest of the pairs of the run in `folder`.
-
-    Raises:
-        UserError: no project can be called so; the Space is of another tracker, or there is no token for it.
-    """
+    the name and the digest of the pairs of the run in `folder`. UserError: no project can be called so; the
+    Space is of another tracker, or there is no token for it."""
     s = settings
     project = s.tracker_project or os.environ.get("WANDB_PROJECT") or "lazyorpo"
     if not re.fullmatch(r"[\w.-][\w. -]{0,99}", project) or not project.strip("."):

@@ -7,9 +7,8 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
 from .batching import EncodedPair
+from .loss import sums_of
 from .scoring import score
 
 
@@ -25,9 +24,7 @@ class Reference:
         work, missing = Counter(), [pair for pair in pairs if pair.index not in self.sums]
         with getattr(self.trainer.model, "disable_adapter", contextlib.nullcontext)():
             for batch, logps in score(self.trainer, missing):
-                b = len(batch.pairs)
-                sums = torch.zeros(3 * b, device=logps.device).index_add(0, batch.segment, logps)
-                of_answers = sums[: 2 * b].view(2, b).T
+                of_answers = sums_of(logps, batch.segment, batch.lengths)[:2].T
                 self.sums |= {pair.index: row for pair, row in zip(batch.pairs, of_answers, strict=True)}
                 work.update(tokens=batch.input_ids.numel(), forward_passes=1)
         return work

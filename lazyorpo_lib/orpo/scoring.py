@@ -1,7 +1,7 @@
 """Log-probabilities the plain way: what every faster way must equal.
 
 Two right-padded rows a pair, the model's own logits, log-softmax, gather. A wing may hand the trainer a
-faster scorer with the same `layout`, `inputs` and `read`.
+faster scorer with the same `layout`, `refused`, `prove`, `inputs` and `read`.
 """
 
 import contextlib
@@ -41,8 +41,13 @@ class PlainScorer:
 
     def read(self, out, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Give the log-probability of each scored token, (M,) float32, and a router's loss, or None."""
-        logits = out.logits.flatten(0, 1).index_select(0, batch.hidden_index).float()
-        return torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0], None
+        return logps_of(out.logits, batch.hidden_index, batch.targets), None
+
+
+def logps_of(logits: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+    """Give the log-probabilities (M,) float32 of targets at places of flattened rows."""
+    logits = logits.flatten(0, 1).index_select(0, index).float()
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
 
 def score(trainer, pairs: Sequence[EncodedPair]) -> Iterator[tuple[Batch, Tensor]]:

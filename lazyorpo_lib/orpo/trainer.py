@@ -158,7 +158,7 @@ class OrpoTrainer:
 
     @property
     def epoch(self) -> float:
-        """How often the training pairs were gone through."""
+        """Tell how often the training pairs were gone through."""
         return self.step / len(self.order)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
@@ -176,7 +176,7 @@ class OrpoTrainer:
             tracker.finish()
 
     def _steps_left(self):
-        """This rank's pairs of each step left; their order needs no state, so a resume only counts."""
+        """Give this rank's pairs of each step left; their order needs no state, so a resume only counts."""
         while self.step < self.steps:
             epoch, done = divmod(self.step, len(self.order))
             for positions in self.order.steps(epoch, done):
@@ -243,7 +243,7 @@ class OrpoTrainer:
 
     def _clip(self, pairs: list[EncodedPair], sums: Tensor) -> float:
         """Clip the gradient, take it away where a number is not finite, and keep the sums; the norm before
-        clipping. The one look at the device in a step."""
+        clipping. All numbers come in one copy, for each waits for the device."""
         s, scaler = self.settings, self.accelerator.scaler
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), s.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's
@@ -295,8 +295,8 @@ class OrpoTrainer:
         warnings.warn(text, stacklevel=3)
 
     def _asked_to_stop(self) -> bool:
-        """Whether training ends here. Of several processes only what all know counts; a signal that comes
-        meanwhile waits for the next step."""
+        """Tell whether training ends here. Of several processes only what all know counts; a signal that
+        comes meanwhile waits for the next step."""
         stop = self.stop
         asked = [stop.is_due(look=self.accelerator.is_main_process), stop.asked, stop.hurried]
         if self.world > 1:
@@ -306,7 +306,7 @@ class OrpoTrainer:
         return bool(self.stop_reason) or (asked[0] and self.step < self.steps)
 
     def _checkpoint_is_due(self) -> bool:
-        """By steps; and by the first process's clock since the last one, or since the beginning."""
+        """Go by steps; and by the first process's clock since the last one."""
         s, ended = self.settings, self.step >= self.steps
         by_steps = s.save_every_steps and (ended or self.step % s.save_every_steps == 0)
         if by_steps or self.step == self.best.step:
@@ -368,10 +368,7 @@ class OrpoTrainer:
 
     def save(self, *, to_go_on: bool = True) -> None:
         """Write a checkpoint of this step, complete or not at all; without the optimizer if not `to_go_on`.
-
-        Raises:
-            UserError: the disk is full or fails.
-        """
+        Raises UserError where the disk is full or fails."""
         progress = {name: getattr(self, name) for name in KEPT}
         progress |= {"best": self.best.found, "schedule": self.schedule.state_dict()}
         checkpoints.save(self, progress, self.optimizer if to_go_on else None)

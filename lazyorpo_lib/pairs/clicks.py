@@ -37,11 +37,13 @@ def is_click(row) -> bool:
 
 
 def standing(rows) -> list[tuple[int, dict]]:
-    """Give the clicks of (index, row) tuples that were not undone, of one item the last."""
+    """Give the clicks of (index, row) tuples that were not undone, of one item the last; what is no click
+    stays as it is."""
     kept: dict = {}
     for index, row in rows:
-        kept.pop(row["item"], None)
-        kept |= {row["item"]: (index, row)} if row["winner"] != "undo" else {}
+        item, undone = (row["item"], row["winner"] == "undo") if is_click(row) else ((index,), False)
+        kept.pop(item, None)
+        kept |= {} if undone else {item: (index, row)}
     return list(kept.values())
 
 

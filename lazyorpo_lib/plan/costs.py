@@ -177,7 +177,7 @@ class Costs:
         """Give the peak by part, GiB."""
         lengths, full = self.lengths, self.full
         tokens = min(max(tokens, lengths.longest), self.most)  # a longer pair has a micro-batch of its own
-        # Gradients of micro-batches before; adapters' are small; sharded ones leave the card layer by layer.
+        # Held from one micro-batch to the next; adapters' and sharded gradients are counted so throughout.
         held = not full or tokens < self.most or self.holders > 1
         gradients = 4.0 * self.trained / self.holders
         peak, head, made = self.profile.peak(tokens, self.shape.layers, checkpointed, held)

@@ -1,8 +1,7 @@
 """Will it fit, and how long will it take: answered from a model's config.json alone.
 
 Every method is planned with the quickest split of a step that fits, and the strongest that fits is chosen.
-Peaks are checked against real runs on the CPU (tests/benchmarks/planner_check.py). It loads no weights, and
-does not know the time of writing answers and checkpoints.
+It loads no weights, and does not know the time of writing answers and checkpoints.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from ..session import duration
 from ..settings import Settings, settle, unusual
 from .cards import CARDS, find_card
 from .costs import MARGIN, Costs, MethodPlan
-from .lengths import Lengths, lengths_of, measured_lengths, preset_lengths  # noqa: F401, this room's door
+from .lengths import Lengths, lengths_of, measured_lengths  # noqa: F401, this room's door
 
 METHODS = ("full", "lora", "qlora")  # strongest first
 FULL_LEARNING_RATE = 1e-5  # above it full tuning is not taken unasked: it would destroy the model
@@ -43,13 +42,8 @@ class Plan:
 
     @property
     def method(self) -> MethodPlan:
-        """The chosen one."""
+        """Give the chosen one."""
         return next(m for m in self.methods if m.method == self.chosen)
-
-    @property
-    def optimizer(self) -> str:
-        """That of the chosen method."""
-        return self.method.optimizer
 
     def line(self) -> str:
         """Say it in one line, for the panel."""

@@ -1,7 +1,7 @@
 """What each phase of a step holds, moves and launches: known at a few lengths of a cut model, told of any.
 
 Every phase is linear in tokens, in stored layers and in checkpointed ones. It simulates nothing
-(simulation.py does) and knows neither weights nor optimizer state (planner.py does).
+(simulation.py does) and knows neither weights nor optimizer state (costs.py does).
 """
 
 import math

@@ -1,7 +1,7 @@
 """One training step of a shortened model on fake tensors: what each phase of it holds in memory.
 
 A cut of three layers takes the kit's own path: forward, attention, head, loss, backward. Only shapes are
-computed: no weights, no GPU, no kernel of one. Weights and optimizer state are planner.py's.
+computed: no weights, no GPU, no kernel of one. Weights and optimizer state are costs.py's.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ PANELS = (
 
 
 def _points(rows, name):
-    """The finite points of a curve, (points, 2): step, value. Beyond `MAX_POINTS` neighbours are averaged."""
+    """Give the finite points of a curve, (points, 2): step, value; of more than MAX_POINTS the means."""
     points = np.array([(row["step"], row.get(name)) for row in rows], dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1])]  # None is a nan by now
     starts = np.arange(0, len(points), math.ceil(len(points) / MAX_POINTS) or 1)
@@ -66,7 +66,7 @@ def _points(rows, name):
 
 
 def _smooth(values):
-    """A Gaussian mean over a thirtieth of the curve, without lag, its window cut at both ends."""
+    """Take a Gaussian mean over a thirtieth of the curve, without lag, its window cut at both ends."""
     if len(values) < 3:
         return values
     sigma = max(1.0, len(values) / 30)
@@ -193,11 +193,11 @@ class LivePlot:
     """The picture of a run while it goes on; an error in it is logged once and ends it, never the run.
 
     It draws at the first row and at `close`; between them at most every `min_seconds` (and every 1/300 of the
-    time so far), and only while it takes less than `max_share` of training's time. `drawn` counts the
-    pictures, `cost_seconds` is the wall time that they took; `results` is what the held-out pairs said.
+    time so far), and only while it takes less than `max_share` of training's time. `drawn` counts pictures,
+    `cost_seconds` is the wall time they took; `results` is what the held-out pairs said.
 
     Args:
-        path: of the file; None: no file. Where a notebook's kernel runs, it is displayed too.
+        path: of the file; None: no file. In a notebook's kernel it is displayed too.
         total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
     """
 

@@ -27,7 +27,7 @@ class BagOfWords:
             signs = np.array([1.0 if i in better else -1.0 for i in ids.tolist()], dtype=np.float32)
             self.rows.append((ids, signs / max(1.0, np.sqrt(len(ids)))))
 
-    def accuracy(self, train: Iterable[int], held_out: Iterable[int], rounds: int = 120) -> float | None:
+    def accuracy(self, train: Iterable[int], held_out: Iterable[int]) -> float | None:
         """Give the share of held-out pairs, by their positions, that words rank right; None with too few."""
         train, held_out = ([i for i in some if i < len(self.rows)] for some in (train, held_out))
         if len(train) < 20 or not held_out:
@@ -35,7 +35,7 @@ class BagOfWords:
         ids, values = map(np.concatenate, zip(*(self.rows[i] for i in train), strict=True))
         owners = np.repeat(np.arange(len(train)), [len(self.rows[i][0]) for i in train])
         weights, speed = np.zeros(FEATURES), np.zeros(FEATURES)
-        for _ in range(rounds):  # gradient descent with momentum on the logistic loss and a little decay
+        for _ in range(120):  # gradient descent with momentum on the logistic loss and a little decay
             ahead = weights + 0.9 * speed
             margins = np.bincount(owners, weights=values * ahead[ids], minlength=len(train))
             pull = 1 / (1 + np.exp(np.clip(margins, -30, 30)))

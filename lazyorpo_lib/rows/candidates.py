@@ -23,7 +23,7 @@ class Candidates:
 
     @property
     def notes(self) -> dict:
-        """What whoever reads the rows has said, as {sentence: None}."""
+        """Give what whoever reads the rows has said, as {sentence: None}."""
         return getattr(self.rows, "notes", {})
 
     def __iter__(self) -> Iterator[tuple[int, object, Pair | None, str]]:

@@ -99,11 +99,14 @@ def _file_rows(name, path, max_rows) -> Rows:
 def _folder_rows(name, path, max_rows) -> Rows:
     """Give the rows of all files of a folder, in the order of their names."""
     if any((path / state).exists() for state in ("state.json", "dataset_dict.json")):
-        import datasets
 
-        table = datasets.load_from_disk(str(path))
-        table = table.get("train", next(iter(table.values()))) if isinstance(table, dict) else table
-        return Rows(name, lambda say: iter(table), max_rows)
+        def saved(say):
+            import datasets
+
+            table = datasets.load_from_disk(str(path))
+            return table.get("train", next(iter(table.values()))) if isinstance(table, dict) else table
+
+        return Rows(name, saved, max_rows)
     parts = sorted(part for part in path.iterdir() if part.is_file() and files.reader_of(part))
     endings = {files.ending(part) for part in parts}
     if len(endings) != 1:

@@ -1,6 +1,7 @@
 """What several runs share: a process and a folder for each, a table and a picture of what they left.
 
-In a process of its own a run has its own peak of memory. A finished one is not run again. This one waits.
+In a process of its own a run has its own peak of memory. A finished one is not run again. Who starts
+them waits.
 """
 
 import contextlib

@@ -143,6 +143,7 @@ def test_a_file_of_clicks_gives_pairs_of_what_was_not_undone():
     assert (kind, sides, left) == ("clicks", [("a", "la", "ra"), ("b", "rb", "lb")], {"tie": 1})
     assert indexes == [[0], [1]]
     assert read([*rows, click("…", "left", "5")])[1] == sides  # its end was never written
+    assert read([*rows, 5, ["x"]])[1:3] == (sides, {"tie": 1, "malformed": 2})
 
 
 ONE = {"prompt": "a", "answer": "b"}

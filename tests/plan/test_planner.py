@@ -417,16 +417,16 @@ def test_adamw_takes_the_place_of_its_paged_kind_where_its_state_fits_and_the_ru
         return make_plan(small(), settings, card, LENGTHS, dtype=torch.float32, **options)
 
     begun, resident = taken(40.0, begun=True), taken(40.0, Settings(optimizer="adamw", **split))
-    assert (begun.optimizer, taken(40.0).optimizer) == ("paged_adamw_32bit", "adamw")
+    assert (begun.method.optimizer, taken(40.0).method.optimizer) == ("paged_adamw_32bit", "adamw")
     assert taken(40.0) == resident and begun.method.peak_gib < resident.method.peak_gib
     between = taken((begun.method.peak_gib + resident.method.peak_gib) / 2)
-    assert between.optimizer == "paged_adamw_32bit" and between.method.fits
+    assert between.method.optimizer == "paged_adamw_32bit" and between.method.fits
 
 
 def test_every_card_of_the_table_is_planned_as_a_run_on_it_would_be():
     paged = Settings(optimizer="paged_adamw_32bit", precision="float16")
     for planned, card in zip(plan_cards(small(), paged, LENGTHS), CARDS.values(), strict=True):
-        assert planned == make_plan(small(), paged, card, LENGTHS) and planned.optimizer == "adamw"
+        assert planned == make_plan(small(), paged, card, LENGTHS) and planned.method.optimizer == "adamw"
 
 
 def test_8_bit_optimizers_keep_the_state_of_embeddings_in_32_bit():

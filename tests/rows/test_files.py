@@ -267,6 +267,9 @@ def test_a_dataset_of_the_hubs_library_is_taken(tmp_path, monkeypatch):
     assert written(table) == written(datasets.DatasetDict({"train": table})) == written(PAIRS)
     table.save_to_disk(tmp_path / "saved")
     assert found(str(tmp_path / "saved"))[0] == PAIRS
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read after 0 rows: .*; mend it or fetch it again"):
+        found(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize(
