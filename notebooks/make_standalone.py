@@ -54,7 +54,7 @@ print(len(FILES), "files of lazyorpo_lib, digest {digest}")"""
 
 
 def placed(text: str, repo: str) -> str:
-    """A page, or the page of a notebook, with the repository's address wherever it belongs."""
+    """Give a page, or the page of a notebook, with the repository's address wherever it belongs."""
     if '"nbformat"' in text:
         content = json.loads(text)
         for cell in (c for c in content["cells"] if c["cell_type"] == "markdown"):
@@ -79,7 +79,7 @@ def set_repository(repo: str, home: Path = HOME) -> None:
 
 
 def bundled(home: Path = HOME) -> dict[str, str]:
-    """Path -> text of all that a cell can use; the comparison of recipes is the other notebook's."""
+    """Give path -> text of all that a cell can use; the comparison of recipes is the other notebook's."""
     package = home / "lazyorpo_lib"
     files = [file for ending in ("py", "jsonl", "md") for file in package.rglob(f"*.{ending}")]
     files = [file for file in files if file.name not in ("recipes.py", "README.md")]
@@ -104,7 +104,7 @@ def quoted(files: dict[str, str]) -> str:
 
 
 def cell_texts(files: dict[str, str]) -> dict[str, str]:
-    """The two cells by their names: method, the folder orpo/; bundle, all else, and what writes it."""
+    """Give the two cells by their names: method, the folder orpo/; bundle, all else, and what writes it."""
     method = {name: text for name, text in files.items() if name.startswith("lazyorpo_lib/orpo/")}
     rest = {name: text for name, text in files.items() if name not in method}
     bundle = REST.format(files=quoted(rest), digest=digest(files))
@@ -112,7 +112,7 @@ def cell_texts(files: dict[str, str]) -> dict[str, str]:
 
 
 def notebook(home: Path = HOME) -> str:
-    """The text of the standalone notebook."""
+    """Write the text of the standalone notebook."""
     content = json.loads((home / "notebooks" / MAIN.name).read_text(encoding="utf-8"))
     folded = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["lazyorpo-bundle"]}
     cells = [
