@@ -284,7 +284,8 @@ def test_a_model_in_the_hubs_cache_is_taken_from_there_where_the_hub_does_not_an
 
 
 def plan_of(config, brief=False, **settings):
-    from lazyorpo_lib.plan.planner import make_plan, preset_lengths
+    from lazyorpo_lib.plan.lengths import preset_lengths
+    from lazyorpo_lib.plan.planner import make_plan
 
     settings = Settings(**settings)
     return make_plan(config, settings, "A40", preset_lengths("demo", settings), brief=brief)

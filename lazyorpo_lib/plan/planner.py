@@ -166,7 +166,7 @@ def _choose(settings: Settings, methods: dict[str, MethodPlan], machine, quantis
         return "lora", "lora: the weights of this base model are quantised as they come"
     words = {
         "full": f"all weights can be trained in the memory of {machine.name}, and nothing is stronger",
-        "lora": "the strongest method that fits",
+        "lora": "the strongest method that fits" + " of those planned" * ("full" not in methods),
         "qlora": "it takes 4-bit weights to fit",
     }
     why, stronger = "nothing fits, and this comes nearest", []

@@ -278,12 +278,12 @@ def chat(run_folder) -> list[dict]:
     return messages
 
 
-def push(run_folder, repo: str) -> str:
+def push(run_folder, repo: str, *, private: bool = True) -> str:
     """Push a finished run to the hub in one commit: model, card, picture, summary; give the address. The
-    token comes from HF_TOKEN or `hf auth login`. A new repository is private."""
+    token comes from HF_TOKEN or `hf auth login`. One that exists keeps its visibility."""
     folder, api = folder_of_run(run_folder, "model"), HfApi()
     with _explain_push(repo):
-        made = api.create_repo(repo, private=True, exist_ok=True)
+        made = api.create_repo(repo, private=private, exist_ok=True)
     with explain_run(folder):
         files = _files_to_push(folder, made.repo_id)
     with _explain_push(repo):

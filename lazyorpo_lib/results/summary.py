@@ -61,7 +61,7 @@ class Spent:
     monotonic clock; `device`: that trains; `earlier`: `totals` of the sittings that this one goes on from."""
 
     def __init__(self, began: float, device: torch.device, earlier: dict[str, float | None]):
-        self.device, self.earlier, self._seconds, self._since = device, earlier, Counter(), {"all": began}
+        self.device, self.earlier, self.seconds, self._since = device, earlier, Counter(), {"all": began}
         self._before, self._peaks = memory_gib(device), {"training_gib": 0.0}
 
     @contextlib.contextmanager
@@ -75,14 +75,14 @@ class Spent:
             yield
         finally:
             self.totals()
-            self._seconds[what] += time.monotonic() - self._since.pop(what)
+            self.seconds[what] += time.monotonic() - self._since.pop(what)
 
     def totals(self) -> dict[str, float | None]:
         """Give `all`, `training`, `evaluation` in minutes; `training_gib`, `allocated_gib`, `peak_gib`."""
         now, had, peak = time.monotonic(), self.earlier.get, memory_gib(self.device)
         if "training" in self._since:
             self._peaks = {"training_gib": peak, "allocated_gib": allocated_gib(self.device)}
-        seconds = self._seconds + Counter({what: now - since for what, since in self._since.items()})
+        seconds = self.seconds + Counter({what: now - since for what, since in self._since.items()})
         peaks = self._peaks | {"peak_gib": max(self._before, peak)}
         minutes = {what: had(what, 0) + seconds[what] / 60 for what in ("all", "training", "evaluation")}
         return minutes | {name: peak and max(had(name) or 0, peak) for name, peak in peaks.items()}

@@ -46,6 +46,9 @@ class Rows:
                 yield index, row
         except UserError:
             raise
+        except MemoryError:
+            way_out = "set max_pairs, or give it as .jsonl"
+            raise UserError(f"Dataset {self.name} takes more memory than there is: {way_out}.") from None
         except (Exception, limits.OverLimit) as error:  # each library that reads has its own
             fault = f"cannot be read after {index + 1} rows: {dissect(error)[-1]}"
             raise UserError(f"Dataset {self.name} {fault}; mend it or fetch it again.") from error

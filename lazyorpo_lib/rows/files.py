@@ -54,8 +54,11 @@ def _member(archive):
     return names[0]
 
 
-def _check_unpacked(size, path):
-    most = max(limits.WHOLE, 100 * path.stat().st_size)  # text packs to a tenth or so
+def _most_unpacked(path):
+    return max(limits.WHOLE, 100 * path.stat().st_size)  # text packs to a tenth or so
+
+
+def _check_unpacked(size, most):
     if size > most:
         raise ValueError(f"it unpacks to more than {most // limits.MIB:,} MiB, too much for its size")
 
@@ -64,7 +67,7 @@ class _Unpacked(io.RawIOBase):
     """What an archive unpacks to, up to a limit."""
 
     def __init__(self, file, path):
-        self.file, self.size, self.path = file, 0, path
+        self.file, self.size, self.most = file, 0, _most_unpacked(path)
 
     def readable(self):
         return True
@@ -73,7 +76,7 @@ class _Unpacked(io.RawIOBase):
         data = self.file.read(len(buffer))
         buffer[: len(data)] = data
         self.size += len(data)
-        _check_unpacked(self.size, self.path)
+        _check_unpacked(self.size, self.most)
         return len(data)
 
     def close(self):
@@ -210,7 +213,7 @@ def sheet_rows(path, say) -> Iterator:
         raise ValueError("a .xlsx needs openpyxl: pip install openpyxl, or save it as .csv") from None
     with zipfile.ZipFile(path) as archive:
         size = sum(part.file_size for part in archive.infolist())
-    _check_unpacked(size, path)
+    _check_unpacked(size, _most_unpacked(path))
     with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
         rows = book.worksheets[0].iter_rows(values_only=True)
         names = [str(name) if name is not None else "" for name in next(rows, ())]

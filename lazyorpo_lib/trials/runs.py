@@ -34,8 +34,8 @@ def _pinned(settings: Settings) -> Settings:
     """Take the number format in which the first of the runs beside this one was carried out, where `auto` may
     choose another one on another machine; a run that has begun keeps its own."""
     folder = Path(settings.output_dir)
-    if begun := read_json(folder / "settings.json"):
-        return dataclasses.replace(settings, precision=begun["settings"]["precision"])
+    if begun := read_json(folder / "settings.json").get("settings"):
+        return dataclasses.replace(settings, precision=begun["precision"])
     chosen = (read_json(file).get("chosen", {}) for file in sorted(folder.parent.glob("*/settings.json")))
     first = (found["precision"] for found in chosen if "precision" in found)
     return dataclasses.replace(settings, precision=next(first, "auto"))

@@ -10,7 +10,8 @@ import math
 from transformers import LlamaConfig
 
 from lazyorpo_lib.plan import costs
-from lazyorpo_lib.plan.planner import CARDS, make_plan, preset_lengths
+from lazyorpo_lib.plan.lengths import preset_lengths
+from lazyorpo_lib.plan.planner import CARDS, make_plan
 from lazyorpo_lib.settings import Settings
 
 LLAMA_70B = LlamaConfig(  # Llama 3 70B, as its config.json has it
