@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lazyorpo_lib import folder as folders
 from lazyorpo_lib import marker, model, run, stages
@@ -23,6 +24,7 @@ from lazyorpo_lib.notebook import show
 from lazyorpo_lib.orpo import checkpoints
 from lazyorpo_lib.plan import planner
 from lazyorpo_lib.results import held_out
+from lazyorpo_lib.results.summary import Spent
 from lazyorpo_lib.run import Run, execute
 from lazyorpo_lib.session import Stop, Stopped
 from lazyorpo_lib.settings import resolve
@@ -217,6 +219,12 @@ def test_sittings_add_up(halfway, tmp_path):
     )
     assert both["minutes"] > earlier and both["training_minutes"] > here.seconds["training"] / 60
     assert both["tokens"] > first["tokens"] and both["peak_memory_gib"] >= round(here.earlier["peak_gib"], 3)
+
+
+def test_a_sitting_that_trains_nothing_leaves_the_peak_of_training_as_it_was():
+    earlier = {"all": 1.0, "training_gib": 9.0, "allocated_gib": None, "peak_gib": 9.5}
+    totals = Spent(time.monotonic(), torch.device("cpu"), earlier).totals()
+    assert (totals["training_gib"], totals.get("allocated_gib")) == (9.0, None) and totals["peak_gib"] >= 9.5
 
 
 def test_the_model_is_in_a_checkpoint_before_it_is_examined(straight, tmp_path, monkeypatch):

@@ -85,7 +85,8 @@ class Spent:
         seconds = self.seconds + Counter({what: now - since for what, since in self._since.items()})
         peaks = self._peaks | {"peak_gib": max(self._before, peak)}
         minutes = {what: had(what, 0) + seconds[what] / 60 for what in ("all", "training", "evaluation")}
-        return minutes | {name: peak and max(had(name) or 0, peak) for name, peak in peaks.items()}
+        peaks = {name: max(had(name) or 0, peak) if peak else had(name, peak) for name, peak in peaks.items()}
+        return minutes | peaks
 
 
 def summarise(run, stopped: str) -> dict:
