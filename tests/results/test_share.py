@@ -37,9 +37,9 @@ def make_run(folder, base, adapter=True, end_ids=()):
     """A finished run over a base, whose adapter has learned something random."""
     write_run(folder, settings={"base_model": str(base)})
     tuned = model.load_base(str(base), dtype=torch.float32, device="cpu")
+    torch.manual_seed(1)  # before the adapters, of which one half is drawn as they are made
     if adapter:
         tuned = model.add_adapters(tuned, Settings(base_model=str(base)))
-    torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -432,7 +432,6 @@ def test_chat_keeps_the_talk_and_ends_at_exit(run, monkeypatch, capsys):
 def test_an_export_is_of_the_model_as_it_is_now_and_never_of_an_older_merged_one(copy, monkeypatch, tmp_path):
     folder = copy("a")
     share.merge(folder)
-    older = logits(folder / "merged")
     (folder / "model").unlink()
     shutil.copytree(copy("b") / "model", folder / "model")  # the run went on
     file = folder / "model" / "adapter_model.safetensors"
@@ -440,9 +439,7 @@ def test_an_export_is_of_the_model_as_it_is_now_and_never_of_an_older_merged_one
     marker.seal(folder / "model", "model")
     monkeypatch.setenv("PATH", str(tmp_path / "tools"))
     assert "git clone" in share.export_gguf(folder)
-    now = logits(folder / "model")
-    off, moved = ((some - now).abs().max() for some in (logits(folder / "merged"), older))
-    assert off < 1e-4 * moved
+    assert (logits(folder / "merged") - logits(folder / "model")).abs().max() < 1e-5
 
 
 def test_a_converter_that_fails_half_way_leaves_what_was_there(copy, tmp_path, monkeypatch):
