@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder's name, its lock, JSON and JSON lines."""
+"""What a run leaves behind: its folder's name, its lock, JSON and JSON lines; deletes nothing."""
 
 import contextlib
 import dataclasses

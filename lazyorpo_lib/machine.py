@@ -1,4 +1,4 @@
-"""Device, number format and why, memory."""
+"""Device, number format and why, memory; it measures and names, and plans nothing."""
 
 import contextlib
 import functools

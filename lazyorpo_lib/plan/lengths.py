@@ -1,4 +1,4 @@
-"""How long the pairs are: measured where they are on this machine, else what is known of the dataset."""
+"""How long the pairs are: measured where they are on this machine, else what is known of it; fetches none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

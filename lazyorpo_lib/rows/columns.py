@@ -1,4 +1,4 @@
-"""Names of columns -> what each may be: tables, any letter case, paths, the user's mapping."""
+"""Names of columns -> what each may be: tables, any letter case, paths, the user's mapping; judges no row."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""ORPO against SFT, SFT then DPO, SFT then ORPO: from one base, on the same pairs, on the same budget."""
+"""ORPO against SFT, SFT then DPO, SFT then ORPO: same base, pairs and budget; runs.py trains."""
 
 import contextlib
 import dataclasses

@@ -296,6 +296,7 @@ def settings_of(job: dict) -> Settings:
     return Settings(
         method=job["method"],
         pairs_per_step=job["pairs"],
+        or_weight=0.25,
         nll_over=job["nll_over"],
         learning_rate=job["learning_rate"],
         max_prompt_tokens=job["max_tokens"] - 2,

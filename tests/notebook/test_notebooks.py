@@ -189,6 +189,10 @@ def test_no_other_cell_assigns_a_setting():
             assert cell == "params" or not (stored | imported) & FIELDS.keys(), cell
 
 
+def test_the_first_cell_is_the_same_in_every_notebook_that_is_opened_beside_the_library():
+    assert len({code_of(path)["setup"] for path in (MAIN, VERSUS, PAIRS, CLASS)}) == 1
+
+
 @pytest.mark.parametrize("fault", ["no parent", "not ours to read", "gone"])
 @pytest.mark.parametrize("path", [MAIN, VERSUS, PAIRS, CLASS], ids=lambda path: path.stem)
 def test_the_first_cell_needs_no_parent_process(path, fault, monkeypatch):
