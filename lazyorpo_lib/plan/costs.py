@@ -157,10 +157,7 @@ class Costs:
         if self.full:
             return 4.0 * shape.total
         if self.held == "lora":
-            # On a CPU what is not converted or fused is a view of the file: rows never looked up stay there.
-            converted = (getattr(self.config, "dtype", None) or torch.float32) != self.dtype
-            viewed = self.machine.device == "cpu" and not converted and not shape.experts
-            return float(size * (shape.total - shape.untied * viewed))
+            return float(size * shape.total)
         # NF4: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 scales.
         return shape.bulk * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + size * (shape.total - shape.bulk)
 

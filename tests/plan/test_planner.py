@@ -235,6 +235,15 @@ def test_parts_sum_to_the_peak_and_the_plan_is_json():
         }
 
 
+def test_frozen_weights_count_whole_on_a_cpu_for_loading_them_reads_every_one():
+    config = (
+        small()
+    )  # untied: rows of its embeddings that no pair looks up are read too, by model.check_finite
+    weights = sum(p.numel() for p in simulation.on_meta(config, torch.float32).parameters())
+    parts = plan(config=config, method="lora").method.parts
+    assert parts["weights"] * GIB == pytest.approx(4 * weights)
+
+
 def test_the_panels_line_moves_with_the_settings(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(small().to_dict() | dict(hidden_size=512, vocab_size=32000))
