@@ -1,4 +1,4 @@
-"""How long the pairs are: measured where they are on this machine, else what is known of it; fetches none."""
+"""How long the pairs are: measured where here, else what is known of the dataset; fetches no rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

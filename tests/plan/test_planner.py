@@ -236,9 +236,7 @@ def test_parts_sum_to_the_peak_and_the_plan_is_json():
 
 
 def test_frozen_weights_count_whole_on_a_cpu_for_loading_them_reads_every_one():
-    config = (
-        small()
-    )  # untied: rows of its embeddings that no pair looks up are read too, by model.check_finite
+    config = small()  # its embeddings are untied: rows that no pair looks up are read too, by check_finite
     weights = sum(p.numel() for p in simulation.on_meta(config, torch.float32).parameters())
     parts = plan(config=config, method="lora").method.parts
     assert parts["weights"] * GIB == pytest.approx(4 * weights)
